@@ -1,0 +1,1 @@
+"""Long-lived actors and where they live."""

@@ -1,0 +1,1 @@
+"""arun: an async-native actor runtime for Python."""

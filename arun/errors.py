@@ -1,0 +1,106 @@
+"""Every error that arun raises, each named after the condition that it reports.
+
+``ArunError`` is the root. Errors that a peer may raise across a channel are registered in
+:mod:`arun.channel` by name; nothing is ever imported by a name that came over a wire.
+"""
+
+from __future__ import annotations
+
+__all__ = (
+    "ActorDied",
+    "ApplicationBusyError",
+    "ArunError",
+    "ChannelLost",
+    "EngineDead",
+    "EngineError",
+    "MisuseError",
+    "MissingExtraError",
+    "ModelNotFound",
+    "PlacementError",
+    "PortInUse",
+    "ProtocolError",
+    "RemoteError",
+    "RequestError",
+    "SubtaskFailed",
+    "SubtaskSkipped",
+)
+
+
+class ArunError(Exception):
+    """Root of all errors raised by arun and actors."""
+
+
+class MisuseError(ArunError):
+    """The program uses arun in a way that cannot work; the message names the line and the fix."""
+
+
+class ApplicationBusyError(MisuseError):
+    """Two runs of one Application at once. Use ``app.session()`` for a fresh one per run."""
+
+
+class SubtaskFailed(ArunError):
+    """Raised by awaiting the handle of a subtask that failed; the cause is its error."""
+
+
+class SubtaskSkipped(ArunError):
+    """Raised by awaiting the handle of a subtask that was skipped or cancelled."""
+
+
+class MissingExtraError(ArunError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+    def __init__(self, what: str, extra: str, package: str) -> None:
+        super().__init__(
+            f"{what} needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install 'arun-runtime[{extra}]'"
+        )
+        self.extra = extra
+
+
+class ProtocolError(ArunError):
+    """A peer sent bytes that are no valid frame; that connection is closed."""
+
+
+class ChannelLost(ArunError, ConnectionError):
+    """The connection to a peer ended while streams were open on it."""
+
+
+class RemoteError(ArunError):
+    """An error of a type that this process does not know, raised by a peer.
+
+    :ivar kind: qualified name of the error's type in the peer.
+    :ivar remote_traceback: the peer's formatted traceback, or an empty string.
+    """
+
+    def __init__(self, kind: str, message: str, remote_traceback: str = "") -> None:
+        super().__init__(f"{kind}: {message}" if message else kind)
+        self.kind = kind
+        self.remote_traceback = remote_traceback
+
+
+class ActorDied(ArunError):
+    """An actor's process ended while calls to it were in flight; says which actor and why."""
+
+
+class PlacementError(ArunError):
+    """A placement cannot be held by the cluster; the message has both sides' numbers."""
+
+
+class PortInUse(ArunError, OSError):
+    """A port that was asked for is taken by another process."""
+
+
+class EngineError(ArunError):
+    """Root of the errors of inference engines."""
+
+
+class RequestError(EngineError, ValueError):
+    """The engine refused this one request (for example a prompt that is too long)."""
+
+
+class EngineDead(EngineError):
+    """The engine itself failed: every request on it has failed with it."""
+
+
+class ModelNotFound(EngineError):
+    """The model is neither a folder with a model nor a name that can be loaded here."""
