@@ -36,10 +36,12 @@ _explicit: dict[object, Runtime] = {}
 class Background(Generic[T]):
     """One piece of work owned by a :class:`Runtime`, in a task of its own."""
 
-    __slots__ = ("__weakref__", "_done", "_error", "_post", "_result", "_scope", "name")
+    __slots__ = ("__weakref__", "_done", "_error", "_post", "_result", "_scope", "cancelling", "name")
 
     def __init__(self, name: str, post: Callable[[Callable[[], object]], object]) -> None:
         self.name = name
+        #: whether the work has been told to stop
+        self.cancelling = False
         self._scope = anyio.CancelScope()
         self._done = anyio.Event()
         self._result: T | None = None
@@ -53,10 +55,12 @@ class Background(Generic[T]):
 
     def cancel(self) -> None:
         """Cancel the work. Call it from the Runtime's own event loop."""
+        self.cancelling = True
         self._scope.cancel()
 
     def cancel_soon(self) -> None:
         """Cancel the work from any thread, also from a finaliser; does nothing on a closed loop."""
+        self.cancelling = True
         try:
             self._post(self._scope.cancel)
         except RuntimeError:  # the loop is closed, so the work has ended already
@@ -70,9 +74,17 @@ class Background(Generic[T]):
             returns None.
         """
         await self._done.wait()
+        return self.result()
+
+    def result(self) -> T:
+        """The result of work that has ended; raises as :meth:`wait` does."""
         if self._error is not None:
             raise self._error
         return self._result  # type: ignore[return-value]  # None when the work was cancelled
+
+    async def ended(self) -> None:
+        """Wait for the end, however it comes."""
+        await self._done.wait()
 
     async def _run(self, fn: Callable[..., Awaitable[T]], args: tuple[Any, ...]) -> None:
         try:

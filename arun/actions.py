@@ -1,0 +1,553 @@
+"""Actions: what an application does. Any callable that makes sense becomes one, by one normaliser.
+
+=================================  ===========================================================================
+what is decorated                  how it runs
+=================================  ===========================================================================
+async generator function           items are streamed; the last State that it yields is the result
+coroutine function                 inline; returns a State or ``(result, State)``
+plain function                     in a worker thread, so that it can't stall the loop; ``blocking=False``: inline
+plain generator function           stepped on one worker thread; items are streamed as they come
+=================================  ===========================================================================
+
+Burr's streaming form (``yield {...}, None`` and last ``yield {...}, state``) and its class actions work too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, Self, TypeAlias, TypeVar, cast
+
+import anyio.from_thread
+
+from arun.context import ApplicationContext
+from arun.errors import MisuseError
+from arun.events import ActionFinished, ActionStarted, Item, Partial
+from arun.hosting import drive
+from arun.state import Scope, State
+from arun.threads import run_in_thread
+
+__all__ = (
+    "Action",
+    "Collector",
+    "FunctionAction",
+    "Input",
+    "Result",
+    "SingleStepAction",
+    "action",
+    "as_action",
+    "perform",
+    "take_step",
+)
+
+A = TypeVar("A", bound="Action")
+Performed: TypeAlias = "tuple[Any, State]"
+Kind = Literal["coroutine", "async generator", "function", "generator"]
+
+
+class Action(ABC):
+    """A node of a graph. Immutable: ``bind`` and ``with_name`` return changed copies.
+
+    Subclass it as in Burr, with ``run(state, **inputs)`` that returns a result and ``update(result, state)`` that returns
+    the new State. ``run`` may be any of the four kinds of function above; of a generator, every item is streamed and the last one
+    is the result.
+    """
+
+    name: str | None = None
+    reads: Sequence[str] = ()
+    writes: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    _bound: Mapping[str, Any] = {}
+
+    # -- what users override ---------------------------------------------------------------------------
+
+    def run(self, state: State, **inputs: Any) -> Any:
+        """Compute the result from the State and the inputs."""
+        raise MisuseError(f"{type(self).__qualname__} defines neither run() nor execute()")
+
+    def update(self, result: Any, state: State) -> State:
+        """The new State, given what ``run`` returned."""
+        raise MisuseError(f"{type(self).__qualname__} defines run() but not update(result, state)")
+
+    @property
+    def inputs(self) -> Sequence[str] | tuple[Sequence[str], Sequence[str]]:
+        """Names of the inputs that it takes besides the State: required, or (required, optional)."""
+        parameters = _Parameters.of(self.run, skip=1)
+        return parameters.unbound(self._bound)
+
+    # -- what users call --------------------------------------------------------------------------------
+
+    def bind(self, **inputs: Any) -> Self:
+        """A copy with some inputs fixed.
+
+        :raises MisuseError: for a name that the action does not take.
+        """
+        self._check_bind(inputs)
+        return self._copy(_bound={**self._bound, **inputs})
+
+    def with_name(self, name: str) -> Self:
+        """A copy of another name."""
+        return self._copy(name=name)
+
+    # -- for the runtime ----------------------------------------------------------------------------------
+
+    @property
+    def display_name(self) -> str:
+        """The name, or that of the class where none was given."""
+        return self.name or type(self).__name__
+
+    @functools.cached_property
+    def scope(self) -> Scope:
+        """What the action may read."""
+        return Scope(self.display_name, frozenset(self.reads) | frozenset(self.writes))
+
+    @functools.cached_property
+    def allowed_writes(self) -> frozenset[str]:
+        """What it may write."""
+        return frozenset(self.writes)
+
+    @property
+    def required_writes(self) -> frozenset[str]:
+        """What the State must have after it."""
+        return self.allowed_writes
+
+    @property
+    def bound(self) -> Mapping[str, Any]:
+        """The inputs that ``bind`` fixed."""
+        return self._bound
+
+    async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
+        """Run once: ``(result, new State)``. Items and partial States go to ``context`` as events."""
+        parameters = _Parameters.of(self.run, skip=1)
+        kwargs = parameters.resolve(self.display_name, self._bound, inputs, context)
+        result = await _call(self.run, _kind(self.run), state, kwargs, _ItemsOnly(context))
+        new_state = self.update(result, state)
+        if not isinstance(new_state, State):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"{self.display_name}.update() returned {_a(new_state)}; it returns the new State")
+        return result, new_state
+
+    def _copy(self, **changes: Any) -> Self:
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy.__dict__.pop("scope", None)
+        copy.__dict__.update(changes)
+        return copy
+
+    def _check_bind(self, inputs: Mapping[str, Any]) -> None:
+        taken = self.inputs
+        names = [*taken[0], *taken[1]] if isinstance(taken, tuple) and taken and not isinstance(taken[0], str) else taken
+        _refuse_unknown(self.display_name, inputs, [*cast("Sequence[str]", names), *self._bound])
+
+
+class SingleStepAction(Action):
+    """A class action that computes result and State in one go, in ``run_and_update``."""
+
+    @abstractmethod
+    def run_and_update(self, state: State, **inputs: Any) -> Any:
+        """Return ``(result, State)`` or a State; any of the four kinds of function."""
+
+    @property
+    def inputs(self) -> tuple[Sequence[str], Sequence[str]]:
+        return _Parameters.of(self.run_and_update, skip=1).unbound(self._bound)
+
+    async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
+        parameters = _Parameters.of(self.run_and_update, skip=1)
+        kwargs = parameters.resolve(self.display_name, self._bound, inputs, context)
+        return await _execute(self.run_and_update, _kind(self.run_and_update), self.display_name, state, kwargs, context)
+
+
+class FunctionAction(Action):
+    """What ``@action`` makes of a function. Calling it calls the function itself."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        reads: Sequence[str],
+        writes: Sequence[str],
+        tags: Sequence[str] = (),
+        *,
+        blocking: bool = True,
+    ) -> None:
+        self.function = function
+        self.name = _name_of(function)
+        self.reads = list(reads)
+        self.writes = list(writes)
+        self.tags = list(tags)
+        self.kind: Kind = _kind(function)
+        self.blocking = blocking
+        self._parameters = _Parameters.of(function, skip=1)
+        if not self._parameters.takes_state:
+            raise MisuseError(
+                f"@action on {_where(function)}: it takes no argument; an action's first parameter is the State: "
+                f"def {self.name}(state: State, ...)"
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **{**self._bound, **kwargs})
+
+    def __repr__(self) -> str:
+        return f"<Action {self.name} ({self.kind} {_where(self.function)})>"
+
+    @property
+    def inputs(self) -> tuple[Sequence[str], Sequence[str]]:
+        return self._parameters.unbound(self._bound)
+
+    async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
+        parameters = self._parameters
+        kwargs = parameters.resolve(self.display_name, self._bound, inputs, context) if parameters.any else {}
+        if self.kind == "coroutine":
+            return _result(await self.function(state, **kwargs), self.display_name)
+        if self.kind == "function" and not self.blocking:
+            return _result(self.function(state, **kwargs), self.display_name)
+        return await _execute(self.function, self.kind, self.display_name, state, kwargs, context)
+
+    def _check_bind(self, inputs: Mapping[str, Any]) -> None:
+        parameters = self._parameters
+        if not parameters.open:
+            for name in inputs:
+                if name not in parameters.names:
+                    _refuse_unknown(self.display_name, inputs, parameters.names)
+
+
+def action(
+    reads: Sequence[str], writes: Sequence[str], tags: Sequence[str] = (), *, blocking: bool = True
+) -> Callable[[Callable[..., Any]], FunctionAction]:
+    """Make an :class:`Action` of a function.
+
+    :param reads: keys of the State that it may read.
+    :param writes: keys that it must leave written; it may read them too.
+    :param tags: ``halt_before`` and ``halt_after`` take ``"@tag:name"``.
+    :param blocking: for plain functions: True runs it in a worker thread, False inline, for functions that neither
+        wait nor compute for long.
+    :raises MisuseError: on anything that is no function (a class, a call's result), at the decorator.
+
+    >>> @action(reads=["n"], writes=["n"])
+    ... async def add(state: State, by: int = 1) -> State:
+    ...     return state.update(n=state["n"] + by)
+    """
+    for what, keys in (("reads", reads), ("writes", writes), ("tags", tags)):
+        if isinstance(keys, str):
+            raise MisuseError(f"@action({what}={keys!r}): a list of names is meant: {what}=[{keys!r}]")
+
+    def decorate(function: Callable[..., Any]) -> FunctionAction:
+        return FunctionAction(function, reads, writes, tags, blocking=blocking)
+
+    return decorate
+
+
+def as_action(candidate: object, *, where: str) -> Action:
+    """The Action that ``candidate`` is, or a MisuseError that says what to write at ``where`` instead."""
+    if isinstance(candidate, Action):
+        return candidate
+    if isinstance(candidate, type) and issubclass(candidate, Action):
+        raise MisuseError(f"{where}: {candidate.__name__} is a class; pass an instance: {candidate.__name__}()")
+    hint = "decorate the function with @action(reads=[...], writes=[...])" if callable(candidate) else "pass an Action"
+    raise MisuseError(f"{where}: {_a(candidate)} is not an action; {hint}")
+
+
+async def perform(
+    what: Action, state: State, inputs: Mapping[str, Any], context: ApplicationContext
+) -> tuple[Any, State]:
+    """Run an action on ``state``: ``(result, changes)``, where the delta of ``changes`` is what the action wrote.
+
+    :raises MisuseError: if the action read or wrote an undeclared key, or left a declared one unwritten.
+    """
+    result, changes = await what.execute(state.scoped(what.scope), inputs, context)
+    written, allowed = changes.written_keys(), what.allowed_writes
+    if not written <= allowed:
+        extra = ", ".join(repr(key) for key in written if key not in allowed)
+        raise MisuseError(
+            f"action {what.display_name!r} wrote {extra}, which it does not declare "
+            f"(writes={list(what.writes)}); add it to writes, or return the State without it"
+        )
+    for key in what.required_writes:
+        if key not in written and key not in state:
+            raise MisuseError(
+                f"action {what.display_name!r} declares writes={list(what.writes)} but did not write {key!r}; "
+                f"it wrote: {', '.join(written) or 'nothing'}"
+            )
+    return result, changes
+
+
+async def take_step(what: Action, state: State, context: ApplicationContext) -> tuple[Any, State]:
+    """As :func:`perform`, for a step of a graph: tells its start and its end to whoever listens."""
+    if not context.run.listening:
+        return await perform(what, state, {}, context)
+    await context.emit(ActionStarted)
+    result, changes = await perform(what, state, {}, context)
+    await context.emit(ActionFinished, written=changes.delta.written)
+    return result, changes
+
+
+class Input(SingleStepAction):
+    """Copies runtime inputs into the State: ``Input("prompt")``."""
+
+    def __init__(self, *fields: str) -> None:
+        self.writes = list(fields)
+        self.name = "input"
+
+    @property
+    def inputs(self) -> tuple[Sequence[str], Sequence[str]]:
+        return self.writes, ()
+
+    async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
+        values = _Parameters(tuple(self.writes), frozenset(self.writes)).resolve(
+            self.display_name, self._bound, inputs, context
+        )
+        return values, state.update(**values)
+
+    def run_and_update(self, state: State, **inputs: Any) -> Performed:
+        return inputs, state.update(**inputs)
+
+
+class Result(SingleStepAction):
+    """Ends a graph: its result is the named fields of the State: ``Result("answer")``."""
+
+    def __init__(self, *fields: str) -> None:
+        self.reads = list(fields)
+        self.name = "result"
+
+    async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
+        return self.run_and_update(state)
+
+    def run_and_update(self, state: State, **inputs: Any) -> Performed:
+        return {key: state[key] for key in self.reads}, state
+
+
+# -- driving the four kinds ---------------------------------------------------------------------------------
+
+
+class Collector:
+    """Takes what a generator yields: States are kept (and sent as Partials), everything else is sent as an Item."""
+
+    __slots__ = ("context", "name", "result", "state")
+
+    def __init__(self, name: str, context: ApplicationContext) -> None:
+        self.name = name
+        self.context = context
+        self.state: State | None = None
+        self.result: Any = None
+
+    async def take(self, yielded: Any) -> None:
+        item, state = yielded, None
+        if isinstance(yielded, State):
+            item, state = None, yielded
+        elif _is_burr_pair(yielded):
+            item, state = yielded
+            self.result = item
+        listening = self.context.run.listening
+        if item is not None and listening:
+            await self.context.emit(Item, values=[item])
+        if state is not None:
+            before, self.state = self.state, state
+            if listening:
+                await self.context.emit(Partial, changed=state.changed_from(before))
+
+    def performed(self) -> Performed:
+        if self.state is None:
+            raise MisuseError(
+                f"action {self.name!r} ended without yielding a State; a generator's last State is its result: "
+                "yield state.update(...)"
+            )
+        return self.result, self.state
+
+
+class _ItemsOnly:
+    """Takes what a class action's generator yields: all are items, the last is the result."""
+
+    __slots__ = ("context", "result")
+
+    def __init__(self, context: ApplicationContext) -> None:
+        self.context = context
+        self.result: Any = None
+
+    async def take(self, item: Any) -> None:
+        self.result = item
+        if self.context.run.listening:
+            await self.context.emit(Item, values=[item])
+
+
+async def _execute(
+    function: Callable[..., Any],
+    kind: Kind,
+    name: str,
+    state: State,
+    kwargs: Mapping[str, Any],
+    context: ApplicationContext,
+) -> Performed:
+    collector = Collector(name, context)
+    returned = await _call(function, kind, state, kwargs, collector)
+    return collector.performed() if kind in {"async generator", "generator"} else _result(returned, name)
+
+
+async def _call(
+    function: Callable[..., Any],
+    kind: Kind,
+    state: State,
+    kwargs: Mapping[str, Any],
+    collector: Collector | _ItemsOnly,
+) -> Any:
+    """Call a function of any kind; of a generator, feed the collector and return its result."""
+    if kind == "coroutine":
+        return await function(state, **kwargs)
+    if kind == "function":
+        return await run_in_thread(functools.partial(function, state, **kwargs))
+    if kind == "async generator":
+        await drive(cast("AsyncIterator[Any]", function(state, **kwargs)), collector.take)
+        return collector.result
+
+    def step_through() -> None:
+        generator = cast("Iterator[Any]", function(state, **kwargs))
+        try:
+            for item in generator:
+                anyio.from_thread.run(collector.take, item)
+        finally:
+            cast("Any", generator).close()
+
+    await run_in_thread(step_through)
+    return collector.result
+
+
+def _result(returned: Any, name: str) -> Performed:
+    if isinstance(returned, State):
+        return None, returned
+    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], State):
+        return cast("Performed", returned)
+    if inspect.iscoroutine(returned):
+        returned.close()
+    raise MisuseError(
+        f"action {name!r} returned {_a(returned)}; an action returns or yields a State: "
+        "return state.update(...), or (result, state)"
+    )
+
+
+def _is_burr_pair(yielded: Any) -> bool:
+    if not isinstance(yielded, tuple) or len(cast("tuple[Any, ...]", yielded)) != 2:
+        return False
+    item, state = cast("tuple[Any, Any]", yielded)
+    return isinstance(state, State) or (state is None and isinstance(item, dict))
+
+
+# -- looking at callables -------------------------------------------------------------------------------------
+
+
+class _Parameters:
+    """The parameters of a function besides the State, looked at once."""
+
+    __slots__ = ("any", "names", "open", "required", "takes_state", "wants_context")
+
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        required: frozenset[str],
+        *,
+        takes_state: bool = True,
+        open_: bool = False,
+        wants_context: bool = False,
+    ) -> None:
+        self.names = names
+        self.required = required
+        self.takes_state = takes_state
+        self.open = open_
+        self.wants_context = wants_context
+        self.any = bool(names) or open_ or wants_context
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], *, skip: int) -> _Parameters:
+        try:
+            parameters = list(inspect.signature(function).parameters.values())
+        except (TypeError, ValueError) as exc:
+            raise MisuseError(f"{function!r} has no signature that can be read, so it can't be an action") from exc
+        positional = [p for p in parameters if p.kind not in {p.KEYWORD_ONLY, p.VAR_KEYWORD}]
+        rest = [p for p in parameters[skip:] if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}]
+        return cls(
+            tuple(p.name for p in rest if p.name != "__context"),
+            frozenset(p.name for p in rest if p.default is p.empty and p.name != "__context"),
+            takes_state=len(positional) >= skip,
+            open_=any(p.kind is p.VAR_KEYWORD for p in parameters),
+            wants_context=any(p.name == "__context" for p in rest),
+        )
+
+    def unbound(self, bound: Collection[str]) -> tuple[Sequence[str], Sequence[str]]:
+        free = [name for name in self.names if name not in bound]
+        return [n for n in free if n in self.required], [n for n in free if n not in self.required]
+
+    def resolve(
+        self, action_name: str, bound: Mapping[str, Any], inputs: Mapping[str, Any], context: ApplicationContext
+    ) -> dict[str, Any]:
+        """The arguments by name: bound first, then the task's and the run's inputs, then resources."""
+        sources = (bound, inputs, context.inputs, context.resources)
+        kwargs: dict[str, Any] = {**inputs, **bound} if self.open else {}
+        for name in self.names:
+            for source in sources:
+                if name in source:
+                    kwargs[name] = source[name]
+                    break
+            else:
+                if name in self.required:
+                    known = sorted({*inputs, *context.inputs, *context.resources})
+                    raise MisuseError(
+                        f"action {action_name!r} needs {name!r}, which is neither bound nor an input nor a resource "
+                        f"(there are: {', '.join(known) or 'none'}){_nearest(name, known)}; pass inputs={{{name!r}: ...}}, "
+                        f"or with_resources({name}=...)"
+                    )
+        if self.wants_context:
+            kwargs["__context"] = context
+        return kwargs
+
+
+def _kind(function: Callable[..., Any]) -> Kind:
+    if isinstance(function, type) or not callable(function):
+        raise MisuseError(f"@action takes a function, not {_a(function)}")
+    target: Any = function
+    while True:
+        if isinstance(target, functools.partial):
+            target = target.func  # pyright: ignore[reportUnknownMemberType]
+        elif not inspect.isroutine(target):
+            target = type(target).__call__
+        elif inspect.isasyncgenfunction(target):
+            return "async generator"
+        elif inspect.iscoroutinefunction(target):
+            return "coroutine"
+        elif inspect.isgeneratorfunction(target):
+            return "generator"
+        elif hasattr(target, "__wrapped__"):  # a plain wrapper returns what the function inside returns
+            target = target.__wrapped__
+        else:
+            return "function"
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    target: Any = function
+    while isinstance(target, functools.partial):
+        target = target.func  # pyright: ignore[reportUnknownMemberType]
+    return cast("str", getattr(target, "__name__", type(target).__name__))
+
+
+def _where(function: Callable[..., Any]) -> str:
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    name = getattr(function, "__qualname__", repr(function))
+    return f"{name} at {code.co_filename}:{code.co_firstlineno}" if code else str(name)
+
+
+def _refuse_unknown(action_name: str, given: Collection[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise MisuseError(
+                f"action {action_name!r} takes no input {name!r}{_nearest(name, known)}; "
+                f"it takes: {', '.join(known) or 'none'}"
+            )
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _a(value: object) -> str:
+    return "None" if value is None else f"{type(value).__name__} {value!r:.80}"
+
+

@@ -1,0 +1,425 @@
+"""Application: a graph, an identity, a State and the wiring that its actions need. Build once, run thousands at a time.
+
+>>> app = (
+...     ApplicationBuilder()
+...     .with_actions(ask, judge)
+...     .with_transitions(("ask", "judge"), ("judge", "ask", when(good=False)))
+...     .with_entrypoint("ask")
+...     .with_resources(engine=pool)
+...     .build()
+... )
+>>> action, result, state = await app.session(prompt="...").arun(halt_after=["judge"])
+
+``arun`` is a plain coroutine whose task groups live in the caller's task, so ``asyncio.timeout``, ``anyio.fail_after`` and
+a failing sibling in the caller's task group reach everything that it has started.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
+from contextvars import copy_context
+from typing import Any, Final, NamedTuple, Self
+
+import anyio
+import msgspec
+
+from arun.actions import Action, take_step
+from arun.context import ApplicationContext, Run
+from arun.errors import ApplicationBusyError, MisuseError
+from arun.events import RunCancelled, RunFailed, RunFinished, RunStarted
+from arun.graph import Graph, GraphBuilder, check_entrypoint
+from arun.hosting import in_context
+from arun.parallel import TaskBasedParallelAction
+from arun.runtime import Background
+from arun.state import State
+from arun.stream import Deliver, RunStream
+
+__all__ = ("Application", "ApplicationBuilder", "RunResult")
+
+_UNKNOWN: Final = msgspec.UNSET
+
+
+class RunResult(NamedTuple):
+    """How a run ended; unpacks as Burr's ``action, result, state``."""
+
+    #: the action that the run stopped at: the last one run, or the one it halted before
+    action: Action | None
+    #: what that action returned besides its State; None where it halted before it
+    result: Any
+    #: the State at the end
+    state: State
+
+
+class _Wiring(msgspec.Struct, frozen=True):
+    """What all sessions of an application share."""
+
+    graph: Graph
+    entrypoint: str
+    resources: Mapping[str, Any]
+    needed_keys: Mapping[str, str]
+    initial: State
+    partition_key: str | None
+
+
+class Application:
+    """One identity with one State, running one step after the other. Made by :class:`ApplicationBuilder`.
+
+    It costs microseconds; ``session()`` gives a fresh one that shares graph and wiring.
+    """
+
+    def __init__(self, wiring: _Wiring, app_id: str, state: State, sequence_id: int = 0) -> None:
+        self._wiring = wiring
+        self.uid = app_id
+        self.partition_key = wiring.partition_key
+        self._state = state
+        self._sequence_id = sequence_id
+        self._position: str | None = None
+        self._next: Any = wiring.entrypoint
+        self._busy = False
+        self._streaming: Background[Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Application {self.uid} at step {self._sequence_id}: {self._wiring.graph!r}>"
+
+    @property
+    def graph(self) -> Graph:
+        """The graph, shared by all sessions."""
+        return self._wiring.graph
+
+    @property
+    def state(self) -> State:
+        """The last committed State."""
+        return self._state
+
+    @property
+    def sequence_id(self) -> int:
+        """How many steps have been committed."""
+        return self._sequence_id
+
+    def session(self, app_id: str | None = None, /, **state: Any) -> Application:
+        """A fresh Application on the same graph and wiring.
+
+        :param app_id: its identifier; by default a new one.
+        :param state: fields on top of the builder's State.
+        """
+        initial = self._wiring.initial.update(**state) if state else self._wiring.initial
+        return Application(self._wiring, app_id or uuid.uuid4().hex, initial.scoped(None))
+
+    def update_state(self, state: State) -> None:
+        """Replace the State between steps."""
+        self._refuse_busy()
+        self._state = state.scoped(None)
+        if self._position is not None:
+            self._next = _UNKNOWN
+
+    def reset_to_entrypoint(self) -> None:
+        """Go on at the entrypoint; the State stays."""
+        self._refuse_busy()
+        self._position, self._next = None, self._wiring.entrypoint
+
+    async def next_action(self) -> Action | None:
+        """The action that the next step runs; None at the end."""
+        if self._next is _UNKNOWN:
+            assert self._position is not None
+            self._next = await self.graph.following(self._position, self._state)
+        return self.graph.actions[self._next] if self._next is not None else None
+
+    def get_next_action(self) -> Action | None:
+        """As :meth:`next_action`, for graphs whose conditions are plain functions.
+
+        :raises MisuseError: if a condition awaits something.
+        """
+        deciding: Coroutine[Any, Any, Action | None] = self.next_action()
+        try:
+            deciding.send(None)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]  # the coroutine's result
+        deciding.close()
+        raise MisuseError("a condition of this graph awaits something; use `await app.next_action()`")
+
+    def has_next_action(self) -> bool:
+        """Whether a step is left; see :meth:`get_next_action`."""
+        return self.get_next_action() is not None
+
+    # -- running -------------------------------------------------------------------------------------------
+
+    async def arun(
+        self,
+        *,
+        halt_before: str | Iterable[str] = (),
+        halt_after: str | Iterable[str] = (),
+        inputs: Mapping[str, Any] | None = None,
+    ) -> RunResult:
+        """Run until a halt condition holds or no transition leads on. At least one step is run.
+
+        :param halt_before: stop when one of these actions would be next (names or ``"@tag:x"``); wins over
+            ``halt_after``.
+        :param halt_after: stop when one of these has run.
+        :param inputs: runtime inputs, given to every step that declares them.
+        :raises ApplicationBusyError: if this Application is running already.
+        :raises Exception: what an action raised; the State is then that of the last committed step.
+        """
+        return await self._run(Run(), halt_before, halt_after, inputs or {})
+
+    async def astep(self, inputs: Mapping[str, Any] | None = None) -> tuple[Action, Any, State] | None:
+        """Run one step; None where there is none left."""
+        await self._acquire()
+        try:
+            return await self._step(Run(), inputs or {})
+        finally:
+            self._busy = False
+
+    async def aiterate(
+        self,
+        *,
+        halt_before: str | Iterable[str] = (),
+        halt_after: str | Iterable[str] = (),
+        inputs: Mapping[str, Any] | None = None,
+    ) -> AsyncGenerator[tuple[Action, Any, State], None]:
+        """As :meth:`arun`, yielding ``(action, result, state)`` after each step. Nothing runs between two steps."""
+        before = self.graph.select(halt_before, what="halt_before")
+        after = self.graph.select(halt_after, what="halt_after")
+        self._check_inputs(inputs or {})
+        while True:
+            stepped = await self.astep(inputs)
+            if stepped is None:
+                return
+            yield stepped
+            if await self._halts(before) or stepped[0].display_name in after:
+                return
+
+    def astream(
+        self,
+        *,
+        halt_before: str | Iterable[str] = (),
+        halt_after: str | Iterable[str] = (),
+        inputs: Mapping[str, Any] | None = None,
+        deliver: Deliver = "every",
+    ) -> RunStream[RunResult]:
+        """As :meth:`arun`, as an async iterator of Events with ``.result`` afterwards.
+
+        The run starts with the first event asked for and is owned by the Runtime, so the stream is safe in anybody's
+        generator. Leaving it (``aclose()``, ``async with``, cancellation, garbage collection) cancels the run; the next run of
+        this Application waits for its clean-up.
+
+        :param deliver: "every" event; "latest": while the consumer is slow, Partials of one path are merged and Items of
+            one path are joined; a number: as "latest", and at most one delivery of those in so many seconds.
+        """
+        for names, what in ((halt_before, "halt_before"), (halt_after, "halt_after")):
+            self.graph.select(names, what=what)
+
+        async def run(events: Run) -> RunResult:
+            return await self._run(events, halt_before, halt_after, inputs or {})
+
+        return RunStream(run, deliver, self._owned_by)
+
+    # -- private -----------------------------------------------------------------------------------------------
+
+    async def _run(
+        self, run: Run, halt_before: str | Iterable[str], halt_after: str | Iterable[str], inputs: Mapping[str, Any]
+    ) -> RunResult:
+        before = self.graph.select(halt_before, what="halt_before")
+        after = self.graph.select(halt_after, what="halt_after")
+        self._check_inputs(inputs)
+        await self._acquire()
+        try:
+            await run.emit(RunStarted, app_id=self.uid)
+            result = await self._run_until(run, before, after, inputs)
+            if run.listening:
+                name = result.action.display_name if result.action is not None else ""
+                await run.emit(RunFinished, action=name, state=result.state.get_all())
+        except Exception as exc:
+            await run.emit(RunFailed, error=f"{type(exc).__qualname__}: {exc}")
+            raise
+        except anyio.get_cancelled_exc_class():
+            with anyio.CancelScope(shield=True):
+                await run.emit(RunCancelled)
+            raise
+        finally:
+            self._busy = False
+        return result
+
+    async def _run_until(
+        self, run: Run, before: frozenset[str], after: frozenset[str], inputs: Mapping[str, Any]
+    ) -> RunResult:
+        last: Action | None = None
+        result: Any = None
+        while True:
+            stepped = await self._step(run, inputs)
+            if stepped is None:
+                return RunResult(last, result, self._state)
+            last, result, _ = stepped
+            if await self._halts(before):
+                return RunResult(await self.next_action(), None, self._state)
+            if last.display_name in after:
+                return RunResult(last, result, self._state)
+
+    async def _halts(self, before: frozenset[str]) -> bool:
+        if not before:
+            return False
+        following = await self.next_action()
+        return following is not None and following.display_name in before
+
+    async def _step(self, run: Run, inputs: Mapping[str, Any]) -> tuple[Action, Any, State] | None:
+        action = await self.next_action()
+        if action is None:
+            return None
+        name = action.display_name
+        if self._position is None:
+            self._check_keys()
+        context = ApplicationContext(
+            app_id=self.uid,
+            partition_key=self.partition_key,
+            sequence_id=self._sequence_id,
+            action_name=name,
+            path=(),
+            inputs=inputs,
+            resources=self._wiring.resources,
+            run=run,
+        )
+        try:
+            result, changes = await in_context(copy_context(), take_step(action, self._state, context))
+        except Exception as exc:
+            exc.add_note(f"in action {name!r} of application {self.uid!r}, step {self._sequence_id}")
+            raise
+        self._state = self._state.committed(changes, name)
+        self._position, self._next = name, _UNKNOWN
+        self._sequence_id += 1
+        return action, result, self._state
+
+    async def _acquire(self) -> None:
+        streaming = self._streaming
+        if self._busy and streaming is not None and streaming.cancelling:
+            await streaming.ended()
+        self._refuse_busy()
+        self._busy = True
+
+    def _refuse_busy(self) -> None:
+        if self._busy:
+            raise ApplicationBusyError(
+                f"application {self.uid!r} is running already; one Application runs one step at a time: "
+                "use app.session() for a fresh one per run"
+            )
+
+    def _owned_by(self, background: Background[Any]) -> None:
+        self._streaming = background
+
+    def _check_keys(self) -> None:
+        for key, reader in self._wiring.needed_keys.items():
+            if key not in self._state:
+                raise MisuseError(
+                    f"action {reader!r} reads {key!r}, which no action writes and the State does not have "
+                    f"(it has: {', '.join(self._state) or 'nothing'}); set it with with_state({key}=...) or "
+                    f"session({key}=...)"
+                )
+
+    def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        declared: set[str] = set()
+        for action in self.graph.actions.values():
+            if isinstance(action, TaskBasedParallelAction):
+                return  # what its subtasks take is known only when they are yielded
+            declared |= _input_names(action)
+        for name in inputs:
+            if name not in declared:
+                raise MisuseError(
+                    f"inputs has {name!r}, but no action takes it; the actions take: "
+                    f"{', '.join(sorted(declared)) or 'no inputs'}"
+                )
+
+
+class ApplicationBuilder:
+    """Builds an :class:`Application`; every method returns the builder."""
+
+    def __init__(self) -> None:
+        self._graph = GraphBuilder()
+        self._entrypoint: str | None = None
+        self._state = State()
+        self._resources: dict[str, Any] = {}
+        self._app_id: str | None = None
+        self._partition_key: str | None = None
+        self._sequence_id = 0
+
+    def with_actions(self, *actions: Any, **named: Any) -> Self:
+        """Add actions; a keyword gives the name. See :meth:`arun.GraphBuilder.with_actions`."""
+        self._graph.with_actions(*actions, **named)
+        return self
+
+    def with_transitions(
+        self, *transitions: tuple[str | Sequence[str], str] | tuple[str | Sequence[str], str, Any]
+    ) -> Self:
+        """Add ``(from, to)`` or ``(from, to, condition)``. See :meth:`arun.GraphBuilder.with_transitions`."""
+        self._graph.with_transitions(*transitions)
+        return self
+
+    def with_graph(self, graph: Graph) -> Self:
+        """Add a graph's actions and transitions."""
+        self._graph.with_graph(graph)
+        return self
+
+    def with_graphs(self, *graphs: Graph) -> Self:
+        """Add several graphs' actions and transitions."""
+        for graph in graphs:
+            self._graph.with_graph(graph)
+        return self
+
+    def with_entrypoint(self, name: str) -> Self:
+        """Name the first action; needed where there is more than one."""
+        self._entrypoint = name
+        return self
+
+    def with_state(self, state: State | None = None, /, **fields: Any) -> Self:
+        """Set the first State, or fields of it."""
+        self._state = (self._state if state is None else self._state.merge(state)).update(**fields)
+        return self
+
+    def with_resources(self, **resources: Any) -> Self:
+        """Inject objects (engines, clients, pools) into the actions' parameters of these names.
+
+        They reach everything below, are never part of the State and never stored.
+        """
+        self._resources.update(resources)
+        return self
+
+    def with_identifiers(
+        self, app_id: str | None = None, partition_key: str | None = None, sequence_id: int | None = None
+    ) -> Self:
+        """Set the application's identity; by default a new ``app_id`` and no partition."""
+        self._app_id = app_id
+        self._partition_key = partition_key
+        self._sequence_id = sequence_id or 0
+        return self
+
+    def build(self) -> Application:
+        """Validate everything and make the Application.
+
+        :raises MisuseError: for names that don't exist, actions that can't be reached, a missing entrypoint.
+        """
+        graph = self._graph.build()
+        entrypoint = self._entrypoint
+        if entrypoint is None:
+            if len(graph.actions) > 1:
+                raise MisuseError(f"with_entrypoint(...) is missing; the actions are: {', '.join(graph.actions)}")
+            entrypoint = next(iter(graph.actions))
+        check_entrypoint(graph, entrypoint)
+        wiring = _Wiring(
+            graph=graph,
+            entrypoint=entrypoint,
+            resources=dict(self._resources),
+            needed_keys=graph.unwritten_reads(entrypoint),
+            initial=self._state.scoped(None),
+            partition_key=self._partition_key,
+        )
+        return Application(wiring, self._app_id or uuid.uuid4().hex, wiring.initial, self._sequence_id)
+
+    async def abuild(self) -> Application:
+        """As :meth:`build` (Burr's name for async programs)."""
+        return self.build()
+
+
+def _input_names(action: Action) -> set[str]:
+    inputs = action.inputs
+    if isinstance(inputs, tuple):
+        required, optional = inputs
+        return {*required, *optional}
+    return set(inputs)

@@ -1,0 +1,96 @@
+"""What a running action knows of where it runs: its application, its place in the run, its inputs and resources."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from arun.events import Event
+
+__all__ = ("ApplicationContext", "Run")
+
+
+class Run:
+    """One run of an application: numbers its events and hands them to whoever listens.
+
+    :param sink: takes each event in order and may suspend, which holds up the part of the run that sent it; None
+        where nobody listens, and then no event is built at all.
+    """
+
+    __slots__ = ("_seq", "_sink", "run_id")
+
+    def __init__(self, sink: Callable[[Event], Awaitable[None]] | None = None) -> None:
+        self.run_id = uuid.uuid4().hex
+        self._seq = 0
+        self._sink = sink
+
+    @property
+    def listening(self) -> bool:
+        """Whether anybody takes the events; ask before computing what goes into one."""
+        return self._sink is not None
+
+    async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
+        """Number, stamp and deliver one event."""
+        if self._sink is not None:
+            self._seq += 1
+            await self._sink(kind(run_id=self.run_id, seq=self._seq, time=time.time(), **fields))
+
+
+class ApplicationContext:
+    """Given to ``states``, ``actions`` and ``tasks`` as ``context`` and to any action as its parameter ``__context``.
+
+    :ivar app_id: identifier of the application.
+    :ivar partition_key: the application's partition, or None.
+    :ivar sequence_id: number of the step, 0 for the first.
+    :ivar action_name: the action that runs.
+    :ivar path: the branches above it, outermost first (see :mod:`arun.events`).
+    :ivar inputs: the runtime inputs of the run.
+    :ivar resources: what ``with_resources`` injected.
+    """
+
+    __slots__ = ("action_name", "app_id", "inputs", "partition_key", "path", "resources", "run", "sequence_id")
+
+    def __init__(
+        self,
+        *,
+        app_id: str,
+        partition_key: str | None,
+        sequence_id: int,
+        action_name: str,
+        path: tuple[str, ...],
+        inputs: Mapping[str, Any],
+        resources: Mapping[str, Any],
+        run: Run,
+    ) -> None:
+        self.app_id = app_id
+        self.partition_key = partition_key
+        self.sequence_id = sequence_id
+        self.action_name = action_name
+        self.path = path
+        self.inputs = inputs
+        self.resources = resources
+        self.run = run
+
+    def child(
+        self, action_name: str, *branch: str, sequence_id: int | None = None, inputs: Mapping[str, Any] | None = None
+    ) -> ApplicationContext:
+        """The context of an action below this one, reached through ``branch``.
+
+        :param inputs: inputs for everything below, on top of the run's own.
+        """
+        return ApplicationContext(
+            app_id=self.app_id,
+            partition_key=self.partition_key,
+            sequence_id=self.sequence_id if sequence_id is None else sequence_id,
+            action_name=action_name,
+            path=(*self.path, *branch),
+            inputs={**self.inputs, **inputs} if inputs else self.inputs,
+            resources=self.resources,
+            run=self.run,
+        )
+
+    async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
+        """Send an event in the name of this action."""
+        await self.run.emit(kind, action=self.action_name, path=self.path, **fields)

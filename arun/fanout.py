@@ -1,0 +1,508 @@
+"""The kernel: one bounded, cancel-safe fan-out under everything that is parallel in arun.
+
+Theory of operation::
+
+    source  --yield-->  slot (waits while limit are in flight)  -->  pending
+    worker  --takes from pending, runs the subtask in a Context of its own-->  outcome  -->  ready
+    reducer --takes from ready, which frees the slot-->
+
+* In flight = yielded and not yet taken by the reducer. It never exceeds ``limit``, so memory is O(limit) for any
+  number of subtasks and back-pressure lands on the source's ``yield``.
+* ``handle = yield subtask`` has put the subtask in the queue of a worker before the source resumes, and a handle's outcome is
+  set before it is queued for the reducer; so awaiting a handle in the source can't deadlock, also with ``limit=1``.
+* Workers are started on demand and reused. A second one is needed only once a subtask has suspended: until then the
+  worker at hand gets through the queue without a task switch. ``_runnable`` counts the workers that will look at the queue without
+  anybody's help; when it is 0 and something is pending, one is woken or started.
+* Errors travel in-band as outcomes. Only the consumer raises them, after the rest has been cancelled and cleaned up.
+* The work side (source and workers) has a cancel scope of its own: a reducer that returns early cancels it, and so
+  does the first failure under ``on_error="fail"``; the reducer is then told, not cancelled.
+
+No frame of this module yields; the only task groups are in :func:`run_fan_out` and ``_Kernel.work``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from contextvars import Context, copy_context
+from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
+
+import anyio
+import anyio.lowlevel
+import structlog
+from anyio.abc import TaskGroup
+
+from arun.errors import MisuseError, SubtaskFailed, SubtaskSkipped
+from arun.hosting import BUDGET, GRACE, as_async_iterator, close
+from arun.outcomes import Failed, Ok, Outcome, Skipped
+from arun.policies import Policy
+from arun.runtime import Background, Runtime
+
+__all__ = ("FanOut", "FanOutStatistics", "Handle", "Results", "fan_out", "run_fan_out")
+
+S = TypeVar("S")
+T = TypeVar("T")
+R = TypeVar("R")
+log = structlog.get_logger("arun.fanout")
+
+
+class FanOutStatistics(NamedTuple):
+    """What a fan-out is doing now and has done so far."""
+
+    #: subtasks yielded by the source
+    submitted: int
+    #: subtasks yielded whose results have not been taken by the reducer
+    in_flight: int
+    #: of those, waiting for a worker
+    pending: int
+    #: of those, ended
+    ready: int
+    #: subtasks that ended with a result, over all
+    succeeded: int
+    #: subtasks that ended with an error, over all
+    failed: int
+    #: workers started
+    workers: int
+
+
+class Handle(Generic[T]):
+    """A started subtask. Await it for its result; ``outcome()`` never raises."""
+
+    __slots__ = ("_ended", "label", "ordinal", "outcome_now", "spec")
+
+    def __init__(self, spec: Any, ordinal: int) -> None:
+        self.spec = spec
+        #: 0, 1, 2, ... in the order in which the source yielded
+        self.ordinal = ordinal
+        #: computes what a person calls this subtask
+        self.label: Callable[[], str] = self._default_label
+        #: the outcome, None while the subtask has not ended
+        self.outcome_now: Outcome[T] | None = None
+        self._ended: anyio.Event | None = None
+
+    def __repr__(self) -> str:
+        return f"<Handle {self.label()} {'running' if self.outcome_now is None else self.outcome_now!r}>"
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._result().__await__()
+
+    async def outcome(self) -> Outcome[T]:
+        """Wait for the end and return how it ended."""
+        if self.outcome_now is None:
+            if self._ended is None:
+                self._ended = anyio.Event()
+            await self._ended.wait()
+            assert self.outcome_now is not None
+        return self.outcome_now
+
+    async def _result(self) -> T:
+        outcome = await self.outcome()
+        match outcome:
+            case Ok():
+                return outcome.value
+            case Failed():
+                raise SubtaskFailed(f"{self.label()} failed: {outcome.error!r}") from outcome.error
+            case Skipped():
+                raise SubtaskSkipped(f"{self.label()} did not finish: {outcome.reason}")
+
+    def _set(self, outcome: Outcome[T]) -> None:
+        self.outcome_now = outcome
+        if self._ended is not None:
+            self._ended.set()
+
+    def _default_label(self) -> str:
+        return f"subtask {self.ordinal}"
+
+
+class Results(Generic[T]):
+    """The results of a fan-out as its reducer sees them: an async iterator, for one task, once."""
+
+    __slots__ = ("_budget", "_kernel", "_map")
+
+    def __init__(self, kernel: _Kernel[Any, T], map_: Callable[[Handle[T]], Any]) -> None:
+        self._kernel = kernel
+        self._map = map_
+        self._budget = BUDGET
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        kernel = self._kernel
+        while True:
+            if not kernel.ready:
+                if kernel.ended:
+                    kernel.raise_failures()
+                    raise StopAsyncIteration
+                await kernel.wait_ready()
+                self._budget = BUDGET
+                continue
+            self._budget -= 1
+            if not self._budget:
+                self._budget = BUDGET
+                await anyio.lowlevel.checkpoint()
+            handle = kernel.take()
+            if isinstance(handle.outcome_now, Ok) or kernel.policy.on_error == "collect":
+                return self._map(handle)
+
+
+async def run_fan_out(
+    source: Callable[[], Any],
+    work: Callable[[Handle[T]], Coroutine[Any, Any, T]],
+    consume: Callable[[AsyncIterator[Any]], Awaitable[R]],
+    policy: Policy,
+    *,
+    result: Callable[[Handle[T]], Any],
+) -> R:
+    """Run a source's subtasks, at most ``policy.limit`` in flight, and reduce their results in the caller's task.
+
+    :param source: called once for an (async) iterable of specs, listed nowhere; a generator is sent each spec's Handle.
+    :param work: runs one subtask; ``handle.spec`` is what the source yielded. It may set ``handle.label``.
+    :param consume: the reducer, given the results as an async iterator. When it returns, subtasks that still run
+        are cancelled and their clean-up is awaited.
+    :param result: what the reducer sees of an ended subtask; called only for results that it is given.
+    :return: what ``consume`` returned.
+    :raises Exception: the one error of a failed subtask or of the source, with a note naming the subtask; an
+        ExceptionGroup of several; or the reducer's own.
+    """
+    kernel = _Kernel(source, work, policy)
+    failure: Exception | None = None
+    async with anyio.create_task_group() as group:
+        group.start_soon(kernel.work, name="arun fan-out")
+        try:
+            reduced = await consume(Results(kernel, result))
+        except Exception as exc:  # noqa: BLE001 - raised below, outside of the group, which would wrap it
+            failure = exc
+        finally:
+            kernel.cancel()
+    if failure is not None:
+        raise failure
+    return reduced  # pyright: ignore[reportPossiblyUnbound]  # either bound or failed
+
+
+class FanOut(Generic[T]):
+    """Outcomes of a fan-out as a plain async iterator, made by :func:`fan_out`.
+
+    The work belongs to the Runtime and not to the frame that iterates, so this may be used in anybody's generator;
+    it starts with the first item asked for. Leaving it (``aclose()`` or garbage collection) cancels what still runs.
+    """
+
+    def __init__(self, source: Any, policy: Policy) -> None:
+        self._kernel: _Kernel[Any, T] = _Kernel(lambda: source, _await_spec, policy)
+        self._results = Results(self._kernel, lambda handle: handle.outcome_now)
+        self._background: Background[None] | None = None
+
+    def __aiter__(self) -> AsyncIterator[Outcome[T]]:
+        return self
+
+    async def __anext__(self) -> Outcome[T]:
+        if self._background is None:
+            self._background = Runtime.current().start(self._kernel.work, name="arun fan_out")
+        return cast("Outcome[T]", await self._results.__anext__())
+
+    def statistics(self) -> FanOutStatistics:
+        """Counts of this fan-out's subtasks and workers."""
+        return self._kernel.statistics()
+
+    async def aclose(self) -> None:
+        """Cancel what still runs and wait for its clean-up."""
+        self._kernel.cancel()
+        if self._background is not None:
+            await self._background.wait()
+
+    def __del__(self) -> None:
+        background = self._background
+        if background is not None and not background.done:
+            background.cancel_soon()
+
+
+def fan_out(source: Any, policy: Policy | None = None) -> FanOut[Any]:
+    """Await many awaitables, bounded, and iterate over their outcomes as they end.
+
+    :param source: an (async) iterable or generator of awaitables; read only as slots come free, so it may be endless.
+    :param policy: limit, order and what a failure does; by default ``Policy()``.
+
+    >>> async for outcome in fan_out(fetch(url) for url in urls):
+    ...     print(outcome.value)
+    """
+    return FanOut(source, policy or Policy())
+
+
+async def _await_spec(handle: Handle[T]) -> T:
+    if not inspect.isawaitable(handle.spec):
+        raise MisuseError(
+            f"fan_out() was given a {type(handle.spec).__name__}, {handle.spec!r:.80}; "
+            "yield awaitables, for example coroutines: fan_out(fetch(url) for url in urls)"
+        )
+    return cast("T", await handle.spec)
+
+
+_NO_WORK: Final = Skipped("cancelled")
+
+
+class _Kernel(Generic[S, T]):
+    """State and work side of one fan-out; see the module's theory of operation."""
+
+    __slots__ = (
+        "_consumer",
+        "_context",
+        "_failures",
+        "_group",
+        "_idle",
+        "_in_flight",
+        "_next",
+        "_pending",
+        "_reorder",
+        "_run",
+        "_runnable",
+        "_scope",
+        "_slot",
+        "_source",
+        "_source_ended",
+        "_submitted",
+        "_succeeded",
+        "_workers",
+        "ended",
+        "failed",
+        "policy",
+        "ready",
+    )
+
+    def __init__(
+        self, source: Callable[[], Any], run: Callable[[Handle[T]], Coroutine[Any, Any, T]], policy: Policy
+    ) -> None:
+        self.policy = policy
+        #: ended subtasks that the reducer may take
+        self.ready: deque[Handle[T]] = deque()
+        #: whether source and workers have ended, clean-up included
+        self.ended = False
+        self.failed = 0
+        self._source = source
+        self._run = run
+        self._scope = anyio.CancelScope()
+        self._pending: deque[Handle[T]] = deque()
+        self._reorder: dict[int, Handle[T]] | None = {} if policy.order == "submitted" else None
+        self._next = 0
+        self._failures: list[Exception] = []
+        self._in_flight = self._submitted = self._succeeded = self._workers = self._runnable = 0
+        self._source_ended = False
+        self._idle: list[anyio.Event] = []
+        self._slot: anyio.Event | None = None
+        self._consumer: anyio.Event | None = None
+        self._group: TaskGroup | None = None
+        #: the caller's contextvars, of which every subtask gets a copy
+        self._context: Context = copy_context()
+
+    # -- consumer side ---------------------------------------------------------------------------
+
+    def take(self) -> Handle[T]:
+        """The next ended subtask; its slot is free from now on."""
+        handle = self.ready.popleft()
+        self._in_flight -= 1
+        if self._slot is not None:
+            self._slot.set()
+            self._slot = None
+        return handle
+
+    async def wait_ready(self) -> None:
+        """Wait until a result is ready or the work has ended."""
+        self._consumer = anyio.Event()
+        await self._consumer.wait()
+
+    def raise_failures(self) -> None:
+        """Raise what failed, if anything did: one error as itself, several as a group."""
+        failures, self._failures = self._failures, []
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise ExceptionGroup(f"{len(failures)} subtasks failed", failures)
+
+    def cancel(self) -> None:
+        """Cancel what still runs on the work side."""
+        self._scope.cancel()
+
+    def statistics(self) -> FanOutStatistics:
+        return FanOutStatistics(
+            self._submitted,
+            self._in_flight,
+            len(self._pending),
+            len(self.ready) + len(self._reorder or ()),
+            self._succeeded,
+            self.failed,
+            self._workers,
+        )
+
+    # -- work side -----------------------------------------------------------------------------------
+
+    async def work(self) -> None:
+        """Host the source and run the workers until both have ended."""
+        try:
+            with self._scope:
+                async with anyio.create_task_group() as self._group:
+                    await self._host_source()
+                    self._source_ended = True
+                    while self._idle:
+                        self._idle.pop().set()
+        finally:
+            for handle in self._pending:
+                handle._set(_NO_WORK)  # pyright: ignore[reportPrivateUsage]  # the kernel's own other half
+                if inspect.iscoroutine(handle.spec):
+                    handle.spec.close()
+            self._pending.clear()
+            self.ended = True
+            self._wake_consumer()
+
+    async def _host_source(self) -> None:
+        budget = BUDGET
+        with anyio.CancelScope() as scope:
+            try:
+                source = await as_async_iterator(self._source())
+                if source is None:
+                    raise MisuseError("the source of a fan-out is neither iterable nor async iterable")
+            except Exception as exc:  # noqa: BLE001 - travels in-band to the consumer
+                self._fail(exc)
+                return
+            send = getattr(source, "asend", None)
+            handle: Handle[T] | None = None
+            try:
+                while True:
+                    if self._in_flight >= self.policy.limit:
+                        await self._wait_slot()
+                        budget = BUDGET
+                    spec = await (send(handle) if send is not None else source.__anext__())
+                    handle = self._submit(spec)
+                    budget -= 1
+                    if not budget:
+                        budget = BUDGET
+                        await anyio.lowlevel.checkpoint()
+            except StopAsyncIteration:
+                pass
+            except Exception as exc:  # noqa: BLE001 - travels in-band to the consumer
+                self._fail(exc)
+            finally:
+                # The source's own scopes, if it is suspended in any, nest inside this one.
+                scope.shield = True
+                scope.deadline = anyio.current_time() + GRACE
+                await close(source)
+
+    async def _wait_slot(self) -> None:
+        while self._in_flight >= self.policy.limit:
+            self._slot = anyio.Event()
+            await self._slot.wait()
+
+    def _submit(self, spec: Any) -> Handle[T]:
+        handle: Handle[T] = Handle(spec, self._submitted)
+        self._submitted += 1
+        self._in_flight += 1
+        self._pending.append(handle)
+        if not self._runnable:
+            self._wake_worker()
+        return handle
+
+    def _wake_worker(self) -> None:
+        if self._idle:
+            self._runnable += 1
+            self._idle.pop().set()
+        elif self._workers < self.policy.limit:
+            self._runnable += 1
+            self._workers += 1
+            assert self._group is not None
+            self._group.start_soon(self._worker, name="arun worker")
+
+    async def _worker(self) -> None:
+        budget = BUDGET
+        while True:
+            while self._pending:
+                await self._run_one(self._pending.popleft())
+                budget -= 1
+                if not budget:
+                    budget = BUDGET
+                    await anyio.lowlevel.checkpoint()
+            self._runnable -= 1
+            if self._source_ended:
+                return
+            wake = anyio.Event()
+            self._idle.append(wake)
+            await wake.wait()
+            if self._source_ended and not self._pending:
+                return
+
+    async def _run_one(self, handle: Handle[T]) -> None:
+        outcome: Outcome[T]
+        try:
+            outcome = Ok(await self._isolate(self._run(handle)))
+        except anyio.get_cancelled_exc_class() as exc:
+            if anyio.current_effective_deadline() == -math.inf:
+                handle._set(_NO_WORK)  # pyright: ignore[reportPrivateUsage]
+                raise
+            error = RuntimeError(f"{handle.label()} raised {type(exc).__name__} though nobody had cancelled it")
+            outcome = Failed(error)
+        except StopAsyncIteration as exc:
+            error = RuntimeError(f"{handle.label()} raised StopAsyncIteration, which would end its results early")
+            error.__cause__ = exc
+            outcome = Failed(error)
+        except Exception as exc:  # noqa: BLE001 - travels in-band to the consumer
+            outcome = Failed(exc)
+        self._finish(handle, outcome)
+
+    @types.coroutine
+    def _isolate(self, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+        # As hosting.in_context, and it tells the kernel when this worker is no longer free to go on.
+        run = self._context.copy().run
+        step: Callable[..., Any] = coroutine.send
+        argument: Any = None
+        suspended = False
+        try:
+            while True:
+                try:
+                    trap = run(step, argument)
+                except StopIteration as stop:
+                    return cast("T", stop.value)
+                if not suspended:
+                    suspended = True
+                    self._runnable -= 1
+                    if self._pending and not self._runnable:
+                        self._wake_worker()
+                try:
+                    argument = yield trap
+                    step = coroutine.send
+                except BaseException as exc:  # noqa: BLE001 - thrown on into the coroutine, cancellation included
+                    argument = exc
+                    step = coroutine.throw
+        finally:
+            if suspended:
+                self._runnable += 1
+
+    def _finish(self, handle: Handle[T], outcome: Outcome[T]) -> None:
+        handle._set(outcome)  # pyright: ignore[reportPrivateUsage]
+        if isinstance(outcome, Ok):
+            self._succeeded += 1
+        else:
+            assert isinstance(outcome, Failed)
+            self.failed += 1
+            if self.policy.on_error == "fail" or isinstance(outcome.error, MisuseError):
+                outcome.error.add_note(f"in {handle.label()}")
+                self._fail(outcome.error)
+                self._in_flight -= 1
+                return
+            log.info("subtask.failed", subtask=handle.label(), error=repr(outcome.error), on_error=self.policy.on_error)
+        if self._reorder is None:
+            self.ready.append(handle)
+        else:
+            self._reorder[handle.ordinal] = handle
+            while (following := self._reorder.pop(self._next, None)) is not None:
+                self._next += 1
+                self.ready.append(following)
+        self._wake_consumer()
+
+    def _fail(self, error: Exception) -> None:
+        self._failures.append(error)
+        self._scope.cancel()
+
+    def _wake_consumer(self) -> None:
+        if self._consumer is not None:
+            self._consumer.set()
+            self._consumer = None

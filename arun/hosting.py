@@ -1,0 +1,133 @@
+"""Hosting: how the runtime drives what users write.
+
+The laws of a hosted generator:
+
+1. One driver. Exactly one task calls ``__anext__``, ``asend`` and ``aclose`` on it.
+2. Its own context. It and everything that it calls run in one copy of the caller's contextvars; what it sets there
+   never leaks to its consumer, nor the other way round.
+3. One cancel scope, entered before its first step and left after its last. On the way out the scope is shielded and the
+   generator closed, so that its clean-up is awaited under ``GRACE`` seconds, whatever ended it. (A scope opened around
+   ``aclose()`` alone would not nest with scopes that the generator itself holds; PEP 789.)
+4. Every sixty-four items a real checkpoint, so that a generator that never awaits can't starve the loop.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable
+from contextvars import Context, copy_context
+from typing import Any, Final, TypeVar
+
+import anyio
+import anyio.lowlevel
+
+__all__ = ("BUDGET", "GRACE", "as_async_iterator", "close", "drive", "in_context")
+
+T = TypeVar("T")
+
+#: Items handled without a task switch before a real checkpoint is due.
+BUDGET: Final = 64
+#: Seconds that a generator's clean-up may take once it is being closed.
+GRACE: Final = 5.0
+
+
+@types.coroutine
+def in_context(context: Context, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
+    """Await ``coroutine`` in the current task, but in ``context``."""
+    step: Callable[..., Any] = coroutine.send
+    argument: Any = None
+    while True:
+        try:
+            trap = context.run(step, argument)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]  # the coroutine's result
+        try:
+            argument = yield trap
+            step = coroutine.send
+        except BaseException as exc:  # noqa: BLE001 - thrown on into the coroutine, cancellation included
+            argument = exc
+            step = coroutine.throw
+
+
+async def drive(
+    generator: AsyncIterator[Any],
+    receive: Callable[[Any], Awaitable[None] | None],
+    context: Context | None = None,
+) -> None:
+    """Run an async generator to its end and hand every item to ``receive``, which may suspend.
+
+    The generator is closed and its clean-up awaited on every way out.
+
+    :param generator: anything with ``__anext__``; driven by this task alone.
+    :param receive: called with each item in order; an awaitable that it returns is awaited before the next step.
+    :param context: the contextvars of the generator; by default a copy of the caller's.
+    """
+    context = copy_context() if context is None else context
+    left = BUDGET
+    with anyio.CancelScope() as scope:
+        try:
+            while True:
+                try:
+                    item = await in_context(context, _step(generator))
+                except StopAsyncIteration:
+                    return
+                pending = receive(item)
+                if pending is not None:
+                    await pending
+                left -= 1
+                if not left:
+                    left = BUDGET
+                    await anyio.lowlevel.checkpoint()
+        finally:
+            scope.shield = True
+            scope.deadline = anyio.current_time() + GRACE
+            await in_context(context, close(generator))
+
+
+async def close(iterator: AsyncIterator[Any] | Iterable[Any]) -> None:
+    """Close a generator of either kind; anything else is left alone."""
+    if isinstance(iterator, Generator):
+        iterator.close()
+    else:
+        aclose = getattr(iterator, "aclose", None)
+        if aclose is not None:
+            await aclose()
+
+
+async def as_async_iterator(produced: Any) -> AsyncIterator[Any] | None:
+    """An async iterator over any (async) iterable, awaitable or not; None if it is neither.
+
+    Iterating a plain iterable neither lists it nor checkpoints: :func:`drive` does the latter.
+    """
+    if inspect.isawaitable(produced):
+        produced = await produced
+    if isinstance(produced, AsyncIterable):
+        return aiter(produced)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+    if isinstance(produced, Iterable) and not isinstance(produced, (str, bytes)):
+        return _PlainIterator(produced)  # pyright: ignore[reportUnknownArgumentType]
+    return None
+
+
+class _PlainIterator:
+    """A plain iterable with ``__anext__``; closing it closes the generator inside."""
+
+    __slots__ = ("_iterator",)
+
+    def __init__(self, iterable: Iterable[Any]) -> None:
+        self._iterator = iter(iterable)
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        for item in self._iterator:
+            return item
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        await close(self._iterator)  # pyright: ignore[reportArgumentType]
+
+
+async def _step(generator: AsyncIterator[Any]) -> Any:
+    return await generator.__anext__()

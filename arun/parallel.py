@@ -1,0 +1,335 @@
+"""Parallel actions: subtasks yielded as they come, run bounded, reduced as they end. All on the kernel in fanout.py.
+
+``MapStates`` runs one action over many States, ``MapActions`` many actions over one State, ``MapActionsAndStates`` their
+product, and ``TaskBasedParallelAction`` whatever its ``tasks`` yields. ``RunnableGraph`` makes a graph an action like any
+other, so a subtask may be a whole graph.
+
+``states``, ``actions`` and ``tasks`` may be async generators, generators, or return any (async) iterable. Nothing is listed up front:
+a subtask starts when it is yielded and a slot is free, so an endless source is fine.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextvars import copy_context
+from typing import Any, cast
+
+from arun.actions import Action, Collector, as_action, perform, take_step
+from arun.context import ApplicationContext
+from arun.errors import MisuseError
+from arun.events import SubtaskFinished, SubtaskStarted
+from arun.fanout import Handle, run_fan_out
+from arun.graph import Graph, GraphBuilder, check_entrypoint
+from arun.hosting import as_async_iterator, close, drive, in_context
+from arun.outcomes import Ok
+from arun.policies import Policy
+from arun.state import State
+
+__all__ = (
+    "MapActions",
+    "MapActionsAndStates",
+    "MapStates",
+    "RunnableGraph",
+    "SubGraphTask",
+    "TaskBasedParallelAction",
+)
+
+_DEFAULT_POLICY = Policy()
+
+
+class RunnableGraph(Action):
+    """A graph as an action: runs from the entrypoint until one of ``halt_after`` has run, or no transition leads on.
+
+    :param graph: the graph.
+    :param entrypoint: name of its first action.
+    :param halt_after: names or ``"@tag:x"`` selectors of the actions that it ends with.
+    :raises MisuseError: for names that the graph does not have.
+    """
+
+    def __init__(self, graph: Graph, entrypoint: str, halt_after: str | Sequence[str] = ()) -> None:
+        check_entrypoint(graph, entrypoint)
+        self.graph = graph
+        self.entrypoint = entrypoint
+        self.halt_after = graph.select(halt_after, what="halt_after")
+        self.name = entrypoint
+        self.reads = list(graph.unwritten_reads(entrypoint))
+        self.writes = sorted({key for inner in graph.actions.values() for key in inner.writes})
+
+    @classmethod
+    def create(cls, candidate: Any) -> RunnableGraph:
+        """A RunnableGraph of one action; a RunnableGraph is returned as it is."""
+        if isinstance(candidate, RunnableGraph):
+            return candidate
+        only = as_action(candidate, where="RunnableGraph.create")
+        return cls(GraphBuilder().with_actions(only).build(), only.display_name, [only.display_name])
+
+    @property
+    def required_writes(self) -> frozenset[str]:
+        """None: which actions run depends on the State, and each is held to its own writes."""
+        return frozenset()
+
+    async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> tuple[Any, State]:
+        current: str | None = self.entrypoint
+        committed, result, sequence_id = state, None, 0
+        while current is not None:
+            step = context.child(current, self.display_name, sequence_id=sequence_id, inputs={**self._bound, **inputs})
+            result, changes = await take_step(self.graph.actions[current], committed, step)
+            committed = committed.committed(changes, current)
+            state = state.absorb(changes)
+            sequence_id += 1
+            current = None if current in self.halt_after else await self.graph.following(current, committed)
+        return result, state
+
+
+class SubGraphTask:
+    """One subtask of a :class:`TaskBasedParallelAction`.
+
+    :param graph: what runs: an action or a :class:`RunnableGraph`.
+    :param state: the State that it runs on.
+    :param inputs: its inputs, on top of the run's own.
+    :param key: a name of it that no sibling has; ``application_id`` is Burr's name for it.
+    :param label: what a person calls it; by default the action's name and the fields that ``state`` was given.
+    """
+
+    __slots__ = ("action", "inputs", "key", "label", "state")
+
+    def __init__(
+        self,
+        graph: Any,
+        state: State,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        key: str | None = None,
+        label: str | None = None,
+        application_id: str | None = None,
+    ) -> None:
+        if not isinstance(state, State):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"SubGraphTask(state=...) takes a State, not a {type(state).__name__}")
+        self.action = as_action(graph, where="SubGraphTask(graph=...)")
+        self.state = state
+        self.inputs: Mapping[str, Any] = inputs or {}
+        self.key = key if key is not None else application_id
+        self.label = label
+
+    def describe(self) -> str:
+        """The label."""
+        if self.label is not None:
+            return self.label
+        fields = {**self.action.bound, **self.inputs, **self.state.delta.written}
+        shown = ", ".join(f"{name}={_short(value)}" for name, value in fields.items())
+        return f"{self.action.display_name}({shown})"
+
+
+class TaskBasedParallelAction(Action):
+    """Runs the subtasks that ``tasks`` yields and reduces their final States as they end.
+
+    :cvar policy: how many at once, in which order, what a failure does.
+    """
+
+    policy: Policy = _DEFAULT_POLICY
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        reduce = cls.reduce
+        if not (inspect.iscoroutinefunction(reduce) or inspect.isasyncgenfunction(reduce)):
+            raise MisuseError(
+                f"{cls.__qualname__}.reduce is a plain function; it gets its States as they arrive, so write "
+                "`async def reduce(self, state, states)` and `async for done in states:`; return the State, "
+                "or yield partial States"
+            )
+
+    @abstractmethod
+    def tasks(self, state: State, context: ApplicationContext, inputs: dict[str, Any]) -> Any:
+        """The subtasks, as an (async) generator or any (async) iterable of :class:`SubGraphTask`.
+
+        In an async generator ``handle = yield SubGraphTask(...)`` gives a started, awaitable handle.
+        """
+
+    @abstractmethod
+    async def reduce(self, state: State, states: AsyncIterator[Any]) -> Any:
+        """Combine the subtasks' final States: a coroutine that returns the State, or an async generator that yields
+        partial States, of which the last is the result. Returning early cancels the subtasks that still run.
+        """
+
+    @property
+    def inputs(self) -> Sequence[str] | tuple[Sequence[str], Sequence[str]]:
+        return ()
+
+    def _check_bind(self, inputs: Mapping[str, Any]) -> None:
+        """Any name may be bound: it reaches ``tasks`` in ``inputs`` and the subtasks that declare it."""
+
+    async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> tuple[Any, State]:
+        given = {**inputs, **self._bound}
+        collector = Collector(self.display_name, context)
+        taken_keys: set[str] = set()
+
+        async def run_subtask(handle: Handle[State]) -> State:
+            task = handle.spec
+            if not isinstance(task, SubGraphTask):
+                raise MisuseError(
+                    f"{self.display_name}.tasks yielded a {type(task).__name__}, {task!r:.80}; "
+                    "yield SubGraphTask(graph=..., state=...)"
+                )
+            handle.label = task.describe
+            if task.key is not None:
+                if task.key in taken_keys:
+                    raise MisuseError(f"two subtasks of {self.display_name!r} have the key {task.key!r}; keys are unique")
+                taken_keys.add(task.key)
+            branch = task.key if task.key is not None else f"{task.action.display_name}[{handle.ordinal}]"
+            below = context.child(task.action.display_name, self.display_name, branch, inputs=given)
+            if not context.run.listening:
+                return await _final_state(task, below)
+            return await _observed(task, handle, below)
+
+        async def consume(states: AsyncIterator[Any]) -> None:
+            reduced: Any = self.reduce(state, states)
+            if isinstance(reduced, AsyncGenerator):
+                await drive(cast("AsyncGenerator[Any, None]", reduced), collector.take)
+            else:
+                collector.state = _reduced(self.display_name, await in_context(copy_context(), reduced))
+
+        await run_fan_out(
+            lambda: self.tasks(state, context, {**context.inputs, **given}),
+            run_subtask,
+            consume,
+            self.policy,
+            result=self._present,
+        )
+        return collector.performed()
+
+    def _present(self, handle: Handle[State]) -> Any:
+        outcome = handle.outcome_now
+        return outcome.value if isinstance(outcome, Ok) and self.policy.on_error != "collect" else outcome
+
+
+class MapStates(TaskBasedParallelAction):
+    """One action over many States."""
+
+    @abstractmethod
+    def action(self, state: State, inputs: dict[str, Any]) -> Any:
+        """The action, or a :class:`RunnableGraph`."""
+
+    @abstractmethod
+    def states(self, state: State, context: ApplicationContext, inputs: dict[str, Any]) -> Any:
+        """The States to run it on, as an (async) generator or any (async) iterable."""
+
+    async def tasks(
+        self, state: State, context: ApplicationContext, inputs: dict[str, Any]
+    ) -> AsyncGenerator[SubGraphTask, Any]:
+        """One subtask a State."""
+        action = await _maybe_await(self.action(state, inputs))
+        states = await _iterate(self.states(state, context, inputs), self, "states")
+        try:
+            async for one in states:
+                yield SubGraphTask(action, _as_state(one, self, "states"))
+        finally:
+            await close(states)
+
+
+class MapActions(TaskBasedParallelAction):
+    """Many actions over one State."""
+
+    @abstractmethod
+    def actions(self, state: State, context: ApplicationContext, inputs: dict[str, Any]) -> Any:
+        """The actions, as an (async) generator or any (async) iterable."""
+
+    def state(self, state: State, inputs: dict[str, Any]) -> Any:
+        """The State that each of them runs on; by default the parent's."""
+        return state
+
+    async def tasks(
+        self, state: State, context: ApplicationContext, inputs: dict[str, Any]
+    ) -> AsyncGenerator[SubGraphTask, Any]:
+        """One subtask an action."""
+        shared = _as_state(await _maybe_await(self.state(state, inputs)), self, "state")
+        actions = await _iterate(self.actions(state, context, inputs), self, "actions")
+        try:
+            async for action in actions:
+                yield SubGraphTask(action, shared)
+        finally:
+            await close(actions)
+
+
+class MapActionsAndStates(TaskBasedParallelAction):
+    """Every action over every State: actions outside, States inside; ``states`` is called anew for each action."""
+
+    @abstractmethod
+    def actions(self, state: State, context: ApplicationContext, inputs: dict[str, Any]) -> Any:
+        """The actions, as an (async) generator or any (async) iterable."""
+
+    @abstractmethod
+    def states(self, state: State, context: ApplicationContext, inputs: dict[str, Any]) -> Any:
+        """The States, as an (async) generator or any (async) iterable."""
+
+    async def tasks(
+        self, state: State, context: ApplicationContext, inputs: dict[str, Any]
+    ) -> AsyncGenerator[SubGraphTask, Any]:
+        """One subtask for every pair."""
+        actions = await _iterate(self.actions(state, context, inputs), self, "actions")
+        try:
+            async for action in actions:
+                states = await _iterate(self.states(state, context, inputs), self, "states")
+                try:
+                    async for one in states:
+                        yield SubGraphTask(action, _as_state(one, self, "states"))
+                finally:
+                    await close(states)
+        finally:
+            await close(actions)
+
+
+async def _final_state(task: SubGraphTask, context: ApplicationContext) -> State:
+    _, changes = await perform(task.action, task.state, task.inputs, context)
+    return task.state.absorb(changes).with_origin(task.action.display_name)
+
+
+async def _observed(task: SubGraphTask, handle: Handle[State], context: ApplicationContext) -> State:
+    label = handle.label()
+    await context.emit(SubtaskStarted, label=label, ordinal=handle.ordinal)
+    started = time.perf_counter()
+    try:
+        state = await _final_state(task, context)
+    except Exception as exc:
+        seconds, error = time.perf_counter() - started, f"{type(exc).__qualname__}: {exc}"
+        await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, error=error)
+        raise
+    seconds = time.perf_counter() - started
+    await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds)
+    return state
+
+
+def _reduced(name: str, reduced: Any) -> State:
+    if not isinstance(reduced, State):
+        raise MisuseError(f"{name}.reduce returned {reduced!r:.80}; it returns the new State: state.update(...)")
+    return reduced
+
+
+def _as_state(candidate: Any, owner: Action, method: str) -> State:
+    if not isinstance(candidate, State):
+        raise MisuseError(
+            f"{type(owner).__qualname__}.{method} gave a {type(candidate).__name__}, {candidate!r:.80}; "
+            "it gives States: yield state.update(...)"
+        )
+    return candidate
+
+
+async def _maybe_await(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+async def _iterate(produced: Any, owner: Action, method: str) -> AsyncIterator[Any]:
+    iterator = await as_async_iterator(produced)
+    if iterator is None:
+        raise MisuseError(
+            f"{type(owner).__qualname__}.{method} gave {produced!r:.80}, which can't be iterated over; "
+            f"make it a generator: async def {method}(...): yield ..."
+        )
+    return iterator
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."

@@ -1,0 +1,257 @@
+"""State: what an application knows, immutable and cheap to update.
+
+A State is a shared, never mutated ``base`` dict under a small ``overlay`` of newer values. An update
+copies the overlay only, so its cost does not grow with the fields that it leaves alone; the overlay is
+folded into a new base once it holds ``_FOLD_AT`` keys, which spreads the cost of that copy over as many updates.
+Beside it a State keeps its ``delta``: what was written since the last commit, which is all that a store has to
+write and all that the checks of declared writes have to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from typing import Any, Final
+
+import msgspec
+
+from arun.errors import MisuseError
+
+__all__ = ("Scope", "State", "StateDelta")
+
+_FOLD_AT: Final = 64
+_DELETED: Final = msgspec.UNSET
+_NOTHING: Final[dict[str, Any]] = {}
+
+
+class StateDelta(msgspec.Struct, frozen=True):
+    """What was written between two commits of a State.
+
+    :ivar written: new values by key.
+    :ivar deleted: keys that were removed.
+    """
+
+    written: dict[str, Any]
+    deleted: frozenset[str]
+
+
+class Scope(msgspec.Struct, frozen=True):
+    """Which keys an action may read: those it declares in ``reads`` and ``writes``."""
+
+    action: str
+    readable: frozenset[str]
+
+
+class State(Mapping[str, Any]):
+    """An immutable mapping from names to values; every operation returns a new State.
+
+    Values are shared, never copied: change them through the State's operations and not in place.
+
+    :param initial: first values; the mapping itself is copied, its values are not.
+
+    >>> state = State({"n": 1}).update(n=2, log=[])
+    >>> state["n"], state.append(log="x")["log"]
+    (2, ['x'])
+    """
+
+    __slots__ = ("_base", "_changed", "_overlay", "_scope", "action")
+
+    #: Name of the action whose result this State is; None for any other State.
+    action: str | None
+
+    def __init__(self, initial: Mapping[str, Any] | None = None) -> None:
+        self._base: dict[str, Any] = _NOTHING
+        self._overlay: dict[str, Any] = dict(initial) if initial else _NOTHING
+        self._changed: dict[str, Any] = self._overlay
+        self._scope: Scope | None = None
+        self.action = None
+        if len(self._overlay) > _FOLD_AT:
+            self._base, self._overlay = self._overlay, _NOTHING
+
+    # -- operations ------------------------------------------------------------------------------
+
+    def update(self, **values: Any) -> State:
+        """Set fields."""
+        return self._with(values)
+
+    def append(self, **values: Any) -> State:
+        """Append one value to each named list field; a missing field counts as empty.
+
+        :raises TypeError: if a field holds something else than a list.
+        """
+        return self._with({key: [*self._list(key, "append"), value] for key, value in values.items()})
+
+    def extend(self, **values: Iterable[Any]) -> State:
+        """Append all of several values to each named list field; a missing field counts as empty.
+
+        :raises TypeError: if a field holds something else than a list.
+        """
+        return self._with({key: [*self._list(key, "extend"), *more] for key, more in values.items()})
+
+    def increment(self, **values: float) -> State:
+        """Add to each named number field; a missing field counts as 0."""
+        return self._with({key: self._get(key, 0) + by for key, by in values.items()})
+
+    def wipe(self, delete: Collection[str] | None = None, keep: Collection[str] | None = None) -> State:
+        """Remove the keys in ``delete``, or all but those in ``keep``, or, given neither, all.
+
+        :raises ValueError: if both are given.
+        """
+        if delete is not None and keep is not None:
+            raise ValueError("wipe() takes either delete or keep, not both")
+        if delete is None:
+            delete = [key for key in self._keys() if key not in (keep or ())]
+        return self._with(dict.fromkeys((key for key in delete if self._has(key)), _DELETED))
+
+    def merge(self, other: Mapping[str, Any]) -> State:
+        """Set all fields of another State or mapping; where both have a key, the other's value wins."""
+        return self._with(dict(other))
+
+    def subset(self, *keys: str, ignore_missing: bool = True) -> State:
+        """A State of the named fields only.
+
+        :param ignore_missing: if False, a key that is not there is a KeyError.
+        """
+        return State({key: self[key] for key in keys if not ignore_missing or self._has(key)})
+
+    def get_all(self) -> dict[str, Any]:
+        """All fields as a new dict."""
+        return {key: self._get(key, None) for key in self}
+
+    @property
+    def delta(self) -> StateDelta:
+        """What was written since the last commit (an action's result: what that action wrote)."""
+        changed = self._changed
+        return StateDelta(
+            {key: value for key, value in changed.items() if value is not _DELETED},
+            frozenset(key for key, value in changed.items() if value is _DELETED),
+        )
+
+    # -- Mapping -----------------------------------------------------------------------------------
+
+    def __getitem__(self, key: str) -> Any:
+        scope = self._scope
+        if scope is not None and key not in scope.readable and key not in self._changed:
+            self._refuse(key)
+        value = self._overlay.get(key, _MISSING)
+        if value is _MISSING:
+            value = self._base.get(key, _MISSING)
+        if value is _MISSING or value is _DELETED:
+            known = ", ".join(sorted(map(str, self))) or "none"
+            raise KeyError(f"state has no key {key!r}; it has: {known}")
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        scope = self._scope
+        if scope is not None and key not in scope.readable and key not in self._changed:
+            return False
+        return self._has(key)
+
+    def __iter__(self) -> Iterator[str]:
+        scope = self._scope
+        if scope is None:
+            return iter(self._keys())
+        return iter([key for key in self._keys() if key in scope.readable or key in self._changed])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        return f"State({self.get_all()!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (State, (self.get_all(),))
+
+    __hash__ = None  # type: ignore[assignment]  # values may be unhashable, as in a dict
+
+    # -- for the runtime -----------------------------------------------------------------------------
+
+    def scoped(self, scope: Scope | None) -> State:
+        """This State with an empty delta, readable only as ``scope`` allows."""
+        return self._new(self._base, self._overlay, _NOTHING, scope, None)
+
+    def committed(self, changes: State, action: str | None = None) -> State:
+        """This State plus the delta of ``changes``, as the new committed State (its own delta is empty)."""
+        base, overlay = self._merged(changes._changed)
+        return self._new(base, overlay, _NOTHING, None, action)
+
+    def absorb(self, changes: State) -> State:
+        """This State with the delta of ``changes`` written to it, as if it had written it itself."""
+        return self._with(changes._changed)
+
+    def changed_from(self, earlier: State | None) -> dict[str, Any]:
+        """The fields of this State's delta whose values are other objects than in ``earlier``'s delta."""
+        before = earlier._changed if earlier is not None else _NOTHING
+        return {
+            key: value
+            for key, value in self._changed.items()
+            if value is not _DELETED and before.get(key, _MISSING) is not value
+        }
+
+    def written_keys(self) -> Set[str]:
+        """The keys of the delta, deleted ones included."""
+        return self._changed.keys()
+
+    def with_origin(self, action: str) -> State:
+        """This State, all of it readable, with ``action`` as the one that made it."""
+        return self._new(self._base, self._overlay, self._changed, None, action)
+
+    # -- private -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def _new(
+        cls,
+        base: dict[str, Any],
+        overlay: dict[str, Any],
+        changed: dict[str, Any],
+        scope: Scope | None,
+        action: str | None,
+    ) -> State:
+        state = cls.__new__(cls)
+        state._base = base
+        state._overlay = overlay
+        state._changed = changed
+        state._scope = scope
+        state.action = action
+        return state
+
+    def _with(self, values: dict[str, Any]) -> State:
+        base, overlay = self._merged(values)
+        return self._new(base, overlay, self._changed | values, self._scope, None)
+
+    def _merged(self, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        base, overlay = self._base, self._overlay | values
+        if len(overlay) > _FOLD_AT:
+            base = {key: value for key, value in (base | overlay).items() if value is not _DELETED}
+            overlay = _NOTHING
+        return base, overlay
+
+    def _has(self, key: object) -> bool:
+        value = self._overlay.get(key, _MISSING)  # type: ignore[call-overload]  # any object may be asked for
+        if value is _MISSING:
+            return key in self._base
+        return value is not _DELETED
+
+    def _get(self, key: str, default: Any) -> Any:
+        return self[key] if self._has(key) else default
+
+    def _list(self, key: str, operation: str) -> list[Any]:
+        value = self._get(key, [])
+        if not isinstance(value, list):
+            raise TypeError(f"{operation}({key}=...) needs a list in state[{key!r}], it holds a {type(value).__name__}")
+        return value  # pyright: ignore[reportUnknownVariableType]  # a field may hold a list of anything
+
+    def _keys(self) -> list[str]:
+        if not self._base:
+            return [key for key, value in self._overlay.items() if value is not _DELETED]
+        return [key for key, value in (self._base | self._overlay).items() if value is not _DELETED]
+
+    def _refuse(self, key: str) -> None:
+        assert self._scope is not None
+        action, readable = self._scope.action, ", ".join(sorted(self._scope.readable)) or "nothing"
+        raise MisuseError(
+            f"action {action!r} reads state[{key!r}], which it does not declare (it declares: {readable}); "
+            f"add {key!r} to its reads"
+        )
+
+
+_MISSING: Final = object()

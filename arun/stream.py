@@ -1,0 +1,190 @@
+"""RunStream: the events of one run as a plain async iterator, and the mailbox between the two.
+
+The run is a background work of the Runtime. It holds the mailbox and never the stream, so a stream that its consumer drops is
+collected, and that cancels the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final, Generic, Literal, Self, TypeAlias, TypeVar
+
+import anyio
+import msgspec
+
+from arun.context import Run
+from arun.errors import MisuseError
+from arun.events import Event, Item, Partial, RunCancelled, RunFailed, RunFinished
+from arun.runtime import Background, Runtime
+
+__all__ = ("Deliver", "RunStream")
+
+R = TypeVar("R")
+Deliver: TypeAlias = Literal["every", "latest"] | float
+
+_CAPACITY: Final = 64
+
+
+class RunStream(Generic[R]):
+    """An async iterator of the Events of one run; made by ``app.astream()``.
+
+    A failing run's error is raised after its ``RunFailed`` event.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Run], Awaitable[R]],
+        deliver: Deliver,
+        started: Callable[[Background[Any]], None],
+    ) -> None:
+        if isinstance(deliver, str) and deliver not in {"every", "latest"}:
+            raise MisuseError(f"deliver={deliver!r}: takes 'every', 'latest' or a number of seconds")
+        self._run = run
+        self._started = started
+        self._mailbox = _Mailbox(conflate=deliver != "every", period=0.0 if isinstance(deliver, str) else deliver)
+        self._background: Background[R] | None = None
+        self._closed = False
+        self._waiting = False
+
+    @property
+    def result(self) -> R:
+        """What ``arun()`` would have returned, once the stream has ended.
+
+        :raises MisuseError: while it has not.
+        :raises Exception: the run's own error.
+        """
+        if self._background is None or not self._background.done:
+            raise MisuseError("the run has not ended yet; iterate over the stream to its end, then take .result")
+        return self._background.result()
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._closed:
+            raise StopAsyncIteration
+        if self._waiting:
+            raise MisuseError("two tasks iterate over one stream; a stream has one consumer")
+        if self._background is None:
+            self._background = Runtime.current().start(_host, self._run, self._mailbox, name="arun run")
+            self._started(self._background)
+        self._waiting = True
+        try:
+            event = await self._mailbox.take()
+        finally:
+            self._waiting = False
+        if event is not None:
+            return event
+        self._closed = True
+        await self._background.wait()
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Cancel the run, if it still goes, and wait for its clean-up."""
+        self._closed = True
+        self._mailbox.close()
+        if self._background is not None and not self._background.done:
+            self._background.cancel()
+            with anyio.CancelScope(shield=True):
+                await self._background.ended()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        background = self._background
+        if background is not None and not background.done:
+            background.cancel_soon()
+
+
+async def _host(run: Callable[[Run], Awaitable[R]], mailbox: _Mailbox) -> R:
+    try:
+        return await run(Run(mailbox.put))
+    finally:
+        mailbox.end()
+
+
+class _Mailbox:
+    """Events on their way to one consumer; at most ``_CAPACITY`` lifecycle events and items wait in it."""
+
+    __slots__ = ("_conflate", "_ended", "_events", "_last", "_period", "_room", "_size", "_taker", "_urgent")
+
+    def __init__(self, *, conflate: bool, period: float) -> None:
+        self._conflate = conflate
+        self._period = period
+        # By key, in the order of arrival; only where events are conflated do two have the same key.
+        self._events: dict[object, Event] = {}
+        self._size = 0
+        self._urgent = 0
+        self._last = float("-inf")
+        self._ended = False
+        self._room: anyio.Event | None = None
+        self._taker: anyio.Event | None = None
+
+    async def put(self, event: Event) -> None:
+        """Add an event; waits for room unless it is a run's last one, or the consumer has left."""
+        final = isinstance(event, (RunFinished, RunFailed, RunCancelled))
+        while self._size >= _CAPACITY and not final and not self._ended:
+            self._room = self._room or anyio.Event()
+            await self._room.wait()
+        if self._ended:
+            return
+        conflatable = self._conflate and isinstance(event, (Partial, Item))
+        if not conflatable:
+            self._urgent += 1
+            self._size += 1
+            self._events[event.seq] = event
+        else:
+            key = (type(event), event.action, event.path)
+            before = self._events.pop(key, None)
+            if isinstance(event, Item):
+                self._size += len(event.values)
+                if isinstance(before, Item):
+                    event = msgspec.structs.replace(event, values=before.values + event.values)
+            elif isinstance(event, Partial) and isinstance(before, Partial):
+                event = msgspec.structs.replace(event, changed=before.changed | event.changed)
+            self._events[key] = event
+        if self._taker is not None:
+            self._taker.set()
+
+    async def take(self) -> Event | None:
+        """The next event; None once the run has ended and all events are taken."""
+        while True:
+            pause = self._last + self._period - anyio.current_time() if self._period and not self._urgent else 0.0
+            if self._events and (pause <= 0 or self._ended):
+                break
+            if self._ended:
+                return None
+            self._taker = anyio.Event()
+            with anyio.move_on_after(pause if self._events else None):
+                await self._taker.wait()
+            self._taker = None
+        key = next(iter(self._events))
+        event = self._events.pop(key)
+        if isinstance(key, int):
+            self._urgent -= 1
+            self._size -= 1
+        else:
+            self._last = anyio.current_time()
+            if isinstance(event, Item):
+                self._size -= len(event.values)
+        if self._room is not None:
+            self._room.set()
+            self._room = None
+        return event
+
+    def end(self) -> None:
+        """No more events will come."""
+        self._ended = True
+        if self._taker is not None:
+            self._taker.set()
+        if self._room is not None:
+            self._room.set()
+
+    def close(self) -> None:
+        """Nobody takes events any more."""
+        self._events.clear()
+        self.end()
