@@ -27,6 +27,7 @@ from arun.context import ApplicationContext
 from arun.errors import MisuseError
 from arun.events import ActionFinished, ActionStarted, Item, Partial
 from arun.hosting import drive
+from arun.signatures import Kind, Parameters, describe, kind_of, name_of, refuse_unknown, where
 from arun.state import Scope, State
 from arun.threads import run_in_thread
 
@@ -45,7 +46,6 @@ __all__ = (
 
 A = TypeVar("A", bound="Action")
 Performed: TypeAlias = "tuple[Any, State]"
-Kind = Literal["coroutine", "async generator", "function", "generator"]
 
 
 class Action(ABC):
@@ -75,7 +75,7 @@ class Action(ABC):
     @property
     def inputs(self) -> Sequence[str] | tuple[Sequence[str], Sequence[str]]:
         """Names of the inputs that it takes besides the State: required, or (required, optional)."""
-        parameters = _Parameters.of(self.run, skip=1)
+        parameters = Parameters.of(self.run)
         return parameters.unbound(self._bound)
 
     # -- what users call --------------------------------------------------------------------------------
@@ -121,12 +121,12 @@ class Action(ABC):
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         """Run once: ``(result, new State)``. Items and partial States go to ``context`` as events."""
-        parameters = _Parameters.of(self.run, skip=1)
+        parameters = Parameters.of(self.run)
         kwargs = parameters.resolve(self.display_name, self._bound, inputs, context)
-        result = await _call(self.run, _kind(self.run), state, kwargs, _ItemsOnly(context))
+        result = await _call(self.run, kind_of(self.run), state, kwargs, _ItemsOnly(context))
         new_state = self.update(result, state)
         if not isinstance(new_state, State):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
-            raise MisuseError(f"{self.display_name}.update() returned {_a(new_state)}; it returns the new State")
+            raise MisuseError(f"{self.display_name}.update() returned {describe(new_state)}; it returns the new State")
         return result, new_state
 
     def _copy(self, **changes: Any) -> Self:
@@ -138,8 +138,10 @@ class Action(ABC):
 
     def _check_bind(self, inputs: Mapping[str, Any]) -> None:
         taken = self.inputs
-        names = [*taken[0], *taken[1]] if isinstance(taken, tuple) and taken and not isinstance(taken[0], str) else taken
-        _refuse_unknown(self.display_name, inputs, [*cast("Sequence[str]", names), *self._bound])
+        names = (
+            [*taken[0], *taken[1]] if isinstance(taken, tuple) and taken and not isinstance(taken[0], str) else taken
+        )
+        refuse_unknown(self.display_name, inputs, [*cast("Sequence[str]", names), *self._bound])
 
 
 class SingleStepAction(Action):
@@ -151,12 +153,14 @@ class SingleStepAction(Action):
 
     @property
     def inputs(self) -> tuple[Sequence[str], Sequence[str]]:
-        return _Parameters.of(self.run_and_update, skip=1).unbound(self._bound)
+        return Parameters.of(self.run_and_update).unbound(self._bound)
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
-        parameters = _Parameters.of(self.run_and_update, skip=1)
+        parameters = Parameters.of(self.run_and_update)
         kwargs = parameters.resolve(self.display_name, self._bound, inputs, context)
-        return await _execute(self.run_and_update, _kind(self.run_and_update), self.display_name, state, kwargs, context)
+        return await _execute(
+            self.run_and_update, kind_of(self.run_and_update), self.display_name, state, kwargs, context
+        )
 
 
 class FunctionAction(Action):
@@ -172,16 +176,16 @@ class FunctionAction(Action):
         blocking: bool = True,
     ) -> None:
         self.function = function
-        self.name = _name_of(function)
+        self.name = name_of(function)
         self.reads = list(reads)
         self.writes = list(writes)
         self.tags = list(tags)
-        self.kind: Kind = _kind(function)
+        self.kind: Kind = kind_of(function)
         self.blocking = blocking
-        self._parameters = _Parameters.of(function, skip=1)
+        self._parameters = Parameters.of(function)
         if not self._parameters.takes_state:
             raise MisuseError(
-                f"@action on {_where(function)}: it takes no argument; an action's first parameter is the State: "
+                f"@action on {where(function)}: it takes no argument; an action's first parameter is the State: "
                 f"def {self.name}(state: State, ...)"
             )
 
@@ -189,7 +193,7 @@ class FunctionAction(Action):
         return self.function(*args, **{**self._bound, **kwargs})
 
     def __repr__(self) -> str:
-        return f"<Action {self.name} ({self.kind} {_where(self.function)})>"
+        return f"<Action {self.name} ({self.kind} {where(self.function)})>"
 
     @property
     def inputs(self) -> tuple[Sequence[str], Sequence[str]]:
@@ -209,7 +213,7 @@ class FunctionAction(Action):
         if not parameters.open:
             for name in inputs:
                 if name not in parameters.names:
-                    _refuse_unknown(self.display_name, inputs, parameters.names)
+                    refuse_unknown(self.display_name, inputs, parameters.names)
 
 
 def action(
@@ -245,7 +249,7 @@ def as_action(candidate: object, *, where: str) -> Action:
     if isinstance(candidate, type) and issubclass(candidate, Action):
         raise MisuseError(f"{where}: {candidate.__name__} is a class; pass an instance: {candidate.__name__}()")
     hint = "decorate the function with @action(reads=[...], writes=[...])" if callable(candidate) else "pass an Action"
-    raise MisuseError(f"{where}: {_a(candidate)} is not an action; {hint}")
+    raise MisuseError(f"{where}: {describe(candidate)} is not an action; {hint}")
 
 
 async def perform(
@@ -294,7 +298,7 @@ class Input(SingleStepAction):
         return self.writes, ()
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
-        values = _Parameters(tuple(self.writes), frozenset(self.writes)).resolve(
+        values = Parameters(tuple(self.writes), frozenset(self.writes)).resolve(
             self.display_name, self._bound, inputs, context
         )
         return values, state.update(**values)
@@ -419,7 +423,7 @@ def _result(returned: Any, name: str) -> Performed:
     if inspect.iscoroutine(returned):
         returned.close()
     raise MisuseError(
-        f"action {name!r} returned {_a(returned)}; an action returns or yields a State: "
+        f"action {name!r} returned {describe(returned)}; an action returns or yields a State: "
         "return state.update(...), or (result, state)"
     )
 
@@ -429,125 +433,3 @@ def _is_burr_pair(yielded: Any) -> bool:
         return False
     item, state = cast("tuple[Any, Any]", yielded)
     return isinstance(state, State) or (state is None and isinstance(item, dict))
-
-
-# -- looking at callables -------------------------------------------------------------------------------------
-
-
-class _Parameters:
-    """The parameters of a function besides the State, looked at once."""
-
-    __slots__ = ("any", "names", "open", "required", "takes_state", "wants_context")
-
-    def __init__(
-        self,
-        names: tuple[str, ...],
-        required: frozenset[str],
-        *,
-        takes_state: bool = True,
-        open_: bool = False,
-        wants_context: bool = False,
-    ) -> None:
-        self.names = names
-        self.required = required
-        self.takes_state = takes_state
-        self.open = open_
-        self.wants_context = wants_context
-        self.any = bool(names) or open_ or wants_context
-
-    @classmethod
-    def of(cls, function: Callable[..., Any], *, skip: int) -> _Parameters:
-        try:
-            parameters = list(inspect.signature(function).parameters.values())
-        except (TypeError, ValueError) as exc:
-            raise MisuseError(f"{function!r} has no signature that can be read, so it can't be an action") from exc
-        positional = [p for p in parameters if p.kind not in {p.KEYWORD_ONLY, p.VAR_KEYWORD}]
-        rest = [p for p in parameters[skip:] if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}]
-        return cls(
-            tuple(p.name for p in rest if p.name != "__context"),
-            frozenset(p.name for p in rest if p.default is p.empty and p.name != "__context"),
-            takes_state=len(positional) >= skip,
-            open_=any(p.kind is p.VAR_KEYWORD for p in parameters),
-            wants_context=any(p.name == "__context" for p in rest),
-        )
-
-    def unbound(self, bound: Collection[str]) -> tuple[Sequence[str], Sequence[str]]:
-        free = [name for name in self.names if name not in bound]
-        return [n for n in free if n in self.required], [n for n in free if n not in self.required]
-
-    def resolve(
-        self, action_name: str, bound: Mapping[str, Any], inputs: Mapping[str, Any], context: ApplicationContext
-    ) -> dict[str, Any]:
-        """The arguments by name: bound first, then the task's and the run's inputs, then resources."""
-        sources = (bound, inputs, context.inputs, context.resources)
-        kwargs: dict[str, Any] = {**inputs, **bound} if self.open else {}
-        for name in self.names:
-            for source in sources:
-                if name in source:
-                    kwargs[name] = source[name]
-                    break
-            else:
-                if name in self.required:
-                    known = sorted({*inputs, *context.inputs, *context.resources})
-                    raise MisuseError(
-                        f"action {action_name!r} needs {name!r}, which is neither bound nor an input nor a resource "
-                        f"(there are: {', '.join(known) or 'none'}){_nearest(name, known)}; pass inputs={{{name!r}: ...}}, "
-                        f"or with_resources({name}=...)"
-                    )
-        if self.wants_context:
-            kwargs["__context"] = context
-        return kwargs
-
-
-def _kind(function: Callable[..., Any]) -> Kind:
-    if isinstance(function, type) or not callable(function):
-        raise MisuseError(f"@action takes a function, not {_a(function)}")
-    target: Any = function
-    while True:
-        if isinstance(target, functools.partial):
-            target = target.func  # pyright: ignore[reportUnknownMemberType]
-        elif not inspect.isroutine(target):
-            target = type(target).__call__
-        elif inspect.isasyncgenfunction(target):
-            return "async generator"
-        elif inspect.iscoroutinefunction(target):
-            return "coroutine"
-        elif inspect.isgeneratorfunction(target):
-            return "generator"
-        elif hasattr(target, "__wrapped__"):  # a plain wrapper returns what the function inside returns
-            target = target.__wrapped__
-        else:
-            return "function"
-
-
-def _name_of(function: Callable[..., Any]) -> str:
-    target: Any = function
-    while isinstance(target, functools.partial):
-        target = target.func  # pyright: ignore[reportUnknownMemberType]
-    return cast("str", getattr(target, "__name__", type(target).__name__))
-
-
-def _where(function: Callable[..., Any]) -> str:
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    name = getattr(function, "__qualname__", repr(function))
-    return f"{name} at {code.co_filename}:{code.co_firstlineno}" if code else str(name)
-
-
-def _refuse_unknown(action_name: str, given: Collection[str], known: Sequence[str]) -> None:
-    for name in given:
-        if name not in known:
-            raise MisuseError(
-                f"action {action_name!r} takes no input {name!r}{_nearest(name, known)}; "
-                f"it takes: {', '.join(known) or 'none'}"
-            )
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _a(value: object) -> str:
-    return "None" if value is None else f"{type(value).__name__} {value!r:.80}"
-
-

@@ -176,7 +176,9 @@ class TaskBasedParallelAction(Action):
             handle.label = task.describe
             if task.key is not None:
                 if task.key in taken_keys:
-                    raise MisuseError(f"two subtasks of {self.display_name!r} have the key {task.key!r}; keys are unique")
+                    raise MisuseError(
+                        f"two subtasks of {self.display_name!r} have the key {task.key!r}; keys are unique"
+                    )
                 taken_keys.add(task.key)
             branch = task.key if task.key is not None else f"{task.action.display_name}[{handle.ordinal}]"
             below = context.child(task.action.display_name, self.display_name, branch, inputs=given)
