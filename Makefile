@@ -30,10 +30,10 @@ demo: $(STAMP) ## ask a real model about real rows, and watch the partial reduct
 	@$(BIN)/arun demo $(ARGS)
 
 test: $(STAMP) ## all tests: the fast ones, then those with a real Ray, then those with a real vLLM
-	$(BIN)/python -X dev -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(STAMP) ## the tests that start neither Ray nor vLLM
-	$(BIN)/python -X dev -m pytest -m "not ray and not engine" $(ARGS)
+	$(BIN)/python -m pytest -m "not ray and not engine" $(ARGS)
 
 SOURCES := $(wildcard arun actors examples tests docs)
 TYPED := $(wildcard arun actors examples)
@@ -43,7 +43,7 @@ check: $(STAMP) ## formatting, linters, types, docs
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/flake8 $(SOURCES)
 	$(BIN)/mypy $(TYPED)
-	$(BIN)/pyright --warnings $(TYPED)
+	$(BIN)/pyright --warnings --pythonpath $(BIN)/python $(TYPED)
 	$(BIN)/sphinx-build -q -n -W --keep-going docs docs/_build/html
 
 format: $(STAMP) ## write the formatting and the fixes that ruff is sure of
@@ -55,14 +55,14 @@ docs: $(STAMP) ## build the documentation into docs/_build/html
 	@echo "docs/_build/html/index.html"
 
 # Benchmarks and soak runs are programs, not tests: they print what they measured and judge nothing.
-bench soak: suite = $(if $(filter bench,$@),benchmarks,soak)
+run-suite = if [ -f tests/$(1)/__main__.py ]; then $(BIN)/python -m tests.$(1) $(ARGS); \
+	else echo "This version has no tests/$(1)/__main__.py, so there is nothing to run."; fi
+
 bench: $(STAMP) ## measure; prints a table
-	@if [ -f tests/$(suite)/__main__.py ]; then $(BIN)/python -m tests.$(suite) $(ARGS); \
-	  else echo "There is no tests/$(suite)/__main__.py in this version, so there is nothing to run."; fi
+	@$(call run-suite,benchmarks)
 
 soak: $(STAMP) ## run for a long time under faults
-	@if [ -f tests/$(suite)/__main__.py ]; then $(BIN)/python -m tests.$(suite) $(ARGS); \
-	  else echo "There is no tests/$(suite)/__main__.py in this version, so there is nothing to run."; fi
+	@$(call run-suite,soak)
 
 clean: ## remove caches and what was built; keeps .venv
 	rm -rf build dist docs/_build .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
