@@ -1,5 +1,6 @@
-# Every target sets up what it needs in .venv, once: see .ci/setup. A set-up is good for as long as its recipe (pyproject.toml and
-# .ci/setup) stays the same, so a second `make demo` starts at once, and an interrupted one goes on where it was.
+# Every target sets up what it needs in .venv, once: see .ci/setup. A set-up is good for as long as its recipe, pyproject.toml
+# down to [tool.ruff] and .ci/setup, stays the same. So a second `make demo` starts at once, and an interrupted one goes on where it
+# was.
 #
 #   make PYTHON=python3.12 ...   builds .venv on that interpreter (default: the first of python3.11, python3.12, python3)
 #   make ACCEL=cpu ...           leaves a GPU alone (default: gpu where nvidia-smi works)
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 export PYTHON ACCEL
 
 BIN := .venv/bin
-STAMP := .venv/.stamp-$(shell cat pyproject.toml .ci/setup | cksum | cut -d ' ' -f 1)
+STAMP := .venv/.stamp-$(shell { sed '/^\[tool\.ruff\]/,$$d' pyproject.toml; cat .ci/setup; } | cksum | cut -d ' ' -f 1)
 ARGS ?=
 
 .PHONY: help setup demo test test-fast check format docs bench soak clean distclean
