@@ -1,0 +1,33 @@
+"""What all tests share: both event loops, the order of the run, and how long a test may take."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Neither Ray nor vLLM reports usage from a test run, nor do the processes that they start.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+# The slower a kind of test, the later it runs, so that a plain mistake shows within seconds. Seconds are for one test,
+# its fixtures included: the first engine test of a module starts the engine that the others share.
+_KINDS = (("engine", 300), ("ray", 120))
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        return next((len(_KINDS) - i for i, (kind, _) in enumerate(_KINDS) if item.get_closest_marker(kind)), 0)
+
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            for kind, seconds in _KINDS:
+                if item.get_closest_marker(kind) is not None:
+                    item.add_marker(pytest.mark.timeout(seconds))
+                    break
+    items.sort(key=rank)
