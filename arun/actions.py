@@ -14,12 +14,11 @@ Burr's streaming form (``yield {...}, None`` and last ``yield {...}, state``) an
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, Self, TypeAlias, TypeVar, cast
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any, Self, TypeAlias, TypeVar, cast
 
 import anyio.from_thread
 
@@ -48,12 +47,12 @@ A = TypeVar("A", bound="Action")
 Performed: TypeAlias = "tuple[Any, State]"
 
 
-class Action(ABC):
+class Action:
     """A node of a graph. Immutable: ``bind`` and ``with_name`` return changed copies.
 
-    Subclass it as in Burr, with ``run(state, **inputs)`` that returns a result and ``update(result, state)`` that returns
-    the new State. ``run`` may be any of the four kinds of function above; of a generator, every item is streamed and the last one
-    is the result.
+    Subclass it as in Burr, with ``run(state, **inputs)`` that returns a result and ``update(result, state)`` that
+    returns the new State. ``run`` may be any of the four kinds of function above; of a generator, every item is
+    streamed and the last one is the result.
     """
 
     name: str | None = None
@@ -131,9 +130,10 @@ class Action(ABC):
 
     def _copy(self, **changes: Any) -> Self:
         copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        copy.__dict__.pop("scope", None)
-        copy.__dict__.update(changes)
+        fields = vars(copy)
+        fields.update(vars(self))
+        fields.pop("scope", None)  # cached, and has the old name
+        fields.update(changes)
         return copy
 
     def _check_bind(self, inputs: Mapping[str, Any]) -> None:
@@ -429,7 +429,7 @@ def _result(returned: Any, name: str) -> Performed:
 
 
 def _is_burr_pair(yielded: Any) -> bool:
-    if not isinstance(yielded, tuple) or len(cast("tuple[Any, ...]", yielded)) != 2:
+    if not isinstance(yielded, tuple) or len(yielded) != 2:
         return False
-    item, state = cast("tuple[Any, Any]", yielded)
+    item, state = yielded
     return isinstance(state, State) or (state is None and isinstance(item, dict))

@@ -10,8 +10,8 @@
 ... )
 >>> action, result, state = await app.session(prompt="...").arun(halt_after=["judge"])
 
-``arun`` is a plain coroutine whose task groups live in the caller's task, so ``asyncio.timeout``, ``anyio.fail_after`` and
-a failing sibling in the caller's task group reach everything that it has started.
+``arun`` is a plain coroutine whose task groups live in the caller's task, so ``asyncio.timeout``, ``anyio.fail_after``
+and a failing sibling in the caller's task group reach everything that it has started.
 """
 
 from __future__ import annotations
@@ -200,11 +200,11 @@ class Application:
         """As :meth:`arun`, as an async iterator of Events with ``.result`` afterwards.
 
         The run starts with the first event asked for and is owned by the Runtime, so the stream is safe in anybody's
-        generator. Leaving it (``aclose()``, ``async with``, cancellation, garbage collection) cancels the run; the next run of
-        this Application waits for its clean-up.
+        generator. Leaving it (``aclose()``, ``async with``, cancellation, garbage collection) cancels the run; the next
+        run of this Application waits for its clean-up.
 
-        :param deliver: "every" event; "latest": while the consumer is slow, Partials of one path are merged and Items of
-            one path are joined; a number: as "latest", and at most one delivery of those in so many seconds.
+        :param deliver: "every" event; "latest": while the consumer is slow, Partials of one path are merged and Items
+            of one path are joined; a number: as "latest", and at most one delivery of those in so many seconds.
         """
         for names, what in ((halt_before, "halt_before"), (halt_after, "halt_after")):
             self.graph.select(names, what=what)

@@ -35,7 +35,7 @@ class Condition:
     ) -> None:
         self.keys = tuple(keys)
         self.resolver = resolver
-        self.name: str = name or getattr(resolver, "__name__", repr(resolver))
+        self.name = name or str(getattr(resolver, "__name__", resolver))
 
     @classmethod
     def lmda(cls, resolver: Callable[[State], bool | Awaitable[bool]], state_keys: Sequence[str]) -> Condition:
@@ -121,18 +121,18 @@ _FUNCTIONS: Final = {
     for name in ("abs", "all", "any", "bool", "float", "int", "len", "max", "min", "round", "sorted", "str", "sum")
 }
 _ALLOWED: Final = (
-    ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.UAdd,
-    ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod,
-    ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.In, ast.NotIn, ast.Is, ast.IsNot,
-    ast.Constant, ast.Name, ast.Load, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Subscript, ast.Slice, ast.IfExp, ast.Call,
+    ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.UAdd, ast.BinOp, ast.Add,
+    ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Compare, ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt,
+    ast.GtE, ast.In, ast.NotIn, ast.Is, ast.IsNot, ast.Constant, ast.Name, ast.Load, ast.List, ast.Tuple, ast.Set,
+    ast.Dict, ast.Subscript, ast.Slice, ast.IfExp, ast.Call,
 )  # fmt: skip
 
 
 def expr(source: str) -> Condition:
     """A Python expression over the State's fields, parsed once: ``expr("n > 3 and kind in ('a', 'b')")``.
 
-    Allowed are names, constants, literals, comparisons, and/or/not, arithmetic without powers, subscripts, ``a if b else c`` and
-    calls of abs all any bool float int len max min round sorted str sum.
+    Allowed are names, constants, literals, comparisons, and/or/not, arithmetic without powers, subscripts,
+    ``a if b else c`` and calls of abs all any bool float int len max min round sorted str sum.
 
     :raises MisuseError: for anything else, naming it and its column.
     """
@@ -151,7 +151,7 @@ def as_condition(candidate: Any) -> Condition:
     if isinstance(candidate, Condition):
         return candidate
     if callable(candidate):
-        return Condition((), candidate)
+        return Condition((), cast("Callable[[State], bool]", candidate))
     hint = f"; write when(...) or expr({candidate!r})" if isinstance(candidate, str) else ""
     raise MisuseError(f"{candidate!r} is not a condition{hint}")
 

@@ -8,11 +8,12 @@ Theory of operation::
 
 * In flight = yielded and not yet taken by the reducer. It never exceeds ``limit``, so memory is O(limit) for any
   number of subtasks and back-pressure lands on the source's ``yield``.
-* ``handle = yield subtask`` has put the subtask in the queue of a worker before the source resumes, and a handle's outcome is
-  set before it is queued for the reducer; so awaiting a handle in the source can't deadlock, also with ``limit=1``.
+* ``handle = yield subtask`` has put the subtask in the queue of a worker before the source resumes, and a handle's
+  outcome is set before it is queued for the reducer; so awaiting a handle in the source can't deadlock, also with
+  ``limit=1``.
 * Workers are started on demand and reused. A second one is needed only once a subtask has suspended: until then the
-  worker at hand gets through the queue without a task switch. ``_runnable`` counts the workers that will look at the queue without
-  anybody's help; when it is 0 and something is pending, one is woken or started.
+  worker at hand gets through the queue without a task switch. ``_runnable`` counts the workers that will look at the
+  queue without anybody's help; when it is 0 and something is pending, one is woken or started.
 * Errors travel in-band as outcomes. Only the consumer raises them, after the rest has been cancelled and cleaned up.
 * The work side (source and workers) has a cancel scope of its own: a reducer that returns early cancels it, and so
   does the first failure under ``on_error="fail"``; the reducer is then told, not cancelled.
@@ -43,7 +44,6 @@ from arun.runtime import Background, Runtime
 
 __all__ = ("FanOut", "FanOutStatistics", "Handle", "Results", "fan_out", "run_fan_out")
 
-S = TypeVar("S")
 T = TypeVar("T")
 R = TypeVar("R")
 log = structlog.get_logger("arun.fanout")
@@ -122,7 +122,7 @@ class Results(Generic[T]):
 
     __slots__ = ("_budget", "_kernel", "_map")
 
-    def __init__(self, kernel: _Kernel[Any, T], map_: Callable[[Handle[T]], Any]) -> None:
+    def __init__(self, kernel: _Kernel[T], map_: Callable[[Handle[T]], Any]) -> None:
         self._kernel = kernel
         self._map = map_
         self._budget = BUDGET
@@ -168,19 +168,20 @@ async def run_fan_out(
     :raises Exception: the one error of a failed subtask or of the source, with a note naming the subtask; an
         ExceptionGroup of several; or the reducer's own.
     """
-    kernel = _Kernel(source, work, policy)
+    kernel: _Kernel[T] = _Kernel(source, work, policy)
+    reduced: R | None = None
     failure: Exception | None = None
     async with anyio.create_task_group() as group:
         group.start_soon(kernel.work, name="arun fan-out")
         try:
             reduced = await consume(Results(kernel, result))
-        except Exception as exc:  # noqa: BLE001 - raised below, outside of the group, which would wrap it
+        except Exception as exc:  # noqa: BLE001 - raised below: the group would wrap it
             failure = exc
         finally:
             kernel.cancel()
     if failure is not None:
         raise failure
-    return reduced  # pyright: ignore[reportPossiblyUnbound]  # either bound or failed
+    return cast("R", reduced)
 
 
 class FanOut(Generic[T]):
@@ -191,7 +192,7 @@ class FanOut(Generic[T]):
     """
 
     def __init__(self, source: Any, policy: Policy) -> None:
-        self._kernel: _Kernel[Any, T] = _Kernel(lambda: source, _await_spec, policy)
+        self._kernel: _Kernel[T] = _Kernel(lambda: source, _await_spec, policy)
         self._results = Results(self._kernel, lambda handle: handle.outcome_now)
         self._background: Background[None] | None = None
 
@@ -243,7 +244,7 @@ async def _await_spec(handle: Handle[T]) -> T:
 _NO_WORK: Final = Skipped("cancelled")
 
 
-class _Kernel(Generic[S, T]):
+class _Kernel(Generic[T]):
     """State and work side of one fan-out; see the module's theory of operation."""
 
     __slots__ = (
@@ -348,7 +349,7 @@ class _Kernel(Generic[S, T]):
                         self._idle.pop().set()
         finally:
             for handle in self._pending:
-                handle._set(_NO_WORK)  # pyright: ignore[reportPrivateUsage]  # the kernel's own other half
+                handle._set(_NO_WORK)
                 if inspect.iscoroutine(handle.spec):
                     handle.spec.close()
             self._pending.clear()
@@ -436,7 +437,7 @@ class _Kernel(Generic[S, T]):
             outcome = Ok(await self._isolate(self._run(handle)))
         except anyio.get_cancelled_exc_class() as exc:
             if anyio.current_effective_deadline() == -math.inf:
-                handle._set(_NO_WORK)  # pyright: ignore[reportPrivateUsage]
+                handle._set(_NO_WORK)
                 raise
             error = RuntimeError(f"{handle.label()} raised {type(exc).__name__} though nobody had cancelled it")
             outcome = Failed(error)
@@ -477,7 +478,7 @@ class _Kernel(Generic[S, T]):
                 self._runnable += 1
 
     def _finish(self, handle: Handle[T], outcome: Outcome[T]) -> None:
-        handle._set(outcome)  # pyright: ignore[reportPrivateUsage]
+        handle._set(outcome)
         if isinstance(outcome, Ok):
             self._succeeded += 1
         else:

@@ -1,11 +1,11 @@
 """Parallel actions: subtasks yielded as they come, run bounded, reduced as they end. All on the kernel in fanout.py.
 
-``MapStates`` runs one action over many States, ``MapActions`` many actions over one State, ``MapActionsAndStates`` their
-product, and ``TaskBasedParallelAction`` whatever its ``tasks`` yields. ``RunnableGraph`` makes a graph an action like any
-other, so a subtask may be a whole graph.
+``MapStates`` runs one action over many States, ``MapActions`` many actions over one State, ``MapActionsAndStates``
+their product, and ``TaskBasedParallelAction`` whatever its ``tasks`` yields. ``RunnableGraph`` makes a graph an action
+like any other, so a subtask may be a whole graph.
 
-``states``, ``actions`` and ``tasks`` may be async generators, generators, or return any (async) iterable. Nothing is listed up front:
-a subtask starts when it is yielded and a slot is free, so an endless source is fine.
+``states``, ``actions`` and ``tasks`` may be async generators, generators, or return any (async) iterable. Nothing is
+listed up front: a subtask starts when it is yielded and a slot is free, so an endless source is fine.
 """
 
 from __future__ import annotations

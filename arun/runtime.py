@@ -16,7 +16,7 @@ import contextvars
 import sys
 import weakref
 from collections.abc import Awaitable, Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import anyio
 import structlog
@@ -90,7 +90,7 @@ class Background(Generic[T]):
         try:
             with self._scope:
                 self._result = await fn(*args)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001 - kept for whoever waits; no error of one work may end another
             self._error = exc
             log.debug("runtime.background_failed", name=self.name, error=repr(exc))
         finally:
@@ -149,8 +149,7 @@ class Runtime:
             loop = asyncio.get_running_loop()
             work = Background(name, loop.call_soon_threadsafe)
             task = loop.create_task(work._run(fn, args), name=name, context=context)
-            # A task cancelled before its first step never enters _run.
-            task.add_done_callback(lambda _: (work._done.set(), self._works.discard(work)))
+            task.add_done_callback(lambda _: self._discard(work))
         else:
             trio = sys.modules["trio"]
             work = Background(name, trio.lowlevel.current_trio_token().run_sync_soon)
@@ -159,11 +158,15 @@ class Runtime:
                 try:
                     await work._run(fn, args)
                 finally:
-                    self._works.discard(work)
+                    self._discard(work)
 
             trio.lowlevel.spawn_system_task(run_and_discard, name=name, context=context or contextvars.copy_context())
         self._works.add(work)
         return work
+
+    def _discard(self, work: Background[Any]) -> None:
+        work._done.set()  # a task that was cancelled before its first step has not done so
+        self._works.discard(work)
 
     async def aclose(self) -> None:
         """Cancel all work and wait until its clean-up has finished."""
@@ -177,7 +180,7 @@ class Runtime:
                     await work._done.wait()
                 await anyio.lowlevel.checkpoint()
 
-    async def __aenter__(self) -> Runtime:
+    async def __aenter__(self) -> Self:
         self._token = current_token()
         if self._token in _explicit:
             raise MisuseError("a Runtime is already open on this event loop; use Runtime.current()")

@@ -39,6 +39,7 @@ class Parameters:
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Parameters:
+        """The parameters of ``function``, whose first is the State."""
         try:
             parameters = list(inspect.signature(function).parameters.values())
         except (TypeError, ValueError) as exc:
@@ -54,6 +55,7 @@ class Parameters:
         )
 
     def unbound(self, bound: Collection[str]) -> tuple[Sequence[str], Sequence[str]]:
+        """Names that are not bound: (required, optional)."""
         free = [name for name in self.names if name not in bound]
         return [n for n in free if n in self.required], [n for n in free if n not in self.required]
 
@@ -73,8 +75,8 @@ class Parameters:
                     known = sorted({*inputs, *context.inputs, *context.resources})
                     raise MisuseError(
                         f"action {action_name!r} needs {name!r}, which is neither bound nor an input nor a resource "
-                        f"(there are: {', '.join(known) or 'none'}){_nearest(name, known)}; pass inputs={{{name!r}: ...}}, "
-                        f"or with_resources({name}=...)"
+                        f"(there are: {', '.join(known) or 'none'}){_nearest(name, known)}; "
+                        f"pass inputs={{{name!r}: ...}}, or with_resources({name}=...)"
                     )
         if self.wants_context:
             kwargs["__context"] = context
@@ -88,7 +90,7 @@ def kind_of(function: Callable[..., Any]) -> Kind:
     target: Any = function
     while True:
         if isinstance(target, functools.partial):
-            target = target.func  # pyright: ignore[reportUnknownMemberType]
+            target = target.func
         elif not inspect.isroutine(target):
             target = type(target).__call__
         elif inspect.isasyncgenfunction(target):
@@ -97,26 +99,31 @@ def kind_of(function: Callable[..., Any]) -> Kind:
             return "coroutine"
         elif inspect.isgeneratorfunction(target):
             return "generator"
-        elif hasattr(target, "__wrapped__"):  # a plain wrapper returns what the function inside returns
-            target = target.__wrapped__
+        elif "__wrapped__" in getattr(
+            target, "__dict__", ()
+        ):  # a plain wrapper returns what the function inside returns
+            target = vars(target)["__wrapped__"]
         else:
             return "function"
 
 
 def name_of(function: Callable[..., Any]) -> str:
+    """Its own name, or that of what it wraps or is an instance of."""
     target: Any = function
     while isinstance(target, functools.partial):
-        target = target.func  # pyright: ignore[reportUnknownMemberType]
+        target = target.func
     return cast("str", getattr(target, "__name__", type(target).__name__))
 
 
 def where(function: Callable[..., Any]) -> str:
+    """``name at file:line``."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     name = getattr(function, "__qualname__", repr(function))
     return f"{name} at {code.co_filename}:{code.co_firstlineno}" if code else str(name)
 
 
 def refuse_unknown(action_name: str, given: Collection[str], known: Sequence[str]) -> None:
+    """:raises MisuseError: for the first given name that is not known."""
     for name in given:
         if name not in known:
             raise MisuseError(
@@ -130,5 +137,6 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def a(value: object) -> str:
+def describe(value: object) -> str:
+    """Type and value, short, for an error."""
     return "None" if value is None else f"{type(value).__name__} {value!r:.80}"

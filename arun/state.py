@@ -9,7 +9,8 @@ write and all that the checks of declared writes have to look at.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 import msgspec
@@ -187,7 +188,7 @@ class State(Mapping[str, Any]):
             if value is not _DELETED and before.get(key, _MISSING) is not value
         }
 
-    def written_keys(self) -> Set[str]:
+    def written_keys(self) -> AbstractSet[str]:
         """The keys of the delta, deleted ones included."""
         return self._changed.keys()
 

@@ -1,7 +1,7 @@
 """RunStream: the events of one run as a plain async iterator, and the mailbox between the two.
 
-The run is a background work of the Runtime. It holds the mailbox and never the stream, so a stream that its consumer drops is
-collected, and that cancels the run.
+The run is a background work of the Runtime. It holds the mailbox and never the stream, so a stream that its consumer
+drops is collected, and that cancels the run.
 """
 
 from __future__ import annotations
