@@ -134,7 +134,8 @@ class TaskBasedParallelAction(Action):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         reduce = cls.reduce
-        if not (inspect.iscoroutinefunction(reduce) or inspect.isasyncgenfunction(reduce)):
+        abstract = getattr(reduce, "__isabstractmethod__", False)
+        if not (abstract or inspect.iscoroutinefunction(reduce) or inspect.isasyncgenfunction(reduce)):
             raise MisuseError(
                 f"{cls.__qualname__}.reduce is a plain function; it gets its States as they arrive, so write "
                 "`async def reduce(self, state, states)` and `async for done in states:`; return the State, "
@@ -149,9 +150,9 @@ class TaskBasedParallelAction(Action):
         """
 
     @abstractmethod
-    async def reduce(self, state: State, states: AsyncIterator[Any]) -> Any:
-        """Combine the subtasks' final States: a coroutine that returns the State, or an async generator that yields
-        partial States, of which the last is the result. Returning early cancels the subtasks that still run.
+    def reduce(self, state: State, states: AsyncIterator[Any]) -> Any:
+        """Combine the subtasks' final States: an ``async def`` that returns the State, or one that yields partial
+        States, of which the last is the result. Returning early cancels the subtasks that still run.
         """
 
     @property
