@@ -1,6 +1,6 @@
-# Every target sets up what it needs in .venv, once: see .ci/setup. A set-up is good for as long as its recipe (the
-# file .ci/setup, and pyproject.toml down to [tool.ruff]) stays the same. So a second `make demo` starts at once, and an interrupted
-# set-up goes on where it was.
+# Every target sets up what it needs in .venv, once: see .ci/setup. A set-up is good for as long as its recipe (.ci/setup
+# itself, and pyproject.toml down to [tool.ruff]) stays the same. So a second `make demo` starts at once, and an
+# interrupted set-up goes on where it was.
 #
 #   make PYTHON=python3.12 ...   builds .venv on that interpreter (default: first of python3.11, python3.12, python3)
 #   make ACCEL=cpu ...           leaves a GPU alone (default: gpu where nvidia-smi works)
