@@ -1,13 +1,13 @@
-# Every target sets up what it needs in .venv, once: see .ci/setup. A set-up is good for as long as its recipe, pyproject.toml
-# down to [tool.ruff] and .ci/setup, stays the same. So a second `make demo` starts at once, and an interrupted one goes on where it
-# was.
+# Every target sets up what it needs in .venv, once: see .ci/setup. A set-up is good for as long as its recipe (.ci/setup
+# itself, and pyproject.toml down to [tool.ruff]) stays the same. So a second `make demo` starts at once, and an
+# interrupted set-up goes on where it was.
 #
-#   make PYTHON=python3.12 ...   builds .venv on that interpreter (default: the first of python3.11, python3.12, python3)
+#   make PYTHON=python3.12 ...   builds .venv on that interpreter (default: first of python3.11, python3.12, python3)
 #   make ACCEL=cpu ...           leaves a GPU alone (default: gpu where nvidia-smi works)
 #   make demo ARGS="--rows 8"    hands ARGS to `arun demo`; test, test-fast, bench and soak take ARGS, too
 #
-# pip's own configuration applies. A CPU machine may need PyTorch's CPU index in PIP_EXTRA_INDEX_URL, so that pip finds torch
-# built without CUDA.
+# pip's own configuration applies. A CPU machine may need PyTorch's CPU index in PIP_EXTRA_INDEX_URL, so that pip finds
+# torch built without CUDA.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help

@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
-# design.md, 2: a module imports from its own floor and below, never from above; what it needs from above it takes as a Protocol.
+# A module imports from its own floor and below, never from above; what it needs from above it takes as a Protocol.
 # A new module gets its floor here.
 FLOORS: dict[str, int] = {
     name: floor
@@ -57,7 +57,7 @@ class Import(NamedTuple):
 
 
 def imports(module: str) -> Iterator[Import]:
-    """What a module imports from arun and actors, by the module that is meant (``from arun import x`` may mean ``arun.x``)."""
+    """What a module imports from arun and actors; ``from arun import x`` may mean the module ``arun.x``."""
 
     def walk(node: ast.AST, lazy: bool, typing_only: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -118,7 +118,7 @@ def test_no_module_imports_ray_vllm_or_torch_before_a_function_needs_it() -> Non
 
 def test_every_module_of_arun_has_a_floor() -> None:
     rooms = {room(name) for name in PATHS if name.startswith("arun.") and not name.endswith("__main__")}
-    assert rooms <= set(FLOORS), f"give {sorted(rooms - set(FLOORS))} a floor in FLOORS (design.md, 2)"
+    assert rooms <= set(FLOORS), f"give {sorted(rooms - set(FLOORS))} a floor in FLOORS"
 
 
 def test_imports_inside_arun_go_down() -> None:
