@@ -1,36 +1,29 @@
 import asyncio
 
-from arun import ApplicationBuilder, MapStates, Partial, Policy, State, action
-
+from arun import ApplicationBuilder, MapStates, Partial, action
 
 @action(reads=["city"], writes=["greeting"])
-async def greet(state: State):
-    await asyncio.sleep(len(state["city"]) / 50)
+async def greet(state):
+    await asyncio.sleep(len(state["city"]) / 50)  # what takes long: an engine, a database, another service
     return state.update(greeting=f"Hello, {state['city']}!")
 
-
 class GreetAll(MapStates):
-    reads, writes, policy = ["cities"], ["greetings"], Policy(limit=8)
-
+    reads, writes = ["cities"], ["greetings"]
     def action(self, state, inputs):
         return greet
 
-    async def states(self, state, context, inputs):
-        for city in state["cities"]:
-            yield state.update(city=city)
+    def states(self, state, context, inputs):
+        return (state.update(city=city) for city in state["cities"])  # read only as slots come free
 
     async def reduce(self, state, states):
         async for done in states:  # as they finish
             state = state.append(greetings=done["greeting"])
-            yield state  # a partial reduction
-
+            yield state  # a partial reduction; the last one is the result
 
 async def main():
     app = ApplicationBuilder().with_actions(GreetAll()).with_state(cities=["Kyoto", "Rio", "Oslo"]).build()
     async for event in app.session().astream():
-        if isinstance(event, Partial):
-            print(event.changed)
+        print(event.changed if isinstance(event, Partial) else type(event).__name__)
     print((await app.arun()).state["greetings"])
-
 
 asyncio.run(main())

@@ -26,9 +26,9 @@ FLOORS: dict[str, int] = {
     name: floor
     for floor, names in enumerate((
         "errors",
-        "events guards policies runtime state",
-        "hosting",
-        "fanout",
+        "events guards outcomes policies runtime state",
+        "conditions context hosting threads",
+        "fanout signatures stream",
         "actions channel data executors reducers",
         "graph",
         "parallel",

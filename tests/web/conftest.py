@@ -5,12 +5,12 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import pytest_asyncio
 import uvicorn
 
-Serve = Callable[[Any], Awaitable[httpx.AsyncClient]]
+Serve = Callable[[Any], Awaitable[httpx2.AsyncClient]]
 
 
 class _Server(uvicorn.Server):
@@ -28,9 +28,9 @@ class _Server(uvicorn.Server):
 @pytest_asyncio.fixture
 async def serve() -> AsyncIterator[Serve]:
     """Serve an ASGI app with a real uvicorn on a free port of the loopback; gives a client of it."""
-    running: list[tuple[_Server, asyncio.Task[None], httpx.AsyncClient]] = []
+    running: list[tuple[_Server, asyncio.Task[None], httpx2.AsyncClient]] = []
 
-    async def start(app: Any) -> httpx.AsyncClient:
+    async def start(app: Any) -> httpx2.AsyncClient:
         listener = socket.create_server(("127.0.0.1", 0))
         server = _Server(app)
         task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -40,7 +40,7 @@ async def serve() -> AsyncIterator[Serve]:
         if task.done():
             await task
             pytest.fail("the server ended while it started")
-        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30)
+        client = httpx2.AsyncClient(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=30)
         running.append((server, task, client))
         return client
 

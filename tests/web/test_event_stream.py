@@ -173,4 +173,3 @@ async def test_cancel_on_disconnect_leaves_results_and_errors_as_they_are(serve:
     client = await serve(app)
     assert (await client.get("/")).json() == {"answer": 42}
     assert (await client.get("/?bad=1")).status_code == 404
-
