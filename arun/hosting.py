@@ -103,9 +103,9 @@ async def as_async_iterator(produced: Any) -> AsyncIterator[Any] | None:
     if inspect.isawaitable(produced):
         produced = await produced
     if isinstance(produced, AsyncIterable):
-        return aiter(produced)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return aiter(produced)
     if isinstance(produced, Iterable) and not isinstance(produced, (str, bytes)):
-        return _PlainIterator(produced)  # pyright: ignore[reportUnknownArgumentType]
+        return _PlainIterator(produced)
     return None
 
 
