@@ -26,6 +26,7 @@ from arun.context import ApplicationContext
 from arun.errors import MisuseError
 from arun.events import ActionFinished, ActionStarted, Item, Partial
 from arun.hosting import drive
+from arun.policies import Capacity
 from arun.signatures import Kind, Parameters, describe, kind_of, name_of, refuse_unknown, where
 from arun.state import Scope, State
 from arun.threads import run_in_thread
@@ -59,6 +60,8 @@ class Action:
     reads: Sequence[str] = ()
     writes: Sequence[str] = ()
     tags: Sequence[str] = ()
+    #: whether it does work itself, and not only through actions below it
+    leaf: bool = True
     _bound: Mapping[str, Any] = {}
 
     # -- what users override ---------------------------------------------------------------------------
@@ -259,7 +262,10 @@ async def perform(
 
     :raises MisuseError: if the action read or wrote an undeclared key, or left a declared one unwritten.
     """
-    result, changes = await what.execute(state.scoped(what.scope), inputs, context)
+    if context.capacities and what.leaf:
+        result, changes = await _execute_within(context.capacities, what, state, inputs, context)
+    else:
+        result, changes = await what.execute(state.scoped(what.scope), inputs, context)
     written, allowed = changes.written_keys(), what.allowed_writes
     if not written <= allowed:
         extra = ", ".join(repr(key) for key in written if key not in allowed)
@@ -274,6 +280,24 @@ async def perform(
                 f"it wrote: {', '.join(written) or 'nothing'}"
             )
     return result, changes
+
+
+async def _execute_within(
+    capacities: tuple[Capacity, ...],
+    what: Action,
+    state: State,
+    inputs: Mapping[str, Any],
+    context: ApplicationContext,
+) -> Performed:
+    held: list[Capacity] = []
+    try:
+        for capacity in capacities:  # outermost first, everywhere: two actions never wait for each other's
+            await capacity.acquire(f"action {what.display_name!r}")
+            held.append(capacity)
+        return await what.execute(state.scoped(what.scope), inputs, context)
+    finally:
+        for capacity in reversed(held):
+            capacity.release()
 
 
 async def take_step(what: Action, state: State, context: ApplicationContext) -> tuple[Any, State]:
@@ -336,6 +360,8 @@ class Collector:
         self.result: Any = None
 
     async def take(self, yielded: Any) -> None:
+        for beat in self.context.beats:
+            beat()
         item, state = yielded, None
         if isinstance(yielded, State):
             item, state = None, yielded
@@ -370,6 +396,8 @@ class _ItemsOnly:
 
     async def take(self, item: Any) -> None:
         self.result = item
+        for beat in self.context.beats:
+            beat()
         if self.context.run.listening:
             await self.context.emit(Item, values=[item])
 

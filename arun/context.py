@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from arun.events import Event
+from arun.policies import Capacity
 
 __all__ = ("ApplicationContext", "Run")
 
@@ -50,7 +51,19 @@ class ApplicationContext:
     :ivar resources: what ``with_resources`` injected.
     """
 
-    __slots__ = ("action_name", "app_id", "inputs", "partition_key", "path", "resources", "run", "sequence_id")
+    __slots__ = (
+        "action_name",
+        "app_id",
+        "attempt",
+        "beats",
+        "capacities",
+        "inputs",
+        "partition_key",
+        "path",
+        "resources",
+        "run",
+        "sequence_id",
+    )
 
     def __init__(
         self,
@@ -72,6 +85,12 @@ class ApplicationContext:
         self.inputs = inputs
         self.resources = resources
         self.run = run
+        #: which attempt of the subtask above this is, 1 for the first
+        self.attempt = 1
+        #: tells the idle timeouts above that something was yielded
+        self.beats: tuple[Callable[[], None], ...] = ()
+        #: budgets that every leaf action below draws on
+        self.capacities: tuple[Capacity, ...] = ()
 
     def child(
         self, action_name: str, *branch: str, sequence_id: int | None = None, inputs: Mapping[str, Any] | None = None
@@ -80,7 +99,7 @@ class ApplicationContext:
 
         :param inputs: inputs for everything below, on top of the run's own.
         """
-        return ApplicationContext(
+        child = ApplicationContext(
             app_id=self.app_id,
             partition_key=self.partition_key,
             sequence_id=self.sequence_id if sequence_id is None else sequence_id,
@@ -90,7 +109,11 @@ class ApplicationContext:
             resources=self.resources,
             run=self.run,
         )
+        child.attempt = self.attempt
+        child.beats = self.beats
+        child.capacities = self.capacities
+        return child
 
     async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         """Send an event in the name of this action."""
-        await self.run.emit(kind, action=self.action_name, path=self.path, **fields)
+        await self.run.emit(kind, action=self.action_name, path=self.path, attempt=self.attempt, **fields)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 __all__ = (
+    "AbandonedWork",
     "ActorDied",
     "ApplicationBusyError",
     "ArunError",
@@ -44,6 +45,10 @@ class SubtaskFailed(ArunError):
 
 class SubtaskSkipped(ArunError):
     """Raised by awaiting the handle of a subtask that was skipped or cancelled."""
+
+
+class AbandonedWork(ArunError, ResourceWarning):
+    """A warning: work that did not end when it was cancelled was left behind; the message names its line."""
 
 
 class MissingExtraError(ArunError, ImportError):
