@@ -93,7 +93,7 @@ class _Swallowed:
             return False
         abandoned = AbandonedWork(
             f"{user_line(coroutine)} swallowed its cancellation {self._count} times in {GRACE:g} s and was left "
-            "behind; catch Exception there and not BaseException, or re-raise what anyio.get_cancelled_exc_class() names"
+            "behind; catch Exception there, not BaseException, or re-raise anyio.get_cancelled_exc_class()"
         )
         log.error("work.abandoned", where=user_line(coroutine), times=self._count)
         warnings.warn(abandoned, stacklevel=2)
