@@ -17,10 +17,8 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Self, TypeAlias, TypeVar, cast
-
-import anyio.from_thread
 
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
@@ -28,7 +26,7 @@ from arun.events import ActionFinished, ActionStarted, Item, Partial
 from arun.hosting import drive
 from arun.signatures import Kind, Parameters, describe, kind_of, name_of, refuse_unknown, where
 from arun.state import Scope, State
-from arun.threads import run_in_thread
+from arun.threads import run_in_thread, step_in_thread
 
 __all__ = (
     "Action",
@@ -403,15 +401,7 @@ async def _call(
         await drive(cast("AsyncIterator[Any]", function(state, **kwargs)), collector.take)
         return collector.result
 
-    def step_through() -> None:
-        generator = cast("Iterator[Any]", function(state, **kwargs))
-        try:
-            for item in generator:
-                anyio.from_thread.run(collector.take, item)
-        finally:
-            cast("Any", generator).close()
-
-    await run_in_thread(step_through)
+    await step_in_thread(functools.partial(function, state, **kwargs), collector.take)
     return collector.result
 
 
