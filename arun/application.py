@@ -30,7 +30,6 @@ from arun.errors import ApplicationBusyError, MisuseError
 from arun.events import RunCancelled, RunFailed, RunFinished, RunStarted
 from arun.graph import Graph, GraphBuilder, check_entrypoint
 from arun.hosting import in_context
-from arun.parallel import TaskBasedParallelAction
 from arun.runtime import Background
 from arun.state import State
 from arun.stream import Deliver, RunStream
@@ -317,9 +316,10 @@ class Application:
     def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
         declared: set[str] = set()
         for action in self.graph.actions.values():
-            if isinstance(action, TaskBasedParallelAction):
-                return  # what its subtasks take is known only when they are yielded
-            declared |= _input_names(action)
+            if action.takes_any_input:
+                return
+            required, optional = action.input_names
+            declared |= required | optional
         for name in inputs:
             if name not in declared:
                 raise MisuseError(
@@ -415,11 +415,3 @@ class ApplicationBuilder:
     async def abuild(self) -> Application:
         """As :meth:`build` (Burr's name for async programs)."""
         return self.build()
-
-
-def _input_names(action: Action) -> set[str]:
-    inputs = action.inputs
-    if isinstance(inputs, tuple):
-        required, optional = inputs
-        return {*required, *optional}
-    return set(inputs)
