@@ -17,13 +17,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextvars import copy_context
 from typing import Any, cast
 
+import anyio.lowlevel
+
 from arun.actions import Action, Collector, as_action, perform, take_step
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
 from arun.events import SubtaskFinished, SubtaskStarted
 from arun.fanout import Handle, run_fan_out
 from arun.graph import Graph, GraphBuilder, check_entrypoint
-from arun.hosting import as_async_iterator, close, drive, in_context
+from arun.hosting import BUDGET, as_async_iterator, close, drive, in_context
 from arun.outcomes import Ok
 from arun.policies import Policy
 from arun.state import State
@@ -94,6 +96,8 @@ class RunnableGraph(Action):
             committed = committed.committed(changes, current)
             state = state.absorb(changes)
             sequence_id += 1
+            if not sequence_id % BUDGET:  # actions that never await must not starve the loop
+                await anyio.lowlevel.checkpoint()
             current = None if current in self.halt_after else await self.graph.following(current, committed)
         return result, state
 

@@ -31,6 +31,8 @@ class RunStream(Generic[R]):
     A failing run's error is raised after its ``RunFailed`` event.
     """
 
+    _background: Background[R] | None = None
+
     def __init__(
         self,
         run: Callable[[Run], Awaitable[R]],
@@ -42,7 +44,6 @@ class RunStream(Generic[R]):
         self._run = run
         self._started = started
         self._mailbox = _Mailbox(conflate=deliver != "every", period=0.0 if isinstance(deliver, str) else deliver)
-        self._background: Background[R] | None = None
         self._closed = False
         self._waiting = False
 
@@ -50,12 +51,15 @@ class RunStream(Generic[R]):
     def result(self) -> R:
         """What ``arun()`` would have returned, once the stream has ended.
 
-        :raises MisuseError: while it has not.
+        :raises MisuseError: while it has not, and if the run was cancelled.
         :raises Exception: the run's own error.
         """
         if self._background is None or not self._background.done:
             raise MisuseError("the run has not ended yet; iterate over the stream to its end, then take .result")
-        return self._background.result()
+        result = self._background.result()
+        if result is None:
+            raise MisuseError("the run was cancelled, so it has no result")
+        return result
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
