@@ -148,8 +148,7 @@ async def run_fan_out(
             failure = exc
         finally:
             kernel.cancel()
-    # A reducer that has ended reads no more errors: what failed while the rest was being cancelled is logged.
-    kernel.log_failures()
+    kernel.log_failures()  # a reducer that has ended reads no more errors
     if failure is not None:
         raise failure
     if not results.read:
@@ -552,10 +551,18 @@ class _Kernel(Generic[T]):
         return self.policy.deadline is not None and anyio.current_time() >= self._scope.deadline
 
     def _fail(self, error: Exception) -> None:
-        # Once the work has been cancelled, an awaited handle's error is the echo of one that is known already.
-        if not (self._scope.cancel_called and isinstance(error, (SubtaskFailed, SubtaskSkipped))):
+        if not self._is_echo(error):
             self._failures.append(error)
         self._scope.cancel()
+
+    def _is_echo(self, error: Exception) -> bool:
+        # Of a failure that is known already, told to whoever awaited that subtask's handle.
+        cause: BaseException | None = error
+        while isinstance(cause, SubtaskFailed):
+            cause = cause.__cause__
+            if any(cause is known for known in self._failures):
+                return True
+        return isinstance(cause, SubtaskSkipped) and self._scope.cancel_called
 
     def _wake_consumer(self) -> None:
         if self._consumer is not None:
