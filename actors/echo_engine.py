@@ -13,15 +13,27 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import AsyncGenerator, Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import anyio
-import anyio.lowlevel
 import msgspec
 
-from actors.engine import Delta, EngineLoad, EngineSpec, GenerateRequest, Prompt, Usage, is_chat
+from actors.engine import (
+    Delta,
+    EngineLoad,
+    EngineSpec,
+    GenerateRequest,
+    Outcome,
+    Prompt,
+    Sampling,
+    Tally,
+    Usage,
+    is_chat,
+)
 from arun.errors import EngineDead, EngineError, MisuseError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
 
 __all__ = ("EchoEngine", "EchoOptions")
 
@@ -50,8 +62,9 @@ class EchoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class EchoEngine:
-    """Answers with the words of the prompt: of a text its words, of a chat those of the last user message, of token ids the
-    ids themselves, written as numbers. ``ignore_eos`` begins again until ``max_tokens`` is reached.
+    """Answers with the words of the prompt, and begins again until ``max_tokens`` with ``ignore_eos``.
+
+    Of a chat it repeats the last user message, of token ids the ids themselves, written as numbers.
 
     :param spec: its ``engine_args`` are :class:`EchoOptions`; ``max_model_len`` is counted in words.
     :raises MisuseError: an unknown option, or a value of the wrong type.
@@ -64,8 +77,8 @@ class EchoEngine:
             known = ", ".join(EchoOptions.__struct_fields__)
             raise MisuseError(f"engine_args of the echo engine: {exc}; known are {known}") from None
         self._max_model_len = spec.max_model_len
+        self._tally = Tally()
         self._died: str | None = None
-        self._in_flight = self._started = self._finished = self._failed = self._aborted = self._tokens = 0
 
     async def start(self) -> None:
         await anyio.sleep(self._options.start_seconds)
@@ -73,68 +86,61 @@ class EchoEngine:
             raise EngineError(self._options.fail_start)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        self._started += 1
-        self._in_flight += 1
-        finished = False
+        self._tally.begin()
+        outcome: Outcome = "aborted"
         try:
-            async for delta in self._answer(request):
-                finished = delta.finish_reason is not None
-                yield delta
-        except (RequestError, EngineDead):
-            self._failed += 1
-            finished = True
+            await self.check_health()
+            text = _spoken(request.prompt)
+            words = self._admit(text)
+            if self._options.hang_on is not None and self._options.hang_on in text:
+                await anyio.sleep_forever()
+            pieces, finish_reason = _answer(words, request.sampling)
+            await anyio.sleep(self._options.first_token_seconds)
+            for piece in pieces[:-1]:
+                self._count_token()
+                yield Delta(piece, [_token_id(piece)])
+                await anyio.sleep(self._options.token_seconds)
+            last = pieces[-1:]  # none when the answer begins with a stop string
+            for _ in last:
+                self._count_token()
+            outcome = "finished"
+            usage = Usage(prompt_tokens=len(words), completion_tokens=len(pieces))
+            yield Delta("".join(last), [_token_id(piece) for piece in last], finish_reason=finish_reason, usage=usage)
+        except EngineError:
+            outcome = "failed"
             raise
         finally:
-            self._in_flight -= 1
-            if not finished:
-                self._aborted += 1
+            self._tally.end(outcome)
 
     async def check_health(self) -> None:
         if self._died is not None:
             raise EngineDead(self._died)
 
     def load(self) -> EngineLoad:
-        return EngineLoad(self._in_flight, self._started, self._finished, self._failed, self._aborted, self._tokens)
+        return self._tally.load()
 
     async def stop(self) -> None:
         self._died = self._died or "the echo engine was stopped"
 
-    async def _answer(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
-        await self.check_health()
-        text = _spoken(request.prompt)
-        words = _words(text)
-        self._admit(text, len(words))
-        if self._options.hang_on is not None and self._options.hang_on in text:
-            await anyio.sleep_forever()
-        pieces, finish_reason = _plan(words, request)
-        usage = Usage(prompt_tokens=len(words), completion_tokens=len(pieces))
-        await anyio.sleep(self._options.first_token_seconds)
-        for position, piece in enumerate(pieces, start=1):
-            if position > 1:
-                await anyio.sleep(self._options.token_seconds)
-            self._count_token()
-            if position < len(pieces):
-                yield Delta(piece, [_token_id(piece)])
-        self._finished += 1
-        last = pieces[-1:]
-        yield Delta("".join(last), [_token_id(piece) for piece in last], finish_reason=finish_reason, usage=usage)
-
-    def _admit(self, text: str, words: int) -> None:
+    def _admit(self, text: str) -> list[str]:
         if self._options.fail_on is not None and self._options.fail_on in text:
             raise RequestError(f"the echo engine refuses prompts with {self._options.fail_on!r}, as it was told to")
+        words = _words(text)
         if not words:
             raise RequestError("the prompt is empty")
-        if self._max_model_len is not None and words >= self._max_model_len:
+        if self._max_model_len is not None and len(words) >= self._max_model_len:
             raise RequestError(
-                f"the prompt has {words} tokens, which leaves no room for an answer: max_model_len is {self._max_model_len}"
+                f"the prompt has {len(words)} tokens, which leaves no room for an answer: "
+                f"max_model_len is {self._max_model_len}"
             )
+        return words
 
     def _count_token(self) -> None:
-        if self._died is None and self._options.die_after is not None and self._tokens >= self._options.die_after:
-            self._died = f"the echo engine died after {self._tokens} tokens, as it was told to"
+        if self._died is None and self._options.die_after is not None and self._tally.tokens >= self._options.die_after:
+            self._died = f"the echo engine died after {self._tally.tokens} tokens, as it was told to"
         if self._died is not None:
             raise EngineDead(self._died)
-        self._tokens += 1
+        self._tally.tokens += 1
 
 
 def _spoken(prompt: Prompt) -> str:
@@ -146,27 +152,26 @@ def _spoken(prompt: Prompt) -> str:
 
 
 def _words(text: str) -> list[str]:
-    """The text cut before the white space in front of each word; joined again they are the text, save white space at the end."""
+    """The words, each with the white space before it: joined, they are the text again."""
     return re.findall(r"\s*\S+", text)
 
 
-def _plan(words: Sequence[str], request: GenerateRequest) -> tuple[Sequence[str], str]:
+def _answer(words: list[str], sampling: Sampling) -> tuple[list[str], str]:
     """The tokens to answer with, and why they end there."""
-    sampling = request.sampling
     if sampling.ignore_eos:
-        again = [words[0] if words[0][0].isspace() else " " + words[0], *words[1:]]
-        while len(words) < sampling.max_tokens:
-            words = [*words, *again]
-    whole = "".join(words)
+        spaced = " ".join(word.strip() for word in words)
+        repeats = -(-sampling.max_tokens // len(words))
+        words = _words(" ".join([spaced] * repeats))
+    text = "".join(words)
     stops = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop or []
-    cuts = [(at, stop) for stop in stops if (at := whole.find(stop)) >= 0]
+    cuts = [(at, stop) for stop in stops if (at := text.find(stop)) >= 0]
     if cuts:
         at, stop = min(cuts)
-        words = _words(whole[: at + len(stop)] if sampling.include_stop_str_in_output else whole[:at])
-    if len(words) > sampling.max_tokens:
+        words = _words(text[: at + len(stop)] if sampling.include_stop_str_in_output else text[:at])
+    if len(words) > sampling.max_tokens or (sampling.ignore_eos and not cuts):
         return words[: sampling.max_tokens], "length"
-    return words, "length" if sampling.ignore_eos and not cuts else "stop"
+    return words, "stop"
 
 
 def _token_id(piece: str) -> int:
-    return int(piece) if piece.strip().isdecimal() else zlib.crc32(piece.encode())
+    return zlib.crc32(piece.encode())

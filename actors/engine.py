@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence  # noqa: TC003 - msgspec and spawn() read annotations
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, TypedDict, TypeGuard
 
 import msgspec
@@ -30,9 +30,11 @@ __all__ = (
     "EngineSpec",
     "GenerateRequest",
     "Lane",
+    "Outcome",
     "Prompt",
     "Sampling",
     "SamplingOptions",
+    "Tally",
     "Usage",
     "is_chat",
     "is_tokens",
@@ -41,6 +43,7 @@ __all__ = (
 log = structlog.get_logger("arun.engine")
 
 Lane = Literal["interactive", "batch"]
+Outcome = Literal["finished", "failed", "aborted"]
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -65,7 +68,7 @@ def is_tokens(prompt: Prompt) -> TypeGuard[Sequence[int]]:
 
 def is_chat(prompt: Prompt) -> TypeGuard[Sequence[ChatMessage]]:
     """Whether ``prompt`` is a list of chat messages."""
-    return not isinstance(prompt, str) and all(isinstance(part, ChatMessage) for part in prompt)
+    return bool(prompt) and not isinstance(prompt, str) and all(isinstance(part, ChatMessage) for part in prompt)
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -212,6 +215,28 @@ class EngineLoad(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     tokens: int = 0
 
 
+class Tally:
+    """Counts an engine's requests and tokens; every request ends in exactly one :meth:`end`."""
+
+    __slots__ = ("ended", "started", "tokens")
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.tokens = 0
+        self.ended: dict[Outcome, int] = {"finished": 0, "failed": 0, "aborted": 0}
+
+    def begin(self) -> None:
+        self.started += 1
+
+    def end(self, outcome: Outcome) -> None:
+        self.ended[outcome] += 1
+
+    def load(self) -> EngineLoad:
+        """The counts as they are now."""
+        in_flight = self.started - sum(self.ended.values())
+        return EngineLoad(in_flight=in_flight, started=self.started, tokens=self.tokens, **self.ended)
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """What an engine's actor knows about itself.
 
@@ -256,7 +281,9 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
         :raises MisuseError: an unknown engine, or a size below 1.
         """
         if isinstance(self.engine, str) and self.engine not in {"vllm", "echo"}:
-            raise MisuseError(f"there is no engine {self.engine!r}; use 'vllm', 'echo', or a class with Engine's methods")
+            raise MisuseError(
+                f"there is no engine {self.engine!r}; use 'vllm', 'echo', or a class with Engine's methods"
+            )
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) < 1:
                 raise MisuseError(f"{name} is {getattr(self, name)}; it must be at least 1")

@@ -106,13 +106,13 @@ def check_model(model: str) -> None:
         )
     elif _looks_like_path(model):
         raise ModelNotFound(
-            f"there is no folder {model!r}. Name an existing folder with a model, a name on the Hugging Face hub such as "
-            "'HuggingFaceTB/SmolLM2-135M-Instruct', or 'tiny' for a random model made on the spot"
+            f"there is no folder {model!r}. Name an existing folder with a model, a name on the Hugging Face hub "
+            "such as 'HuggingFaceTB/SmolLM2-135M-Instruct', or 'tiny' for a random model made on the spot"
         )
     elif os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"} and not _in_hub_cache(model):
         raise ModelNotFound(
-            f"the model {model!r} is not in the local Hugging Face cache, and HF_HUB_OFFLINE is set. Unset HF_HUB_OFFLINE "
-            "to download it, or name a folder with a model"
+            f"the model {model!r} is not in the local Hugging Face cache, and HF_HUB_OFFLINE is set. Unset "
+            "HF_HUB_OFFLINE to download it, or name a folder with a model"
         )
 
 
@@ -183,14 +183,15 @@ _CHATML = (
 
 # Enough different words for 256 bytes, three special tokens and 253 merges.
 _CORPUS = """
-The runtime places long-lived actors on machines, and every actor answers its messages one after the other unless it
-was told to work on several at once. A stream carries items from the actor to its client; the client grants credit while
-it consumes, so that a slow reader holds up nobody else. When the reader leaves, the sender is told, closes its generator
-and waits until everything that it had opened is put away. Nothing is left running behind a caller's back: no task, no
-thread, no process, no request. An engine turns a prompt into tokens, a reducer turns finished answers into ever better
-states, and a dataset step turns blocks of rows into other blocks of rows. What can fail says why, with numbers, and
-what somebody could do next about it. Beautiful is better than ugly, explicit is better than implicit, simple is better
-than complex, and complex is better than complicated. Readability counts; errors should never pass silently.
+The runtime places long-lived actors on machines, and every actor answers its messages one after the other
+unless it was told to work on several at once. A stream carries items from the actor to its client; the client
+grants credit while it consumes, so that a slow reader holds up nobody else. When the reader leaves, the
+sender is told, closes its generator and waits until everything that it had opened is put away. Nothing is
+left running behind a caller's back: no task, no thread, no process, no request. An engine turns a prompt into
+tokens, a reducer turns finished answers into ever better states, and a dataset step turns blocks of rows into
+other blocks of rows. What can fail says why, with numbers, and what somebody could do next about it.
+Beautiful is better than ugly, explicit is better than implicit, simple is better than complex, and complex is
+better than complicated. Readability counts; errors should never pass silently.
 """
 
 
@@ -244,7 +245,8 @@ def _make_demo(folder: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=transformers.GgufConfig(dequantize=True),
     )
-    vars(model.config).pop("quantization_config", None)  # the saved weights are plain bfloat16
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the saved weights are plain bfloat16
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     _save(model, tokenizer, folder)
 
