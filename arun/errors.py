@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = (
     "ActorDied",
+    "ActorNotFound",
     "ApplicationBusyError",
     "ArunError",
     "ChannelLost",
@@ -80,6 +81,10 @@ class RemoteError(ArunError):
 
 class ActorDied(ArunError):
     """An actor's process ended while calls to it were in flight; says which actor and why."""
+
+
+class ActorNotFound(ArunError, LookupError):
+    """No actor of the cluster has that name; the message lists the names there are."""
 
 
 class PlacementError(ArunError):
