@@ -27,6 +27,7 @@ import structlog
 from actors import pickling
 from arun.channel import serve_unix
 from arun.errors import MisuseError
+from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -42,44 +43,53 @@ log = structlog.get_logger("actors.host")
 
 
 class Host:
-    """One actor's object and its turn-taking.
+    """One actor's object and its life, which is one task, so that ``on_start`` may enter what ``on_stop`` leaves.
 
-    :meth:`live` is its whole life in one task, so that ``on_start`` may enter what ``on_stop`` leaves; callers reach it
-    by :meth:`handle`, the channel's handler.
+    ``on_stop`` is not run where ``on_start`` did not succeed, as with ``__aenter__`` and ``__aexit__``.
     """
 
     def __init__(self, load: Callable[[], ActorSpec]) -> None:
         self._load = load
         self._serving: _Serving | None = None
         self._error: Exception | None = None
-        self._starting = anyio.CancelScope()
         self._started = anyio.Event()
         self._stop = anyio.Event()
+        self._life: Background[None] | None = None
 
-    def stop(self) -> None:
-        """Ask :meth:`live` to end, also while it is still starting."""
-        self._stop.set()
-        self._starting.cancel()
-
-    async def live(self, hang_up: Callable[[], Awaitable[None]]) -> None:
-        """Build the object, run ``on_start``, and after :meth:`stop` hang up and run ``on_stop``.
-
-        ``on_stop`` is not run where ``on_start`` did not succeed, as with ``__aenter__`` and ``__aexit__``.
+    def begin(self, hang_up: Callable[[], Awaitable[None]]) -> None:
+        """Build the object and run its ``on_start``; how that went is the answer to :data:`START`.
 
         :param hang_up: closes the channel and waits until the running messages have cleaned up.
+        """
+        self._life = Runtime.current().start(self._live, hang_up, name="actor")
+
+    def stop(self) -> None:
+        """Ask it to hang up and run ``on_stop``; a start that goes on is cancelled."""
+        if self._started.is_set():
+            self._stop.set()
+        elif self._life is not None:
+            self._life.cancel()
+
+    async def wait_ended(self) -> None:
+        """Wait for the end.
+
         :raises Exception: what ``on_stop`` raised.
         """
+        if self._life is not None:
+            await self._life.wait()
+
+    async def _live(self, hang_up: Callable[[], Awaitable[None]]) -> None:
+        # No cancel scope may be open around on_start: what it enters stays entered.
         instance: object | None = None
         try:
-            with self._starting:
-                spec = self._load()
-                built = spec.cls(*spec.args, **spec.kwargs)
-                await _lifecycle(built, "on_start")
-                instance = built
-                self._serving = _Serving(built, spec)
-        except Exception as exc:  # noqa: BLE001  # whatever it is, it is the answer to START
+            spec = self._load()
+            built = spec.cls(*spec.args, **spec.kwargs)
+            await _lifecycle(built, "on_start")
+            instance, self._serving = built, _Serving(built, spec)
+        except Exception as exc:  # noqa: BLE001  # whatever it is, START tells it
             self._error = exc
-        self._started.set()
+        finally:
+            self._started.set()
         await self._stop.wait()
         await hang_up()
         if instance is not None:
@@ -235,8 +245,9 @@ async def _serve(order: HostOrder, leash: int) -> None:
     server = await serve_unix(host.handle, path=order.path, token=order.token)
     os.write(order.status_fd, b"listening\n")
     os.close(order.status_fd)
+    host.begin(server.aclose)
     try:
-        await host.live(server.aclose)
+        await host.wait_ended()
     except Exception:
         log.exception("actor.stop_failed")
         sys.exit(1)

@@ -193,7 +193,7 @@ class _Task:
         self._name = spec.name
         self._host = Host(lambda: spec)
         self._client, server = memory_pair(handler_b=self._host.handle)
-        self._life = Runtime.current().start(self._host.live, server.aclose, name=f"actor {spec.name}")
+        self._host.begin(server.aclose)
 
     @property
     def pid(self) -> int:
@@ -204,18 +204,17 @@ class _Task:
 
     async def wait_ended(self) -> str:
         with contextlib.suppress(Exception):  # stop() tells about it
-            await self._life.wait()
+            await self._host.wait_ended()
         return "ended"
 
     async def stop(self, grace: float) -> None:
         self._host.stop()
-        with anyio.move_on_after(grace):
+        with anyio.move_on_after(grace) as scope:
             try:
-                await self._life.wait()
+                await self._host.wait_ended()
             except Exception:
                 log.exception("actor.stop_failed", actor=self._name)
-        if not self._life.done:
-            self._life.cancel()
+        if scope.cancelled_caught:
             log.warning("actor.abandoned", actor=self._name, grace=grace)
 
 

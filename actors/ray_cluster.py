@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import importlib.util
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -20,10 +18,12 @@ from actors.cluster import ActorInfo, ClusterResources, NodeResources
 from actors.finish import finish
 from actors.ray_host import RayBody
 from actors.roster import Roster
-from arun.errors import MisuseError, MissingExtraError, PlacementError
+from arun.errors import MissingExtraError, MisuseError, PlacementError
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
+    import builtins
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
     from typing import Self
 
@@ -304,7 +304,9 @@ def _resources() -> ClusterResources:
     return ClusterResources(
         tuple(
             NodeResources(
-                name=node["NodeName"] if homonyms[node["NodeName"]] == 1 else f"{node['NodeName']} ({node['NodeID'][:8]})",
+                name=node["NodeName"]
+                if homonyms[node["NodeName"]] == 1
+                else f"{node['NodeName']} ({node['NodeID'][:8]})",
                 cpus=node["Resources"].get("CPU", 0),
                 cpus_free=free.get(node["NodeID"], {}).get("CPU", 0),
                 gpus=node["Resources"].get("GPU", 0),

@@ -20,7 +20,7 @@ from actors import pickling
 from actors.host import Host
 from arun.channel import Connection, connect_tcp, serve_tcp
 from arun.errors import ChannelLost
-from arun.runtime import Background, Runtime
+from arun.runtime import Runtime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,7 +42,6 @@ class RayHost:
     def __init__(self, blob: bytes) -> None:
         self._blob = blob
         self._host: Host | None = None
-        self._life: Background[None] | None = None
 
     async def listen(self, token: bytes) -> tuple[str, int, int, str]:
         """Listen on the node's address and begin to start the object; its outcome is told over the channel.
@@ -53,7 +52,7 @@ class RayHost:
 
         self._host = Host(lambda: pickling.loads(self._blob))
         server = await serve_tcp(self._host.handle, token=token, host=ray.util.get_node_ip_address())
-        self._life = Runtime.current().start(self._host.live, server.aclose, name="actor")
+        self._host.begin(server.aclose)
         host, port = server.address
         return host, port, os.getpid(), ray.get_runtime_context().get_node_id()
 
@@ -63,9 +62,9 @@ class RayHost:
 
     async def stop(self) -> None:
         """End the object, ``on_stop`` included."""
-        if self._host is not None and self._life is not None:
+        if self._host is not None:
             self._host.stop()
-            await self._life.wait()
+            await self._host.wait_ended()
 
 
 class RayBody:
@@ -170,7 +169,9 @@ def _placed(group: Group) -> dict[str, Any]:
 
 def _phrase(told: str) -> str:
     """What Ray tells about a death, continuing "the actor", without its advice."""
-    detail = re.search(r"Worker exit type: (\w+) Worker exit detail: (.*?\.)(?= Some common causes|\s*$)", told, re.DOTALL)
+    detail = re.search(
+        r"Worker exit type: (\w+) Worker exit detail: (.*?\.)(?= Some common causes|\s*$)", told, re.DOTALL
+    )
     if detail is not None:
         return f"died: {detail[2]} (Ray's exit type: {detail[1]})"
     return f"died. Ray says: {told}"

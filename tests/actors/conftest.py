@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +10,8 @@ import pytest_asyncio
 from actors.local_cluster import LocalCluster
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
     from actors.cluster import Cluster
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import anyio
 import msgspec
 
 from actors.actor import actor
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 
 class Point(msgspec.Struct):
