@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = (
     "ActorDied",
+    "ActorNotFound",
     "ApplicationBusyError",
     "ArunError",
     "ChannelLost",
@@ -16,11 +17,13 @@ __all__ = (
     "MisuseError",
     "MissingExtraError",
     "ModelNotFound",
+    "PayloadError",
     "PlacementError",
     "PortInUse",
     "ProtocolError",
     "RemoteError",
     "RequestError",
+    "StreamRefused",
     "SubtaskFailed",
     "SubtaskSkipped",
 )
@@ -82,6 +85,10 @@ class ActorDied(ArunError):
     """An actor's process ended while calls to it were in flight; says which actor and why."""
 
 
+class ActorNotFound(ArunError, LookupError):
+    """No actor of the cluster has that name; the message lists the names there are."""
+
+
 class PlacementError(ArunError):
     """A placement cannot be held by the cluster; the message has both sides' numbers."""
 
@@ -104,3 +111,11 @@ class EngineDead(EngineError):
 
 class ModelNotFound(EngineError):
     """The model is neither a folder with a model nor a name that can be loaded here."""
+
+
+class PayloadError(ArunError, TypeError):
+    """A value cannot be sent over a channel, or what arrived is not of the declared type."""
+
+
+class StreamRefused(ArunError):
+    """The peer already serves as many streams of this connection as it announced."""
