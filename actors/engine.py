@@ -38,6 +38,7 @@ __all__ = (
     "Usage",
     "is_chat",
     "is_tokens",
+    "to_prompt",
 )
 
 log = structlog.get_logger("arun.engine")
@@ -69,6 +70,22 @@ def is_tokens(prompt: Prompt) -> TypeGuard[Sequence[int]]:
 def is_chat(prompt: Prompt) -> TypeGuard[Sequence[ChatMessage]]:
     """Whether ``prompt`` is a list of chat messages."""
     return bool(prompt) and not isinstance(prompt, str) and all(isinstance(part, ChatMessage) for part in prompt)
+
+
+def to_prompt(prompt: object) -> Prompt:
+    """Check a prompt as a user gives it; messages may be dicts.
+
+    :raises RequestError: it is empty, or neither text, nor token ids, nor chat messages.
+    """
+    try:
+        checked = msgspec.convert(prompt, Prompt)
+    except msgspec.ValidationError as exc:
+        raise RequestError(f"a prompt is text, a list of token ids or a list of chat messages: {exc}") from None
+    if not checked:
+        raise RequestError("the prompt is empty")
+    if not (isinstance(checked, str) or is_tokens(checked) or is_chat(checked)):
+        raise RequestError("the prompt has both token ids and chat messages; give a list of either")
+    return checked
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

