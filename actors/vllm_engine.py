@@ -120,7 +120,8 @@ class VLLMEngine:
             raise EngineDead(f"the vLLM engine of {self._spec.model} is dead: {_sentence(exc)}") from exc
 
     def load(self) -> EngineLoad:
-        return self._tally.load()
+        in_flight = self._running.llm.output_processor.get_num_unfinished_requests() if self._running else 0
+        return msgspec.structs.replace(self._tally.load(), in_flight=in_flight)
 
     async def stop(self) -> None:
         """Shut vLLM down and kill what is left of its processes; returns when they are gone."""

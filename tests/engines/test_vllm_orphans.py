@@ -28,7 +28,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def owner():
-    process = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     yield process
     process.kill()
     process.communicate()
@@ -42,6 +42,7 @@ def test_a_killed_owner_leaves_no_process_and_no_socket(owner, descendants):
     os.kill(owner.pid, signal.SIGKILL)
     assert processes.wait_gone(timeout=10) == []
     assert not os.path.exists(folder)
+    assert owner.communicate() == ("", "")  # vLLM keeps its talk to itself
 
 
 def test_an_owner_killed_while_the_engine_starts_leaves_no_process(owner, descendants):
