@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = (
     "AbandonedWork",
     "ActorDied",
+    "ActorNotFound",
     "ApplicationBusyError",
     "ArunError",
     "ChannelLost",
@@ -17,11 +18,13 @@ __all__ = (
     "MisuseError",
     "MissingExtraError",
     "ModelNotFound",
+    "PayloadError",
     "PlacementError",
     "PortInUse",
     "ProtocolError",
     "RemoteError",
     "RequestError",
+    "StreamRefused",
     "SubtaskFailed",
     "SubtaskSkipped",
 )
@@ -87,6 +90,10 @@ class ActorDied(ArunError):
     """An actor's process ended while calls to it were in flight; says which actor and why."""
 
 
+class ActorNotFound(ArunError, LookupError):
+    """No actor of the cluster has that name; the message lists the names there are."""
+
+
 class PlacementError(ArunError):
     """A placement cannot be held by the cluster; the message has both sides' numbers."""
 
@@ -109,3 +116,11 @@ class EngineDead(EngineError):
 
 class ModelNotFound(EngineError):
     """The model is neither a folder with a model nor a name that can be loaded here."""
+
+
+class PayloadError(ArunError, TypeError):
+    """A value cannot be sent over a channel, or what arrived is not of the declared type."""
+
+
+class StreamRefused(ArunError):
+    """The peer already serves as many streams of this connection as it announced."""
