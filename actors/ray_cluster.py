@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import os
 import sys
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -16,14 +15,14 @@ import anyio.to_thread
 from actors.bundles import Group, Placement, Reservation, Strategy
 from actors.cluster import ActorInfo, ClusterResources, NodeResources
 from actors.finish import finish
-from actors.ray_host import RayBody
+from actors.ray_host import RayBody, import_ray
 from actors.roster import Roster
 from arun.errors import MissingExtraError, MisuseError, PlacementError
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Mapping
     from types import TracebackType
     from typing import Self
 
@@ -82,8 +81,8 @@ class RayCluster:
             raise MissingExtraError("RayCluster", extra="ray", package="ray")
         if address is not None and address.startswith("ray://"):
             raise MisuseError(
-                f"RayCluster can't use {address}: a Ray client has no event loop of the cluster's and can't reach the actors' "
-                "sockets; run this program on a node of the cluster and connect with address='auto', or submit it as a job"
+                f"RayCluster can't use {address}: a Ray client is outside of the cluster, where nobody reaches the actors' "
+                "sockets; run this program on a node of the cluster with address='auto', or submit it as a Ray job"
             )
         return cls(address, ray_init_options, placement_timeout=placement_timeout, grace=grace)
 
@@ -134,15 +133,14 @@ class RayCluster:
         :raises PlacementError: the cluster is too small for it, told at once; or others hold what it needs for longer
             than ``placement_timeout``.
         """
-        from ray.util import placement_group
-
+        ray = import_ray()
         self._require_open()
         refusal = placement.refusal(await self.resources(), idle=True)
         if refusal is not None:
             raise PlacementError(refusal)
         # Nothing is awaited from the first group to the reservation that owns them all.
         groups = [
-            Group(replica, bundles, placement_group(bundles, strategy=placement.strategy))
+            Group(replica, bundles, ray.util.placement_group(bundles, strategy=placement.strategy))
             for replica, bundles in enumerate(placement.bundles())
         ]
         reservation = Reservation(placement, groups, self._give_back)
@@ -218,12 +216,11 @@ class RayCluster:
             ) from None
 
     async def _give_back(self, reservation: Reservation) -> None:
-        from ray.util import remove_placement_group
-
+        ray = import_ray()
         # Actors first: who calls an actor whose group is removed under it may wait for ever (ray#57726).
         await self._roster.stop_all(reservation.groups)
         for group in reservation.groups:
-            remove_placement_group(group.native)
+            ray.util.remove_placement_group(group.native)
         self._reservations.remove(reservation)
 
     def _require_open(self) -> None:
@@ -234,10 +231,9 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def _ray_session(address: str | None, options: Mapping[str, Any]) -> Iterator[None]:
+def _ray_session(address: str | None, options: Mapping[str, Any]) -> Generator[None]:
     """Be connected to Ray; ends only what it began. Blocks for seconds."""
-    import ray
-
+    ray = import_ray()
     if ray.is_initialized():
         if address is not None or options:
             raise MisuseError(
@@ -262,10 +258,9 @@ def _ray_session(address: str | None, options: Mapping[str, Any]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _stdout_is_the_programs() -> Iterator[None]:
-    """Send to stderr what Ray prints: a worker's death and, with log_to_driver, its output. It has no option for that."""
-    from ray._private import worker
-
+def _stdout_is_the_programs() -> Generator[None]:
+    """Send to stderr what Ray prints: a worker's death and, with log_to_driver, its output. It has no such option."""
+    worker = import_ray()._private.worker
     original = worker.print_worker_logs
 
     def print_to_stderr(data: Any, print_file: Any, *args: Any, **kwargs: Any) -> None:
@@ -279,7 +274,7 @@ def _stdout_is_the_programs() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_word_about_sigterm() -> Iterator[None]:
+def _no_word_about_sigterm() -> Generator[None]:
     """Drop ray.init's warning that it leaves the SIGTERM handler alone, which is what we want."""
 
     def is_news(record: logging.LogRecord) -> bool:
@@ -295,18 +290,13 @@ def _no_word_about_sigterm() -> Iterator[None]:
 
 def _resources() -> ClusterResources:
     """Ask Ray; a round trip to its head node."""
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    free = available_resources_per_node()
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    homonyms = Counter(node["NodeName"] for node in nodes)
+    ray = import_ray()
+    free: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
+    nodes: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
     return ClusterResources(
         tuple(
             NodeResources(
-                name=node["NodeName"]
-                if homonyms[node["NodeName"]] == 1
-                else f"{node['NodeName']} ({node['NodeID'][:8]})",
+                name=f"{node['NodeName']} ({node['NodeID'][:8]})",  # one machine may have several nodes
                 cpus=node["Resources"].get("CPU", 0),
                 cpus_free=free.get(node["NodeID"], {}).get("CPU", 0),
                 gpus=node["Resources"].get("GPU", 0),
