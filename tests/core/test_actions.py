@@ -46,7 +46,7 @@ async def items_of(what: Action, **fields: Any) -> list[Any]:
     return [v async for e in app_of(what, **fields).astream() if isinstance(e, Item) for v in e.values]
 
 
-# -- kinds --------------------------------------------------------------------------------------------
+# -- kinds ------------------------------------------------------------------------------------------
 
 
 async def test_an_async_generator_yields_items_and_at_last_a_state(runtime: Runtime) -> None:
@@ -211,7 +211,7 @@ async def test_an_action_that_returns_no_state_says_what_to_write(returned: Any)
     async def step(state: State) -> Any:
         return returned
 
-    with pytest.raises(MisuseError, match="action 'step' returned .*return state.update"):
+    with pytest.raises(MisuseError, match=r"action 'step' returned .*return state\.update"):
         await run(step)
 
 
@@ -233,7 +233,7 @@ async def test_a_generator_that_yields_no_state_says_what_to_write() -> None:
         await run(step)
 
 
-# -- class actions -----------------------------------------------------------------------------------------
+# -- class actions ----------------------------------------------------------------------------------
 
 
 class Add(Action):
@@ -356,7 +356,7 @@ async def test_input_and_result_are_actions() -> None:
     assert (what.name, result, state["n"]) == ("result", {"prompt": "Hi"}, 1)  # type: ignore[union-attr]
 
 
-# -- bind and with_name ---------------------------------------------------------------------------------------
+# -- bind and with_name -----------------------------------------------------------------------------
 
 
 @action(reads=[], writes=["n"])
@@ -396,7 +396,7 @@ async def test_calling_an_action_calls_its_function() -> None:
     assert repr(scaled).startswith("<Action scaled (coroutine scaled at ")
 
 
-# -- inputs ------------------------------------------------------------------------------------------------------
+# -- inputs -----------------------------------------------------------------------------------------
 
 
 async def test_a_missing_input_names_action_input_and_what_there_is() -> None:
@@ -414,7 +414,7 @@ async def test_the_context_is_given_to_who_asks_for_it() -> None:
     assert app.partition_key == "p"
 
 
-# -- reads and writes ------------------------------------------------------------------------------------------------
+# -- reads and writes -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -477,7 +477,7 @@ async def test_not_writing_a_declared_key_names_action_and_key() -> None:
     async def step(state: State) -> State:
         return state.update(a=1)
 
-    with pytest.raises(MisuseError, match="action 'step' declares .* did not write 'b'; it wrote: a"):
+    with pytest.raises(MisuseError, match=r"action 'step' declares .* did not write 'b'; it wrote: a"):
         await run(step)
     assert await run(step, b=2) == {"a": 1, "b": 2}  # the State has it all the same
 
@@ -490,7 +490,7 @@ async def test_an_action_may_return_a_state_of_its_own() -> None:
     assert await run(step, other=2) == {"n": 1, "other": 2}
 
 
-# -- what happens around an action ---------------------------------------------------------------------------------------
+# -- what happens around an action ------------------------------------------------------------------
 
 
 async def test_what_an_action_sets_in_its_context_does_not_leak() -> None:
@@ -589,7 +589,7 @@ async def test_an_actions_own_error_comes_out_as_it_is_with_a_note() -> None:
     assert error.__notes__ == [f"in action 'step' of application {app.uid!r}, step 0"]
 
 
-# -- cancellation ----------------------------------------------------------------------------------------------------------
+# -- cancellation -----------------------------------------------------------------------------------
 
 
 async def test_a_cancelled_generator_is_closed_and_its_clean_up_awaited() -> None:
@@ -635,7 +635,7 @@ async def test_a_cancelled_run_waits_for_the_thread_that_it_started(how: str, an
                 scopes.append(scope)
                 await run(step)
         elif how == "timeout":
-            with pytest.raises(TimeoutError):
+            with pytest.raises(TimeoutError):  # noqa: PT012 - the timeout is what raises
                 async with asyncio.timeout(None) as timeout:
                     scopes.append(timeout)
                     await run(step)
