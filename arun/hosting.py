@@ -113,9 +113,9 @@ async def as_async_iterator(produced: Any) -> AsyncIterator[Any] | None:
     if inspect.isawaitable(produced):
         produced = await produced
     if isinstance(produced, AsyncIterable):
-        return aiter(produced)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
+        return aiter(produced)  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType] - users' items
     if isinstance(produced, Iterable) and not isinstance(produced, (str, bytes)):
-        return _PlainIterator(produced)  # pyright: ignore[reportUnknownArgumentType]
+        return _PlainIterator(produced)  # pyright: ignore[reportUnknownArgumentType] - users' items
     return None
 
 
@@ -136,7 +136,7 @@ class _PlainIterator:
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        await close(self._iterator)  # pyright: ignore[reportArgumentType]
+        await close(self._iterator)  # pyright: ignore[reportArgumentType] - an iterator may be a generator
 
 
 async def _step(generator: AsyncIterator[Any]) -> Any:
