@@ -28,7 +28,7 @@ FLOORS: dict[str, int] = {
         "errors",
         "events guards outcomes policies runtime state",
         "conditions context hosting threads",
-        "fanout signatures stream",
+        "fanout reductions signatures stream",
         "actions channel data executors reducers",
         "graph",
         "parallel",
