@@ -130,12 +130,11 @@ class Reducer(Generic[R]):
                     await close(states)
 
 
-def reducing(
-    *merged: Reducer[dict[str, Any]], **fields: Reducer[Any]
-) -> Callable[[Any, State, AsyncIterator[Any]], AsyncGenerator[State, None]]:
+def reducing(*merged: Reducer[dict[str, Any]], **fields: Reducer[Any]) -> Any:
     """The ``reduce`` of a parallel action: each reducer's result becomes the State's field of its name.
 
     :param merged: reducers whose results are fields themselves, as those of :func:`merge`.
+    :return: a method. (Any, because type checkers have no name for one that is assigned in a class body.)
 
     >>> class AskAll(MapStates):
     ...     reduce = reducing(answers=collect("answer"), scores=statistics("score"))
