@@ -21,10 +21,12 @@ from arun.events import (
     RunFinished,
     RunStarted,
     SubtaskFinished,
+    SubtaskRetried,
     SubtaskStarted,
 )
-from arun.fanout import FanOut, FanOutStatistics, Handle, fan_out
+from arun.fanout import FanOut, FanOutStatistics, fan_out
 from arun.graph import Graph, GraphBuilder
+from arun.handles import Handle
 from arun.outcomes import Failed, Ok, Outcome, Skipped
 from arun.parallel import (
     MapActions,
@@ -34,7 +36,7 @@ from arun.parallel import (
     SubGraphTask,
     TaskBasedParallelAction,
 )
-from arun.policies import Policy
+from arun.policies import Capacity, Policy, Rate, Retry
 from arun.runtime import Runtime
 from arun.state import State, StateDelta
 from arun.stream import RunStream
@@ -50,6 +52,7 @@ __all__ = (
     "ApplicationBusyError",
     "ApplicationContext",
     "ArunError",
+    "Capacity",
     "Condition",
     "Event",
     "Failed",
@@ -69,7 +72,9 @@ __all__ = (
     "Outcome",
     "Partial",
     "Policy",
+    "Rate",
     "Result",
+    "Retry",
     "RunCancelled",
     "RunFailed",
     "RunFinished",
@@ -85,6 +90,7 @@ __all__ = (
     "SubGraphTask",
     "SubtaskFailed",
     "SubtaskFinished",
+    "SubtaskRetried",
     "SubtaskSkipped",
     "SubtaskStarted",
     "TaskBasedParallelAction",

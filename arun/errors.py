@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 __all__ = (
+    "AbandonedWork",
     "ActorDied",
+    "ActorNotFound",
     "ApplicationBusyError",
     "ArunError",
     "ChannelLost",
@@ -16,11 +18,13 @@ __all__ = (
     "MisuseError",
     "MissingExtraError",
     "ModelNotFound",
+    "PayloadError",
     "PlacementError",
     "PortInUse",
     "ProtocolError",
     "RemoteError",
     "RequestError",
+    "StreamRefused",
     "SubtaskFailed",
     "SubtaskSkipped",
 )
@@ -44,6 +48,10 @@ class SubtaskFailed(ArunError):
 
 class SubtaskSkipped(ArunError):
     """Raised by awaiting the handle of a subtask that was skipped or cancelled."""
+
+
+class AbandonedWork(ArunError, ResourceWarning):
+    """A warning: work that did not end when it was cancelled was left behind; the message names its line."""
 
 
 class MissingExtraError(ArunError, ImportError):
@@ -82,6 +90,10 @@ class ActorDied(ArunError):
     """An actor's process ended while calls to it were in flight; says which actor and why."""
 
 
+class ActorNotFound(ArunError, LookupError):
+    """No actor of the cluster has that name; the message lists the names there are."""
+
+
 class PlacementError(ArunError):
     """A placement cannot be held by the cluster; the message has both sides' numbers."""
 
@@ -104,3 +116,11 @@ class EngineDead(EngineError):
 
 class ModelNotFound(EngineError):
     """The model is neither a folder with a model nor a name that can be loaded here."""
+
+
+class PayloadError(ArunError, TypeError):
+    """A value cannot be sent over a channel, or what arrived is not of the declared type."""
+
+
+class StreamRefused(ArunError):
+    """The peer already serves as many streams of this connection as it announced."""

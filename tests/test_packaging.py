@@ -25,10 +25,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FLOORS: dict[str, int] = {
     name: floor
     for floor, names in enumerate((
-        "errors",
+        "errors frames",
         "events guards outcomes policies runtime state",
-        "conditions context hosting threads",
-        "fanout reductions signatures stream",
+        "conditions context handles hosting threads",
+        "attempts reductions signatures stream",
+        "fanout",
         "actions channel data executors reducers",
         "graph",
         "parallel",

@@ -53,7 +53,7 @@ async def _until_signal(command: Callable[[T], Awaitable[None]], options: T) -> 
         loop.add_signal_handler(number, interrupt)
     try:
         await task
-    except asyncio.CancelledError:
+    except asyncio.CancelledError:  # noqa: ASYNC103 - after a signal, the cancellation was ours and ends here
         if not interrupted:
             raise
     return interrupted
