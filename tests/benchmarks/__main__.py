@@ -37,8 +37,8 @@ def main() -> None:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     print(f"\n{table(rows)}\n")
     print(
-        "Medians of interleaved rounds in one run, guard-rails on. Times differ from machine to machine and from day\n"
-        f"to day; ratios of one run are what is comparable. Load average now: {os.getloadavg()[0]:.1f}."
+        "Medians of interleaved rounds in one run, guard-rails on. us: CPU time, save in a thread; ms: by the watch.\n"
+        f"Ratios of one run are what is comparable. Load average now: {os.getloadavg()[0]:.1f}."
     )
 
 

@@ -3,6 +3,9 @@
 Every contestant is a coroutine function that does some work and returns what a unit of it cost (seconds, or bytes). All
 are warmed up once; then in every round each has its turn, in an order that rotates, on an event loop of its own, right
 after a full garbage collection and with the collector running, as it does in programs. What counts is the median.
+
+What only computes is timed with the process's CPU clock, which on an idle machine says what a watch says, and on a busy
+one leaves the neighbours out. What waits (threads, timers) is timed with a watch.
 """
 
 from __future__ import annotations
@@ -55,11 +58,14 @@ class Row(NamedTuple):
     checks: list[Check]
 
 
-def medians(contestants: Mapping[str, Contestant], options: Options) -> dict[str, float]:
-    """The median cost of each contestant's unit, over interleaved rounds."""
+def medians(contestants: Mapping[str, Contestant], options: Options, *, times: int = 1) -> dict[str, float]:
+    """The median cost of each contestant's unit, over interleaved rounds.
+
+    :param times: so many times the rounds, for what is short and uneven.
+    """
     names = list(contestants)
     taken: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-1, options.rounds):  # -1: the warm-up
+    for turn in range(-1, options.rounds * times):  # -1: the warm-up
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             gc.collect()
             cost = asyncio.run(_await(contestants[name]))
