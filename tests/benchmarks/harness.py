@@ -76,7 +76,7 @@ def medians(contestants: Mapping[str, Contestant], options: Options, *, times: i
 
 def table(rows: list[Row]) -> str:
     """The table, as text."""
-    lines = [("what", "arun", "floor", "Burr", "ratio", "target", "holds")]
+    lines: list[tuple[str, ...]] = [("what", "arun", "floor", "Burr", "ratio", "target", "holds")]
     for row in rows:
         head = (row.what, *(_shown(cost, row.unit) for cost in (row.arun, row.floor, row.peer)))
         for check in row.checks:
@@ -84,7 +84,7 @@ def table(rows: list[Row]) -> str:
             lines.append((*head, *figures))
             head = ("", "", "", "")
     widths = [max(len(line[column]) for line in lines) for column in range(7)]
-    lines.insert(1, tuple("-" * width for width in widths))  # type: ignore[arg-type]  # seven of them
+    lines.insert(1, tuple("-" * width for width in widths))
     return "\n".join(
         "  ".join(
             cell.rjust(width) if 0 < column < 5 else cell.ljust(width)
