@@ -28,7 +28,7 @@ FLOORS: dict[str, int] = {
         "errors frames",
         "events guards outcomes policies runtime state",
         "conditions context handles hosting threads",
-        "attempts signatures stream",
+        "attempts reductions signatures stream",
         "fanout",
         "actions channel data executors reducers",
         "graph",
