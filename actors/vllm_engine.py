@@ -8,6 +8,7 @@ user's terminal. Set VLLM_LOGGING_LEVEL to leave the output alone.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import itertools
@@ -23,7 +24,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from actors.engine import Delta, EngineLoad, EngineSpec, GenerateRequest, Outcome, Tally, Usage, is_chat
+from actors.engine import Delta, EngineLoad, EngineSpec, GenerateRequest, Outcome, Sampling, Tally, Usage, is_chat
 from actors.models import resolve_model
 from actors.parent_watch import ProcessGuard
 from arun.errors import EngineDead, EngineError, MissingExtraError, MisuseError, RequestError
@@ -31,12 +32,13 @@ from arun.errors import EngineDead, EngineError, MissingExtraError, MisuseError,
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Sequence
 
-    from actors.engine import ChatMessage, Prompt, Sampling
+    from actors.engine import ChatMessage, Prompt
 
 __all__ = ("VLLMEngine", "resolve_here")
 
 # vLLM runs lower priorities first. Lanes are further apart than any two priorities within one.
 _LANE_PRIORITY = {"interactive": 0, "batch": 1 << 20}
+_WARM_UP_TOKENS = 64
 _SHUTDOWN_SECONDS = 3.0  # less than the grace that a cluster gives on_stop
 
 
@@ -81,6 +83,7 @@ class VLLMEngine:
         self._guard = ProcessGuard()
         _set_environment(self._spec.model, sockets=self._guard.folder)
         self._running = await anyio.to_thread.run_sync(_start_vllm, self._spec, output)
+        await self._warm_up()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         vllm = self._vllm()
@@ -131,9 +134,25 @@ class VLLMEngine:
             try:
                 if running is not None:
                     await anyio.to_thread.run_sync(running.llm.shutdown, _SHUTDOWN_SECONDS)
+                    del running
+                    gc.collect()  # AsyncLLM is in a cycle, and its __del__ fails when the interpreter is ending
             finally:
                 if guard is not None:
                     await anyio.to_thread.run_sync(guard.close)
+
+    async def _warm_up(self) -> None:
+        """Answer one prompt that is not short, before anybody else's.
+
+        On a CPU with AMX, vLLM's attention uses tiles that only oneDNN asks the kernel for, when it first multiplies
+        matrices of some size. A first prompt of less than about 5 tokens to a small model kills the worker with SIGILL.
+        """
+        vllm = self._vllm()
+        prompt = {"prompt_token_ids": [1] * min(_WARM_UP_TOKENS, vllm.llm.model_config.max_model_len - 1)}
+        try:
+            async for _ in vllm.llm.generate(prompt, vllm.params(Sampling(max_tokens=1)), "warm-up"):
+                pass
+        except Exception as exc:
+            raise EngineError(f"vLLM started, but does not answer: {vllm.translated(exc)}") from exc
 
     def _vllm(self) -> _Running:
         if self._running is None:

@@ -154,7 +154,7 @@ async def test_a_killed_engine_core_is_engine_dead(descendants):
     ):
         commands = descendants(pool.stats().replicas[0].pid).commands
         [core] = [pid for pid, command in commands.items() if "EngineCore" in command]
-        stream = pool.generate("a", max_tokens=200, ignore_eos=True)
+        stream = pool.generate([5], max_tokens=200, ignore_eos=True)  # one token: see VLLMEngine._warm_up
         await anext(stream)
         os.kill(core, signal.SIGKILL)
         with pytest.raises(EngineDead, match="replica 0 of pool 'solo'"):
