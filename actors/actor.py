@@ -36,8 +36,6 @@ def actor(*, concurrency: int = 1) -> Callable[[C], C]:
 
     :raises MisuseError: ``concurrency`` is below 1.
     """
-    if not isinstance(concurrency, int):
-        raise MisuseError("write @actor(concurrency=N), or no decorator for one message at a time")
     if concurrency < 1:
         raise MisuseError(f"@actor(concurrency={concurrency}): it must be at least 1")
 
@@ -127,12 +125,19 @@ class Link:
     :ivar ended: how the process ended, as a phrase that continues "the actor"; None while it lives.
     """
 
-    __slots__ = ("_wait_ended", "connection", "ended", "interface", "name", "pid")
+    __slots__ = ("_pid", "_wait_ended", "connection", "ended", "interface", "name")
 
-    def __init__(self, name: str, interface: Interface, wait_ended: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        interface: Interface,
+        *,
+        pid: Callable[[], int | None],
+        wait_ended: Callable[[], Coroutine[Any, Any, None]],
+    ) -> None:
         self.name = name
         self.interface = interface
-        self.pid: int | None = None
+        self._pid = pid
         self.connection: Connection | None = None
         self.ended: str | None = None
         self._wait_ended = wait_ended
@@ -176,8 +181,8 @@ class Link:
 
     def describe(self) -> str:
         """Who it is: ``actor 'counter' (Counter, pid 4711)``."""
-        pid = "" if self.pid is None else f", pid {self.pid}"
-        return f"actor {self.name!r} ({self.interface.class_name}{pid})"
+        pid = self._pid()
+        return f"actor {self.name!r} ({self.interface.class_name}{'' if pid is None else f', pid {pid}'})"
 
 
 def link_of(handle: ActorHandle) -> Link:

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 __all__ = ("START", "Host", "HostOrder", "main")
 
 START = "@start"
-"""Method that every actor answers when it is ready, or with the error that kept it from it. No class can define it."""
+"""Method that starts an actor; answered when it is ready, or with the error that kept it from it.
+
+No class has a method of that name."""
 
 log = structlog.get_logger("actors.host")
 
@@ -52,12 +54,13 @@ class Host:
         self._load = load
         self._serving: _Serving | None = None
         self._error: Exception | None = None
+        self._asked = anyio.Event()
         self._started = anyio.Event()
         self._stop = anyio.Event()
         self._life: Background[None] | None = None
 
     def begin(self, hang_up: Callable[[], Awaitable[None]]) -> None:
-        """Build the object and run its ``on_start``; how that went is the answer to :data:`START`.
+        """Begin its life: at :data:`START` the object is built and its ``on_start`` runs; the answer tells how it went.
 
         :param hang_up: closes the channel and waits until the running messages have cleaned up.
         """
@@ -79,6 +82,8 @@ class Host:
             await self._life.wait()
 
     async def _live(self, hang_up: Callable[[], Awaitable[None]]) -> None:
+        # Not before the owner is connected: it could neither tell an early death nor end what it does not know.
+        await self._asked.wait()
         # No cancel scope may be open around on_start: what it enters stays entered.
         instance: object | None = None
         try:
@@ -102,6 +107,7 @@ class Host:
         return self._serving.answer(method, payload)
 
     async def _outcome(self) -> AsyncIterator[None]:
+        self._asked.set()
         await self._started.wait()
         if self._error is not None:
             raise self._error

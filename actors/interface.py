@@ -14,10 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import structlog
 
 from arun.errors import MisuseError
 
 __all__ = ("ActorSpec", "Interface", "Method", "describe", "specify")
+
+log = structlog.get_logger("actors.interface")
 
 LIFECYCLE = ("on_start", "on_stop")
 _ASYNC_ITERATORS = (AsyncIterator, AsyncGenerator, AsyncIterable)
@@ -109,10 +112,9 @@ def describe(cls: type, *, concurrency: int | None = None) -> Interface:
     """
     if not inspect.isclass(cls):
         raise MisuseError(f"{cls!r} is no class; spawn(Counter, 3) builds the object itself, in the actor's process")
-    if concurrency is None:
-        concurrency = getattr(cls, "__arun_concurrency__", 1)
-    if concurrency < 1:
-        raise MisuseError(f"{cls.__qualname__}: concurrency is {concurrency}; it must be at least 1")
+    at_once: int = getattr(cls, "__arun_concurrency__", 1) if concurrency is None else concurrency
+    if at_once < 1:
+        raise MisuseError(f"{cls.__qualname__}: concurrency is {at_once}; it must be at least 1")
     methods = {
         name: _method(cls, name, function)
         for name, function in _functions(cls).items()
@@ -127,7 +129,7 @@ def describe(cls: type, *, concurrency: int | None = None) -> Interface:
             f"{cls.__qualname__} has no public method, so nobody could talk to it; an actor is a class with "
             "`async def` methods"
         )
-    return Interface(cls.__qualname__, methods, concurrency)
+    return Interface(cls.__qualname__, methods, at_once)
 
 
 def _functions(cls: type) -> dict[str, Callable[..., Any]]:
@@ -170,15 +172,22 @@ def _method(cls: type, name: str, function: Callable[..., Any]) -> Method:
 
 
 def _resolve(function: Callable[..., Any], annotation: Any) -> Any:
-    """One annotation as a type. One at a time, so that a name known only to type checkers costs no other its type."""
+    """One annotation as a type, or Any where a name in it is not known at run time.
+
+    One at a time, so that a name known only to type checkers costs no other its type.
+    """
     if annotation is inspect.Parameter.empty:
         return annotation
-    holder = types.SimpleNamespace(
-        __annotations__={"it": annotation}, __globals__=getattr(inspect.unwrap(function), "__globals__", {})
-    )
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    holder = types.SimpleNamespace(__annotations__={"it": annotation})
+    # Linters move what only annotations use under TYPE_CHECKING, these first of all.
+    familiar = {kind.__name__: kind for kind in _ASYNC_ITERATORS if kind.__name__ not in names}
     try:
-        return typing.get_type_hints(holder, include_extras=True)["it"]
-    except Exception:  # noqa: BLE001  # evaluating somebody's annotation may raise anything; it then counts as Any
+        return typing.get_type_hints(holder, names, familiar, include_extras=True)["it"]
+    except Exception as exc:  # noqa: BLE001  # evaluating somebody's annotation may raise anything
+        log.warning(
+            "actor.annotation_unresolved", method=function.__qualname__, annotation=str(annotation), error=repr(exc)
+        )
         return Any
 
 

@@ -10,7 +10,7 @@ import io
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
-import cloudpickle
+import cloudpickle  # pyright: ignore[reportMissingTypeStubs]  # it has none
 import msgspec
 
 from arun.errors import MisuseError
@@ -28,7 +28,8 @@ def dumps(spec: ActorSpec) -> bytes:
     """
     buffer = io.BytesIO()
     try:
-        _Pickler(buffer).dump(spec)
+        pickler: Any = _Pickler(buffer)
+        pickler.dump(spec)
     except MisuseError:
         raise
     except Exception as exc:  # what a __reduce__ raises is up to its author
@@ -55,7 +56,11 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # cloudpickle h
             )
         if isinstance(obj, msgspec.Meta):  # part of Annotated types, and not picklable by itself
             return functools.partial(msgspec.Meta, **dict(obj.__rich_repr__())), ()
-        return super().reducer_override(obj)
+        if isinstance(obj, type) and "__msgspec_cache__" in vars(obj):
+            # msgspec leaves an unpicklable note on dataclasses that it met; it makes a new one when needed.
+            del obj.__msgspec_cache__  # type: ignore[attr-defined]
+        by_default: Any = super()
+        return by_default.reducer_override(obj)
 
 
 def _importable(cls: type) -> bool:

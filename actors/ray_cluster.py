@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import os
 import sys
-from collections import Counter
+import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -16,14 +16,14 @@ import anyio.to_thread
 from actors.bundles import Group, Placement, Reservation, Strategy
 from actors.cluster import ActorInfo, ClusterResources, NodeResources
 from actors.finish import finish
-from actors.ray_host import RayBody
+from actors.ray_host import RayBody, import_ray
 from actors.roster import Roster
 from arun.errors import MissingExtraError, MisuseError, PlacementError
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Generator, Mapping
     from types import TracebackType
     from typing import Self
 
@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 
 __all__ = ("RayCluster",)
 
-_AUTH_MODE = "RAY_AUTH_MODE"
+_NO_NEWS = {
+    # Off the main thread Ray leaves the SIGTERM handler alone, which is what we want.
+    "ray._private.worker": "SIGTERM handler is not set",
+    # Ray's default for a cluster that it starts here, and ours.
+    "ray._private.authentication.authentication_token_setup": "Token authentication is enabled",
+}
+"""Per logger of Ray's, the beginning of a warning that each start would give and that asks nobody to do anything."""
 
 
 class RayCluster:
@@ -49,12 +55,10 @@ class RayCluster:
     def __init__(
         self, address: str | None, options: Mapping[str, Any], *, placement_timeout: float, grace: float
     ) -> None:
-        self._address = address
-        self._options = options
         self._placement_timeout = placement_timeout
         self._roster = Roster(grace=grace)
         self._reservations: list[Reservation] = []
-        self._session = contextlib.ExitStack()
+        self._session = _RaySession(address, options)
         self._opening: Background[None] | None = None
         self._closing: Background[None] | None = None
 
@@ -70,7 +74,7 @@ class RayCluster:
         """A cluster to be entered with ``async with``; nothing starts before.
 
         :param address: of a running cluster ("auto", "host:port"); by default Ray is started on this machine,
-            without a dashboard, with token authentication unless RAY_AUTH_MODE says otherwise. A process that is
+            without a dashboard, with token authentication (Ray's default; RAY_AUTH_MODE decides). A process that is
             connected to Ray already uses that connection, and leaves it as it is.
         :param placement_timeout: seconds that :meth:`reserve` waits for resources that others hold now.
         :param grace: seconds that ``on_stop`` gets before a process is killed.
@@ -82,8 +86,8 @@ class RayCluster:
             raise MissingExtraError("RayCluster", extra="ray", package="ray")
         if address is not None and address.startswith("ray://"):
             raise MisuseError(
-                f"RayCluster can't use {address}: a Ray client has no event loop of the cluster's and can't reach the actors' "
-                "sockets; run this program on a node of the cluster and connect with address='auto', or submit it as a job"
+                f"RayCluster can't use {address}: a Ray client is outside of the cluster, out of reach of the actors' "
+                "sockets; run this program on a node of the cluster with address='auto', or submit it as a Ray job"
             )
         return cls(address, ray_init_options, placement_timeout=placement_timeout, grace=grace)
 
@@ -92,7 +96,7 @@ class RayCluster:
         if self._roster.closed:
             raise MisuseError("this cluster is closed; connect() again")
         if self._opening is None:
-            self._opening = Runtime.current().start(self._open, name="start of RayCluster")
+            self._opening = Runtime.current().start(self._session.open, name="start of RayCluster")
         try:
             await finish(self._opening)
         except BaseException:
@@ -134,15 +138,14 @@ class RayCluster:
         :raises PlacementError: the cluster is too small for it, told at once; or others hold what it needs for longer
             than ``placement_timeout``.
         """
-        from ray.util import placement_group
-
+        ray = import_ray()
         self._require_open()
         refusal = placement.refusal(await self.resources(), idle=True)
         if refusal is not None:
             raise PlacementError(refusal)
         # Nothing is awaited from the first group to the reservation that owns them all.
         groups = [
-            Group(replica, bundles, placement_group(bundles, strategy=placement.strategy))
+            Group(replica, bundles, ray.util.placement_group(bundles, strategy=placement.strategy))
             for replica, bundles in enumerate(placement.bundles())
         ]
         reservation = Reservation(placement, groups, self._give_back)
@@ -193,15 +196,11 @@ class RayCluster:
     ) -> None:
         await self.aclose()
 
-    async def _open(self) -> None:
-        # Off the main thread ray.init also leaves the SIGTERM handler alone, which it would replace for good.
-        await anyio.to_thread.run_sync(lambda: self._session.enter_context(_ray_session(self._address, self._options)))
-
     async def _close(self) -> None:
         await self._roster.stop_all()
         for reservation in reversed(tuple(self._reservations)):
             await reservation.release()
-        await anyio.to_thread.run_sync(self._session.close)
+        await self._session.close()
 
     async def _wait_ready(self, placement: Placement, groups: builtins.list[Group]) -> None:
         try:
@@ -218,12 +217,11 @@ class RayCluster:
             ) from None
 
     async def _give_back(self, reservation: Reservation) -> None:
-        from ray.util import remove_placement_group
-
+        ray = import_ray()
         # Actors first: who calls an actor whose group is removed under it may wait for ever (ray#57726).
         await self._roster.stop_all(reservation.groups)
         for group in reservation.groups:
-            remove_placement_group(group.native)
+            ray.util.remove_placement_group(group.native)
         self._reservations.remove(reservation)
 
     def _require_open(self) -> None:
@@ -233,11 +231,44 @@ class RayCluster:
             raise MisuseError("this cluster is not connected yet: write `async with RayCluster.connect() as cluster:`")
 
 
-@contextlib.contextmanager
-def _ray_session(address: str | None, options: Mapping[str, Any]) -> Iterator[None]:
-    """Be connected to Ray; ends only what it began. Blocks for seconds."""
-    import ray
+class _RaySession:
+    """A connection to Ray, held by a thread of its own for as long as it lasts.
 
+    Starting and stopping Ray takes seconds, so the event loop's thread won't do. Nor will a worker thread that may be
+    retired: Ray asks the kernel to kill its servers when the thread that started them ends (PR_SET_PDEATHSIG).
+    """
+
+    def __init__(self, address: str | None, options: Mapping[str, Any]) -> None:
+        self._address = address
+        self._options = options
+        self._opened: Future[None] = Future()
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._hold, name="Ray session", daemon=True)
+
+    async def open(self) -> None:
+        self._thread.start()
+        await anyio.to_thread.run_sync(self._opened.result)
+
+    async def close(self) -> None:
+        self._leave.set()
+        if self._thread.is_alive():
+            await anyio.to_thread.run_sync(self._thread.join)
+
+    def _hold(self) -> None:
+        try:
+            with _connected(self._address, self._options):
+                self._opened.set_result(None)
+                self._leave.wait()
+        except BaseException as exc:
+            if self._opened.done():
+                raise
+            self._opened.set_exception(exc)
+
+
+@contextlib.contextmanager
+def _connected(address: str | None, options: Mapping[str, Any]) -> Generator[None]:
+    """Be connected to Ray; ends only what it began. Blocks for seconds."""
+    ray = import_ray()
     if ray.is_initialized():
         if address is not None or options:
             raise MisuseError(
@@ -247,12 +278,9 @@ def _ray_session(address: str | None, options: Mapping[str, Any]) -> Iterator[No
         yield
         return
     with contextlib.ExitStack() as stack:
-        if address is None and _AUTH_MODE not in os.environ:
-            os.environ[_AUTH_MODE] = "token"  # Ray's processes and its own library read it there only
-            stack.callback(os.environ.pop, _AUTH_MODE, None)
         stack.enter_context(_stdout_is_the_programs())
         quiet = {"include_dashboard": False} if address is None else {}
-        with _no_word_about_sigterm():
+        with _without_no_news():
             ray.init(
                 address="local" if address is None else address,
                 **{"log_to_driver": False, "logging_level": logging.WARNING, **quiet, **options},
@@ -262,10 +290,9 @@ def _ray_session(address: str | None, options: Mapping[str, Any]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def _stdout_is_the_programs() -> Iterator[None]:
-    """Send to stderr what Ray prints: a worker's death and, with log_to_driver, its output. It has no option for that."""
-    from ray._private import worker
-
+def _stdout_is_the_programs() -> Generator[None]:
+    """Send to stderr what Ray prints: a worker's death and, with log_to_driver, its output. It has no such option."""
+    worker = import_ray()._private.worker
     original = worker.print_worker_logs
 
     def print_to_stderr(data: Any, print_file: Any, *args: Any, **kwargs: Any) -> None:
@@ -279,34 +306,29 @@ def _stdout_is_the_programs() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_word_about_sigterm() -> Iterator[None]:
-    """Drop ray.init's warning that it leaves the SIGTERM handler alone, which is what we want."""
-
+def _without_no_news() -> Generator[None]:
     def is_news(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("SIGTERM handler is not set")
+        return not record.getMessage().startswith(_NO_NEWS[record.name])
 
-    logger = logging.getLogger("ray._private.worker")
-    logger.addFilter(is_news)
+    loggers = [logging.getLogger(name) for name in _NO_NEWS]
+    for logger in loggers:
+        logger.addFilter(is_news)
     try:
         yield
     finally:
-        logger.removeFilter(is_news)
+        for logger in loggers:
+            logger.removeFilter(is_news)
 
 
 def _resources() -> ClusterResources:
     """Ask Ray; a round trip to its head node."""
-    import ray
-    from ray._private.state import available_resources_per_node
-
-    free = available_resources_per_node()
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    homonyms = Counter(node["NodeName"] for node in nodes)
+    ray = import_ray()
+    free: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
+    nodes: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
     return ClusterResources(
         tuple(
             NodeResources(
-                name=node["NodeName"]
-                if homonyms[node["NodeName"]] == 1
-                else f"{node['NodeName']} ({node['NodeID'][:8]})",
+                name=f"{node['NodeName']} ({node['NodeID'][:8]})",  # one machine may have several nodes
                 cpus=node["Resources"].get("CPU", 0),
                 cpus_free=free.get(node["NodeID"], {}).get("CPU", 0),
                 gpus=node["Resources"].get("GPU", 0),

@@ -28,12 +28,19 @@ if TYPE_CHECKING:
     from actors.bundles import Group
     from actors.interface import ActorSpec
 
-__all__ = ("RayBody", "RayHost")
+__all__ = ("RayBody", "RayHost", "import_ray")
 
 log = structlog.get_logger("actors.ray_host")
 
 _KILL_TIMEOUT = 5.0
 """Seconds that a killed process may take to be gone."""
+
+
+def import_ray() -> Any:
+    """Ray, imported when first needed, and without its types, which are partly missing and partly wrong."""
+    import ray
+
+    return ray
 
 
 class RayHost:
@@ -44,17 +51,16 @@ class RayHost:
         self._host: Host | None = None
 
     async def listen(self, token: bytes) -> tuple[str, int, int, str]:
-        """Listen on the node's address and begin to start the object; its outcome is told over the channel.
+        """Listen on the node's address; the object is started over the channel.
 
         :returns: host, port, pid, Ray's id of the node.
         """
-        import ray
-
+        ray = import_ray()
+        host = ray.util.get_node_ip_address()
         self._host = Host(lambda: pickling.loads(self._blob))
-        server = await serve_tcp(self._host.handle, token=token, host=ray.util.get_node_ip_address())
+        server = await serve_tcp(self._host.handle, token=token, host=host)
         self._host.begin(server.aclose)
-        host, port = server.address
-        return host, port, os.getpid(), ray.get_runtime_context().get_node_id()
+        return host, int(server.address[1]), os.getpid(), ray.get_runtime_context().get_node_id()
 
     async def wait_dead(self) -> None:
         """Never returns: the call fails when the process is gone."""
@@ -75,8 +81,7 @@ class RayBody:
     """
 
     def __init__(self, spec: ActorSpec, *, group: Group | None, env: Mapping[str, str]) -> None:
-        import ray
-
+        ray = import_ray()
         # A restarted process would begin without its state, and a retried call might run twice.
         options: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": 0}
         if env:
@@ -99,8 +104,7 @@ class RayBody:
         return "" if self._where is None else "{}:{}".format(*self._where)
 
     async def connect(self) -> Connection:
-        import ray
-
+        ray = import_ray()
         token = secrets.token_bytes(32)
         try:
             host, port, pid, node = await self._actor.listen.remote(token)
@@ -116,8 +120,7 @@ class RayBody:
         return await self._end.wait()
 
     async def stop(self, grace: float) -> None:
-        import ray
-
+        ray = import_ray()
         if self._where is not None and not self._end.done:
             with anyio.move_on_after(grace):
                 try:
@@ -138,8 +141,7 @@ class RayBody:
             log.warning("actor.outlives_kill", actor=self._name, pid=self._pid, seconds=_KILL_TIMEOUT)
 
     async def _watch_end(self) -> str:
-        import ray
-
+        ray = import_ray()
         try:
             await self._actor.wait_dead.remote()
         except ray.exceptions.RayError as exc:
@@ -151,11 +153,9 @@ class RayBody:
 
 def _placed(group: Group) -> dict[str, Any]:
     """Ray's options that put an actor into a group's first bundle and whatever it starts into the others."""
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
     first = group.bundles[0]
     options: dict[str, Any] = {
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+        "scheduling_strategy": import_ray().util.scheduling_strategies.PlacementGroupSchedulingStrategy(
             placement_group=group.native,
             placement_group_bundle_index=0,
             placement_group_capture_child_tasks=True,

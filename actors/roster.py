@@ -147,8 +147,7 @@ class _Member:
         self.spec = spec
         self.body = body
         self.group = group
-        self._link = Link(spec.name, spec.interface, self._notice_death)
-        self._link.pid = body.pid
+        self._link = Link(spec.name, spec.interface, pid=lambda: body.pid, wait_ended=self._notice_death)
         self.handle = ActorHandle(self._link)
         self._ended = anyio.Event()
         self._stopping: Background[None] | None = None
@@ -157,7 +156,6 @@ class _Member:
     async def start(self) -> None:
         """Connect to the actor and wait until it is ready."""
         await self._link.connect(self.body.connect)
-        self._link.pid = self.body.pid
         await self._link.call(START)
 
     async def stop(self, grace: float) -> None:

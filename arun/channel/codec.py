@@ -28,12 +28,16 @@ __all__ = (
     "decoder_for",
     "encode_message",
     "encode_payload",
+    "largest_frame",
 )
 
 FRAME_MESSAGES = 4096
 FRAME_BYTES = 2**20
 
 _LENGTH_BYTES = 4
+# At most: of the array that a frame is, and of a message around its payload (Open with its method).
+_HEADER_BYTES = 5
+_ENVELOPE_BYTES = 4096
 _ENCODER = Encoder()
 # What msgspec raises for bytes that it refuses; the last two are no MsgspecError.
 _REFUSED = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
@@ -91,21 +95,21 @@ class FrameReader(Generic[M]):
 
     :param peer: the peer's name, for errors.
     :param expected: the message type, or union of types, that is legal now.
-    :param message_bytes: largest frame of one message.
+    :param frame_bytes: largest frame that is legal, see `largest_frame`.
     """
 
-    __slots__ = ("_buffer", "_decoder", "_max_bytes", "_need", "_peer")
+    __slots__ = ("_buffer", "_decoder", "_frame_bytes", "_need", "_peer")
 
-    def __init__(self, peer: str, expected: Any, message_bytes: int) -> None:
+    def __init__(self, peer: str, expected: Any, frame_bytes: int) -> None:
         self._peer = peer
         self._buffer = bytearray()
         self._need = _LENGTH_BYTES
         self._decoder: Decoder[list[M]] = Decoder(list[expected])
-        self._max_bytes = message_bytes + _LENGTH_BYTES
+        self._frame_bytes = frame_bytes
 
-    def switch(self, expected: Any, message_bytes: int) -> FrameReader[Any]:
+    def switch(self, expected: Any, frame_bytes: int) -> FrameReader[Any]:
         """A reader of other messages that goes on with the bytes that this one has not used."""
-        reader: FrameReader[Any] = FrameReader(self._peer, expected, message_bytes)
+        reader: FrameReader[Any] = FrameReader(self._peer, expected, frame_bytes)
         reader.feed(self._buffer)
         return reader
 
@@ -135,14 +139,14 @@ class FrameReader(Generic[M]):
         return self._decode(body)
 
     def _check_length(self, length: int) -> None:
-        if not 2 <= length <= self._max_bytes:
-            raise ProtocolError(f"{self._peer} sent a frame of {length} bytes; 2 to {self._max_bytes} are legal here")
+        if not 2 <= length <= self._frame_bytes:
+            raise ProtocolError(f"{self._peer} sent a frame of {length} bytes; 2 to {self._frame_bytes} are legal here")
 
     def _decode(self, body: bytes) -> list[M]:
         count = _array_count(body)
         if not 1 <= count <= FRAME_MESSAGES:
             raise ProtocolError(f"{self._peer} sent a frame of {count} messages; 1 to {FRAME_MESSAGES} are legal")
-        if count > 1 and len(body) > FRAME_BYTES + _LENGTH_BYTES:
+        if count > 1 and len(body) > FRAME_BYTES + _HEADER_BYTES:
             raise ProtocolError(
                 f"{self._peer} sent {count} messages in one frame of {len(body)} bytes; "
                 f"a frame of several messages has at most {FRAME_BYTES}"
@@ -151,6 +155,11 @@ class FrameReader(Generic[M]):
             return self._decoder.decode(body)
         except _REFUSED as exc:
             raise ProtocolError(f"{self._peer} sent a frame of {len(body)} bytes that is not valid: {exc}") from exc
+
+
+def largest_frame(message_bytes: int) -> int:
+    """Bytes of a frame with one message whose payload has so many bytes."""
+    return message_bytes + _ENVELOPE_BYTES
 
 
 def encode_payload(value: object, what: str, limit: int) -> bytes:

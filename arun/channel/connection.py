@@ -9,13 +9,12 @@ import anyio
 import structlog
 from anyio.lowlevel import current_token
 
-from arun.channel.codec import FrameReader, decoder_for, encode_payload
+from arun.channel.codec import FrameReader, decoder_for, encode_payload, largest_frame
 from arun.channel.messages import End, Fail, SessionMessage
 from arun.channel.serving import Handler, Interrupt, serve
 from arun.channel.session import Allowed, Effects, Inbound, Outbound, Session
 from arun.channel.stream import Stream
 from arun.errors import MisuseError, PayloadError, ProtocolError
-from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from msgspec import Raw
 
     from arun.channel.limits import Limits
+    from arun.runtime import Background, Runtime
 
 __all__ = ("Connection",)
 
@@ -34,7 +34,7 @@ class Connection:
     """One authenticated connection over which either side opens any number of typed streams.
 
     Made by ``connect_tcp``, ``connect_unix``, ``memory_pair`` or a :class:`~arun.channel.Server`. Its
-    tasks belong to ``Runtime.current()``, so it is bound to no frame; end it with ``aclose()``.
+    tasks belong to the current Runtime, so it is bound to no frame; end it with ``aclose()``.
 
     :ivar peer: the peer's name, such as ``127.0.0.1:4711``, ``unix:/run/a.sock`` or ``memory``.
     """
@@ -43,6 +43,7 @@ class Connection:
         self,
         stream: AnyByteStream,
         *,
+        runtime: Runtime,
         peer: str,
         handler: Handler | None,
         limits: Limits,
@@ -55,7 +56,7 @@ class Connection:
         self._stream = stream
         self._handler = handler or _refuse
         self._limits = limits
-        self._reader = reader or FrameReader(peer, SessionMessage, limits.message_bytes)
+        self._reader = reader or FrameReader(peer, SessionMessage, largest_frame(limits.message_bytes))
         self._on_closed = on_closed
         self._waiters: dict[Inbound | Outbound, anyio.Event] = {}
         self._interrupts: dict[Outbound, Interrupt] = {}
@@ -68,8 +69,8 @@ class Connection:
         self._ending = anyio.Event()
         self._closed = anyio.Event()
         self._post = _thread_safe_post()
-        self._runtime = Runtime.current()
-        self._runtime.start(self._run, name=f"channel to {peer}")
+        self._runtime = runtime
+        runtime.start(self._run, name=f"channel to {peer}")
 
     def __repr__(self) -> str:
         return f"<Connection to {self.peer}, {'open' if self._reason is None else self._reason}>"

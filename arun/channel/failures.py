@@ -15,8 +15,10 @@ from arun.errors import ArunError, MissingExtraError, MisuseError, RemoteError
 
 __all__ = ("describe", "rebuild", "register_error")
 
-_TEXT_CHARS = 16384
+_TEXT_CHARS = 16_384
 _NAME_CHARS = 512
+# Innermost frames that are sent of a traceback.
+_FRAMES = 64
 
 E = TypeVar("E", bound="type[Exception]")
 
@@ -49,19 +51,30 @@ def describe(stream: int, error: BaseException) -> Fail:
         message = str(error).removeprefix(f"{kind}: ")
     else:
         kind, remote = _name(type(error)), ""
-        only = error.args[0] if len(error.args) == 1 else None
-        message = only if isinstance(only, str) else str(error)  # str(KeyError("a")) has quotes
-    trace = f"{remote}\n{''.join(traceback.format_exception(error, limit=-64))}".strip()
-    # A lone surrogate can't be encoded, and a Fail that can't be encoded would lose the error.
+        message = _message(error)
+    trace = f"{remote}\n{''.join(traceback.format_exception(error, limit=-_FRAMES))}".strip()
     return Fail(stream, _clean(kind[:_NAME_CHARS]), _clean(message[:_TEXT_CHARS]), _clean(trace[-_TEXT_CHARS:]))
 
 
 def rebuild(fail: Fail, peer: str, method: str) -> Exception:
     """The error that a Fail describes, with the peer's traceback as a note."""
-    cls = _registry.get(fail.kind)
-    error = cls(fail.message) if cls is not None else RemoteError(fail.kind, fail.message, fail.traceback)
+    error: Exception
+    try:
+        error = _registry[fail.kind](fail.message)
+    except Exception:  # noqa: BLE001  # unknown here, or its constructor wants another message
+        error = RemoteError(fail.kind, fail.message, fail.traceback)
     error.add_note(f"raised at {peer} by {method!r}; its traceback there:\n{fail.traceback}")
     return error
+
+
+def _message(error: BaseException) -> str:
+    only = error.args[0] if len(error.args) == 1 else None
+    if isinstance(only, str):
+        return only  # str(KeyError("a")) has quotes
+    try:
+        return str(error)
+    except Exception as exc:  # noqa: BLE001  # the user's __str__; without a message the opener would wait for ever
+        return f"(its __str__ raised {type(exc).__qualname__})"
 
 
 def _name(cls: type[BaseException]) -> str:
@@ -69,6 +82,7 @@ def _name(cls: type[BaseException]) -> str:
 
 
 def _clean(text: str) -> str:
+    """Without lone surrogates: they can't be encoded, and the error would be lost."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

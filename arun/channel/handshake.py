@@ -19,7 +19,7 @@ import hmac
 import secrets
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from arun.channel.codec import FrameReader, Outbox, encode_message
+from arun.channel.codec import FrameReader, Outbox, encode_message, largest_frame
 from arun.channel.messages import (
     NEWEST_VERSION,
     OLDEST_VERSION,
@@ -63,7 +63,7 @@ class Secret:
 
 
 class Agreed(NamedTuple):
-    """Result of a handshake."""
+    """Result of a handshake: the reader of what follows, and the peer's limits."""
 
     reader: FrameReader[SessionMessage]
     allowed: Allowed
@@ -88,7 +88,9 @@ async def authenticate_client(stream: AnyByteStream, secret: Secret, peer: str, 
         raise ProtocolError(f"{peer} speaks channel versions {hello.oldest} to {hello.newest}; {reason}")
     proof = secret.proof("server", nonce, hello.nonce)
     await _send(stream, Welcome(version, proof, limits.streams, limits.message_bytes))
-    return Agreed(reader.switch(SessionMessage, limits.message_bytes), Allowed(hello.streams, hello.message_bytes))
+    return Agreed(
+        reader.switch(SessionMessage, largest_frame(limits.message_bytes)), Allowed(hello.streams, hello.message_bytes)
+    )
 
 
 async def authenticate_to_server(stream: AnyByteStream, secret: Secret, peer: str, limits: Limits) -> Agreed:
@@ -110,7 +112,10 @@ async def authenticate_to_server(stream: AnyByteStream, secret: Secret, peer: st
         raise ProtocolError(f"{peer} could not prove that it knows the token; is something else listening there?")
     if not OLDEST_VERSION <= welcome.version <= NEWEST_VERSION:
         raise ProtocolError(f"{peer} chose channel version {welcome.version}, which was not offered")
-    return Agreed(reader.switch(SessionMessage, limits.message_bytes), Allowed(welcome.streams, welcome.message_bytes))
+    return Agreed(
+        reader.switch(SessionMessage, largest_frame(limits.message_bytes)),
+        Allowed(welcome.streams, welcome.message_bytes),
+    )
 
 
 async def _send(stream: AnyByteStream, message: Challenge | Hello | Welcome | Goodbye) -> None:

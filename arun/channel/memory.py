@@ -10,6 +10,7 @@ from anyio.streams.stapled import StapledObjectStream
 from arun.channel.connection import Connection
 from arun.channel.limits import Limits
 from arun.channel.session import Allowed
+from arun.runtime import Runtime
 
 if TYPE_CHECKING:
     from arun.channel.serving import Handler
@@ -30,10 +31,12 @@ def memory_pair(
     :param handler_b: serves, at the second end, what the first opens.
     :param limits: of both ends.
     """
+    runtime = Runtime.current()  # refused here, before there are streams to close
     to_b, from_a = anyio.create_memory_object_stream[bytes](_PIPE_FRAMES)
     to_a, from_b = anyio.create_memory_object_stream[bytes](_PIPE_FRAMES)
-    allowed = Allowed(limits.streams, limits.message_bytes)
-    return (
-        Connection(StapledObjectStream(to_b, from_b), peer="memory", handler=handler_a, limits=limits, allowed=allowed),
-        Connection(StapledObjectStream(to_a, from_a), peer="memory", handler=handler_b, limits=limits, allowed=allowed),
-    )
+
+    def end(pipe: StapledObjectStream[bytes], handler: Handler | None) -> Connection:
+        allowed = Allowed(limits.streams, limits.message_bytes)
+        return Connection(pipe, runtime=runtime, peer="memory", handler=handler, limits=limits, allowed=allowed)
+
+    return end(StapledObjectStream(to_b, from_b), handler_a), end(StapledObjectStream(to_a, from_a), handler_b)

@@ -13,7 +13,7 @@ from msgspec import Raw
 
 from arun.channel.codec import encode_payload
 from arun.channel.failures import describe
-from arun.channel.messages import End
+from arun.channel.messages import End, Fail
 from arun.errors import ArunError
 
 if TYPE_CHECKING:
@@ -99,11 +99,14 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
         raise
     finally:
         error = await _close(iterator) or error
-        if error is not None and outbound.state == "open":
-            log.debug("handler.failed", peer=connection.peer, method=outbound.method, error=repr(error))
-        elif error is not None:
-            log.warning("handler.cleanup_failed", peer=connection.peer, method=outbound.method, error=repr(error))
-        connection.finish(outbound, End(outbound.id) if error is None else describe(outbound.id, error))
+        message = End(outbound.id) if error is None else describe(outbound.id, error)
+        if isinstance(message, Fail):
+            # An error after Cancel reaches nobody: the opener has left.
+            say = log.debug if outbound.state == "open" else log.warning
+            say(
+                "handler.failed", peer=connection.peer, method=outbound.method, kind=message.kind, error=message.message
+            )
+        connection.finish(outbound, message)
 
 
 async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncIterator[object]) -> None:

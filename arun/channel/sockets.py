@@ -71,7 +71,7 @@ async def serve_tcp(
             f"host {host!r} would offer the channel on every network of this machine; "
             "name one address, such as 127.0.0.1 or the node's own"
         )
-    secret = Secret(token)
+    secret, runtime = Secret(token), Runtime.current()
     try:
         listener = await anyio.create_tcp_listener(local_host=host, local_port=port)
     except OSError as exc:
@@ -82,7 +82,7 @@ async def serve_tcp(
             "stop that, pass another port, or port=0 for a free one"
         ) from exc
     address = (host, listener.extra(SocketAttribute.local_port))
-    return Server(listener, address, handler, secret, limits)
+    return Server(listener, address, handler, secret, limits, runtime)
 
 
 async def serve_unix(
@@ -98,10 +98,10 @@ async def serve_unix(
     name = os.fspath(path)
     if len(os.fsencode(name)) > _UNIX_PATH_BYTES:
         raise MisuseError(f"{name!r} is longer than the {_UNIX_PATH_BYTES} bytes that a Unix socket's path may have")
-    secret = Secret(token)
+    secret, runtime = Secret(token), Runtime.current()
     await _refuse_taken_path(name)
     listener = await anyio.create_unix_listener(name, mode=0o600)
-    return Server(listener, name, handler, secret, limits)
+    return Server(listener, name, handler, secret, limits, runtime)
 
 
 class Server:
@@ -117,6 +117,7 @@ class Server:
         handler: Handler,
         secret: Secret,
         limits: Limits,
+        runtime: Runtime,
     ) -> None:
         self.address = address
         self._name = address if isinstance(address, str) else _tcp_name(*address)
@@ -126,7 +127,8 @@ class Server:
         self._limits = limits
         self._half_open = 0
         self._connections: set[Connection] = set()
-        self._accepting = Runtime.current().start(self._accept_all, name=f"channel server {self._name}")
+        self._runtime = runtime
+        self._accepting = runtime.start(self._accept_all, name=f"channel server {self._name}")
         log.info("server.started", address=self._name)
 
     def __repr__(self) -> str:
@@ -187,6 +189,7 @@ class Server:
             self._half_open -= 1
         connection = Connection(
             stream,
+            runtime=self._runtime,
             peer=peer,
             handler=self._handler,
             limits=self._limits,
@@ -206,6 +209,7 @@ class Server:
 async def _connect(
     dial: Callable[[], Awaitable[AnyByteStream]], peer: str, secret: Secret, handler: Handler | None, limits: Limits
 ) -> Connection:
+    runtime = Runtime.current()  # refused here, before there is a socket to close
     stream: AnyByteStream | None = None
     try:
         with anyio.fail_after(limits.handshake_timeout):
@@ -218,7 +222,15 @@ async def _connect(
         if explained is None:
             raise
         raise explained from exc
-    return Connection(stream, peer=peer, handler=handler, limits=limits, allowed=agreed.allowed, reader=agreed.reader)
+    return Connection(
+        stream,
+        runtime=runtime,
+        peer=peer,
+        handler=handler,
+        limits=limits,
+        allowed=agreed.allowed,
+        reader=agreed.reader,
+    )
 
 
 def _explain(exc: BaseException, peer: str, limits: Limits) -> ChannelLost | None:
