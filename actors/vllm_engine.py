@@ -322,4 +322,6 @@ class _Output:
 
 
 def _sentence(exc: BaseException) -> str:
-    return " ".join(str(exc).split()) or type(exc).__name__
+    """The error's text in one paragraph, without the dump of all values that pydantic puts at the end."""
+    text = " ".join(str(exc).split())
+    return re.sub(r" \[type=\w+, input_value=.*", "", text) or type(exc).__name__
