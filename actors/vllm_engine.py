@@ -2,13 +2,12 @@
 
 Made for a process of its own (an actor): it sets environment variables, and while vLLM starts its processes this
 process's stdout and stderr go to a buffer, because EngineCore inherits them for its whole life and would write into its
-user's terminal. Set VLLM_LOGGING_LEVEL to leave the output alone.
+user's terminal. VLLM_LOGGING_LEVEL=INFO, or any other level than ERROR, leaves the output alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import importlib.util
 import itertools
@@ -39,7 +38,7 @@ __all__ = ("VLLMEngine", "resolve_here")
 # vLLM runs lower priorities first. Lanes are further apart than any two priorities within one.
 _LANE_PRIORITY = {"interactive": 0, "batch": 1 << 20}
 _WARM_UP_TOKENS = 64
-_SHUTDOWN_SECONDS = 3.0  # less than the grace that a cluster gives on_stop
+_SHUTDOWN_SECONDS = 2.0  # less than the grace that a cluster gives on_stop
 
 
 def resolve_here(spec: EngineSpec) -> EngineSpec:
@@ -79,10 +78,19 @@ class VLLMEngine:
         """
         os.environ.update(self._spec.env)
         self._spec = await anyio.to_thread.run_sync(resolve_here, self._spec)
-        output = _Output() if "VLLM_LOGGING_LEVEL" not in os.environ else None
         self._guard = ProcessGuard()
         _set_environment(self._spec.model, sockets=self._guard.folder)
-        self._running = await anyio.to_thread.run_sync(_start_vllm, self._spec, output)
+        output = _Output()
+        try:
+            with output.taking_over() if _is_quiet() else contextlib.nullcontext():
+                # One after the other: importing vLLM leaves tracebacks behind, whose frames must not know the engine.
+                await anyio.to_thread.run_sync(importlib.import_module, "vllm.v1.engine.async_llm")
+                self._running = await anyio.to_thread.run_sync(_start_vllm, self._spec)
+        except MisuseError:
+            raise
+        except Exception as exc:  # vLLM raises anything from OSError to pydantic's ValidationError here
+            cause = output.cause() or _sentence(exc)
+            raise EngineError(f"vLLM could not start the model {self._spec.model!r}: {cause}") from exc
         await self._warm_up()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
@@ -133,9 +141,9 @@ class VLLMEngine:
         with anyio.CancelScope(shield=True):
             try:
                 if running is not None:
+                    if running.llm.output_handler is not None:
+                        running.llm.output_handler.cancel()  # or it logs that EngineCore is gone
                     await anyio.to_thread.run_sync(running.llm.shutdown, _SHUTDOWN_SECONDS)
-                    del running
-                    gc.collect()  # AsyncLLM is in a cycle, and its __del__ fails when the interpreter is ending
             finally:
                 if guard is not None:
                     await anyio.to_thread.run_sync(guard.close)
@@ -227,18 +235,11 @@ def _set_environment(model: str, *, sockets: str) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _start_vllm(spec: EngineSpec, output: _Output | None) -> _Running:
-    try:
-        with output.taking_over() if output else contextlib.nullcontext():
-            return _import_and_start(spec)
-    except (EngineError, MisuseError):
-        raise
-    except Exception as exc:  # vLLM raises anything from OSError to pydantic's ValidationError here
-        cause = (output and output.cause()) or _sentence(exc)
-        raise EngineError(f"vLLM could not start the model {spec.model!r}: {cause}") from exc
+def _is_quiet() -> bool:
+    return os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
 
 
-def _import_and_start(spec: EngineSpec) -> _Running:
+def _start_vllm(spec: EngineSpec) -> _Running:
     vllm: Any = importlib.import_module("vllm")
     platform: Any = importlib.import_module("vllm.platforms").current_platform
     sampling: Any = importlib.import_module("vllm.sampling_params")
