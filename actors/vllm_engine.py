@@ -26,7 +26,7 @@ import msgspec
 from actors.engine import Delta, EngineLoad, EngineSpec, GenerateRequest, Outcome, Sampling, Tally, Usage, is_chat
 from actors.models import resolve_model
 from actors.parent_watch import ProcessGuard
-from arun.errors import EngineDead, EngineError, MissingExtraError, MisuseError, RequestError
+from arun.errors import EngineDead, EngineError, MissingExtraError, MisuseError, ModelNotFound, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Sequence
@@ -89,8 +89,7 @@ class VLLMEngine:
         except MisuseError:
             raise
         except Exception as exc:  # vLLM raises anything from OSError to pydantic's ValidationError here
-            cause = output.cause() or _sentence(exc)
-            raise EngineError(f"vLLM could not start the model {self._spec.model!r}: {cause}") from exc
+            raise _start_failure(self._spec.model, exc, output.cause() or _sentence(exc)) from exc
         await self._warm_up()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
@@ -262,6 +261,15 @@ def _start_vllm(spec: EngineSpec) -> _Running:
         dead_error=dead.EngineDeadError,
         client_error=getattr(errors, "VLLMClientError", ValueError),
     )
+
+
+def _start_failure(model: str, exc: Exception, cause: str) -> EngineError:
+    if isinstance(exc, OSError) and not os.path.isdir(model):
+        return ModelNotFound(
+            f"the model {model!r} is no folder here and can't be had from the hub: {cause} Name a folder with a model, "
+            "or 'tiny' for a random model made on the spot"
+        )
+    return EngineError(f"vLLM could not start the model {model!r}: {cause}")
 
 
 def _engine_args(spec: EngineSpec, *, cpu: bool) -> dict[str, Any]:

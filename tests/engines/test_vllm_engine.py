@@ -176,6 +176,14 @@ async def test_weights_that_are_missing_are_named_by_the_error(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+async def test_a_hub_that_cannot_be_reached_is_model_not_found():
+    spec = EngineSpec(model="someone/nothing", env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"})
+    async with LocalCluster(cpus=8) as cluster:
+        with pytest.raises(ModelNotFound, match=r"'someone/nothing'.*couldn't connect.*Name a folder"):
+            async with cluster.engines(spec):
+                pytest.fail("the pool must not open")
+
+
 async def test_an_unknown_engine_argument_is_refused():
     async with LocalCluster(cpus=8) as cluster:
         with pytest.raises(MisuseError, match="max_model_length"):
