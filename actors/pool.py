@@ -309,7 +309,7 @@ class EnginePool:
                     stopping.start_soon(self._stop_replica, replica)
         finally:
             if self._reservation is not None:
-                await self._reservation.release()
+                await self._reservation.release()  # noqa: ASYNC102 - finish() lets no cancellation cut it short
         log.info("pool.closed", pool=self.name)
 
     async def _stop_replica(self, replica: Replica) -> None:

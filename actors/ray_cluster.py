@@ -153,7 +153,7 @@ class RayCluster:
         try:
             await self._wait_ready(placement, groups)
         except BaseException:
-            await reservation.release()
+            await reservation.release()  # noqa: ASYNC102 - finish() lets no cancellation cut it short
             raise
         return reservation
 
@@ -259,7 +259,7 @@ class _RaySession:
             with _connected(self._address, self._options):
                 self._opened.set_result(None)
                 self._leave.wait()
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: ASYNC103 - in a thread of its own; whoever waits for it gets it
             if self._opened.done():
                 raise
             self._opened.set_exception(exc)

@@ -455,7 +455,7 @@ async def test_awaiting_an_ancestor_is_refused() -> None:
         async def reduce(self, state: State, states: AsyncIterator[Any]) -> State:
             return state.update(ys=[done async for done in states])
 
-    with pytest.raises(MisuseError, match="deadlock: .* awaits Over.*, which can't end before it"):
+    with pytest.raises(MisuseError, match=r"deadlock: .* awaits Over.*, which can't end before it"):
         await run(Parent(), count=1)
 
 
