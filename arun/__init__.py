@@ -9,7 +9,18 @@ from arun.actions import Action, FunctionAction, Input, Result, SingleStepAction
 from arun.application import Application, ApplicationBuilder, RunResult
 from arun.conditions import Condition, default, expr, when
 from arun.context import ApplicationContext
-from arun.errors import ApplicationBusyError, ArunError, MisuseError, SubtaskFailed, SubtaskSkipped
+from arun.errors import (
+    AlreadyFinishedError,
+    ApplicationBusyError,
+    ArunError,
+    CodecError,
+    GraphChangedError,
+    MisuseError,
+    RunConflictError,
+    StoreError,
+    SubtaskFailed,
+    SubtaskSkipped,
+)
 from arun.events import (
     ActionFinished,
     ActionStarted,
@@ -35,8 +46,10 @@ from arun.parallel import (
     TaskBasedParallelAction,
 )
 from arun.policies import Policy
+from arun.registry import register
 from arun.runtime import Runtime
 from arun.state import State, StateDelta
+from arun.store import MemoryStore, SQLiteStore, Store
 from arun.stream import RunStream
 
 __version__ = "0.1.0"
@@ -45,11 +58,13 @@ __all__ = (
     "Action",
     "ActionFinished",
     "ActionStarted",
+    "AlreadyFinishedError",
     "Application",
     "ApplicationBuilder",
     "ApplicationBusyError",
     "ApplicationContext",
     "ArunError",
+    "CodecError",
     "Condition",
     "Event",
     "Failed",
@@ -58,18 +73,21 @@ __all__ = (
     "FunctionAction",
     "Graph",
     "GraphBuilder",
+    "GraphChangedError",
     "Handle",
     "Input",
     "Item",
     "MapActions",
     "MapActionsAndStates",
     "MapStates",
+    "MemoryStore",
     "MisuseError",
     "Ok",
     "Outcome",
     "Partial",
     "Policy",
     "Result",
+    "RunConflictError",
     "RunCancelled",
     "RunFailed",
     "RunFinished",
@@ -78,10 +96,13 @@ __all__ = (
     "RunStream",
     "RunnableGraph",
     "Runtime",
+    "SQLiteStore",
     "SingleStepAction",
     "Skipped",
     "State",
     "StateDelta",
+    "Store",
+    "StoreError",
     "SubGraphTask",
     "SubtaskFailed",
     "SubtaskFinished",
@@ -92,5 +113,6 @@ __all__ = (
     "default",
     "expr",
     "fan_out",
+    "register",
     "when",
 )

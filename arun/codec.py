@@ -179,7 +179,7 @@ class _Writer:
         numpy: Any = sys.modules.get("numpy")
         if numpy is not None and (kind is numpy.ndarray or isinstance(value, numpy.generic)):
             return self.numpy(value)
-        if isinstance(value, ZoneInfo) and str(value) == (key := getattr(value, "key", None)):  # None: read from a file
+        if isinstance(value, ZoneInfo) and (key := getattr(value, "key", None)):  # None: read from a file
             return _Ext(_ZONE, key.encode())
         raise _Refused(unregistered(kind), kind)
 

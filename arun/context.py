@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arun.events import Event
+
+if TYPE_CHECKING:
+    from arun.ledger import Ledger
 
 __all__ = ("ApplicationContext", "Run")
 
@@ -48,9 +51,20 @@ class ApplicationContext:
     :ivar path: the branches above it, outermost first (see :mod:`arun.events`).
     :ivar inputs: the runtime inputs of the run.
     :ivar resources: what ``with_resources`` injected.
+    :ivar ledger: where subtasks that finish below this action are recorded; None without a store.
     """
 
-    __slots__ = ("action_name", "app_id", "inputs", "partition_key", "path", "resources", "run", "sequence_id")
+    __slots__ = (
+        "action_name",
+        "app_id",
+        "inputs",
+        "ledger",
+        "partition_key",
+        "path",
+        "resources",
+        "run",
+        "sequence_id",
+    )
 
     def __init__(
         self,
@@ -63,6 +77,7 @@ class ApplicationContext:
         inputs: Mapping[str, Any],
         resources: Mapping[str, Any],
         run: Run,
+        ledger: Ledger | None = None,
     ) -> None:
         self.app_id = app_id
         self.partition_key = partition_key
@@ -72,6 +87,7 @@ class ApplicationContext:
         self.inputs = inputs
         self.resources = resources
         self.run = run
+        self.ledger = ledger
 
     def child(
         self, action_name: str, *branch: str, sequence_id: int | None = None, inputs: Mapping[str, Any] | None = None
@@ -89,6 +105,7 @@ class ApplicationContext:
             inputs={**self.inputs, **inputs} if inputs else self.inputs,
             resources=self.resources,
             run=self.run,
+            ledger=self.ledger,
         )
 
     async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:

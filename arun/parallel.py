@@ -24,6 +24,7 @@ from arun.events import SubtaskFinished, SubtaskStarted
 from arun.fanout import Handle, run_fan_out
 from arun.graph import Graph, GraphBuilder, check_entrypoint
 from arun.hosting import as_async_iterator, close, drive, in_context
+from arun.ledger import Entry
 from arun.outcomes import Ok
 from arun.policies import Policy
 from arun.state import State
@@ -74,13 +75,25 @@ class RunnableGraph(Action):
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> tuple[Any, State]:
         current: str | None = self.entrypoint
         committed, result, sequence_id = state, None, 0
+        steps = context.ledger.siblings(self.display_name) if context.ledger is not None else None
+        visits: dict[str, int] = {}
         while current is not None:
+            action, entry = self.graph.actions[current], None
             step = context.child(current, self.display_name, sequence_id=sequence_id, inputs={**self._bound, **inputs})
-            result, changes = await take_step(self.graph.actions[current], committed, step)
+            if steps is not None:
+                visit = visits[current] = visits.get(current, -1) + 1
+                entry = await steps.step(action, visit, committed, step)
+                step.ledger = entry.ledger if entry is not None else steps.below(action, visit)
+            if entry is not None and entry.restored is not None:
+                changes, entry = committed.scoped(None).patched(entry.restored), None
+            else:
+                result, changes = await take_step(action, committed, step)
             committed = committed.committed(changes, current)
             state = state.absorb(changes)
             sequence_id += 1
             current = None if current in self.halt_after else await self.graph.following(current, committed)
+            if entry is not None and current is not None:  # the last step is recorded as the graph's end
+                await entry.record(changes)
         return result, state
 
 
@@ -166,6 +179,8 @@ class TaskBasedParallelAction(Action):
         given = {**inputs, **self._bound}
         collector = Collector(self.display_name, context)
         taken_keys: set[str] = set()
+        siblings = context.ledger.siblings(self.display_name) if context.ledger is not None else None
+        entries: dict[int, Entry] = {}  # by ordinal: a subtask that is tried again is still the same one
 
         async def run_subtask(handle: Handle[State]) -> State:
             task = handle.spec
@@ -183,9 +198,16 @@ class TaskBasedParallelAction(Action):
                 taken_keys.add(task.key)
             branch = task.key if task.key is not None else f"{task.action.display_name}[{handle.ordinal}]"
             below = context.child(task.action.display_name, self.display_name, branch, inputs=given)
-            if not context.run.listening:
-                return await _final_state(task, below)
-            return await _observed(task, handle, below)
+            entry = entries.get(handle.ordinal)
+            if siblings is not None:
+                if entry is None:
+                    entry = await siblings.enter(task.action, task.state, task.inputs, below, key=task.key)
+                    entries[handle.ordinal] = entry
+                below.ledger = entry.ledger
+            final = _final_state if not context.run.listening else _observed
+            state = await final(task, handle, below, entry)
+            entries.pop(handle.ordinal, None)
+            return state
 
         async def consume(states: AsyncIterator[Any]) -> None:
             reduced: Any = self.reduce(state, states)
@@ -284,23 +306,32 @@ class MapActionsAndStates(TaskBasedParallelAction):
             await close(actions)
 
 
-async def _final_state(task: SubGraphTask, context: ApplicationContext) -> State:
+async def _final_state(
+    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, entry: Entry | None
+) -> State:
+    if entry is not None and entry.restored is not None:
+        return task.state.patched(entry.restored).with_origin(task.action.display_name)
     _, changes = await perform(task.action, task.state, task.inputs, context)
+    if entry is not None:
+        await entry.record(changes)
     return task.state.absorb(changes).with_origin(task.action.display_name)
 
 
-async def _observed(task: SubGraphTask, handle: Handle[State], context: ApplicationContext) -> State:
+async def _observed(
+    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, entry: Entry | None
+) -> State:
     label = handle.label()
     await context.emit(SubtaskStarted, label=label, ordinal=handle.ordinal)
     started = time.perf_counter()
     try:
-        state = await _final_state(task, context)
+        state = await _final_state(task, handle, context, entry)
     except Exception as exc:
         seconds, error = time.perf_counter() - started, f"{type(exc).__qualname__}: {exc}"
         await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, error=error)
         raise
     seconds = time.perf_counter() - started
-    await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds)
+    restored = entry is not None and entry.restored is not None
+    await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, restored=restored)
     return state
 
 

@@ -145,7 +145,7 @@ def _struct(cls: type[msgspec.Struct]) -> _Forms:
 
 def _dataclass(cls: type[Any]) -> _Forms:
     fields = dataclasses.fields(cls)
-    new: Callable[[type[Any]], Any] = cls.__new__
+    new = cast("Any", cls).__new__
 
     def build(given: Any) -> Any:
         rest = dict(given)
@@ -167,7 +167,7 @@ def _dataclass(cls: type[Any]) -> _Forms:
 
 
 def _pydantic(cls: type[Any]) -> _Forms:
-    new: Callable[[type[Any]], Any] = cls.__new__
+    new = cast("Any", cls).__new__
 
     def build(state: Any) -> Any:
         model = new(cls)

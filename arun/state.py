@@ -179,6 +179,10 @@ class State(Mapping[str, Any]):
         """This State with the delta of ``changes`` written to it, as if it had written it itself."""
         return self._with(changes._changed)
 
+    def patched(self, delta: StateDelta) -> State:
+        """This State with a delta written to it, as if it had written it itself."""
+        return self._with({**delta.written, **dict.fromkeys(delta.deleted, _DELETED)})
+
     def changed_from(self, earlier: State | None) -> dict[str, Any]:
         """The fields of this State's delta whose values are other objects than in ``earlier``'s delta."""
         before = earlier._changed if earlier is not None else _NOTHING
