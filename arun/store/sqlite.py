@@ -277,33 +277,42 @@ class _Job(Generic[T]):
 
 def _serve(jobs: queue.SimpleQueue[_Job[Any] | None], path: Path, synchronous: str, busy_timeout: float) -> None:
     db: sqlite3.Connection | None = None
-    last = False
+
+    def serve_batch(batch: list[_Job[Any]]) -> None:
+        nonlocal db
+        try:
+            db = db or _connect(path, synchronous, busy_timeout)
+            _run(db, batch)
+        except sqlite3.Error as exc:
+            _fail(batch, StoreError(f"the store {path} can't be used: {exc}"), exc)
+        except Exception as exc:  # noqa: BLE001 - travels to whoever asked
+            _fail(batch, exc, None)
+        _answer(batch)
+
     try:
-        while not last:
-            batch: list[_Job[Any]] = []
-            job = jobs.get()
-            try:
-                while job is not None and len(batch) < _MOST:
-                    batch.append(job)
-                    job = jobs.get_nowait()
-            except queue.Empty:
-                pass
-            else:
-                if job is None:
-                    last = True
-                else:
-                    batch.append(job)
-            try:
-                db = db or _connect(path, synchronous, busy_timeout)
-                _run(db, batch)
-            except sqlite3.Error as exc:
-                _fail(batch, StoreError(f"the store {path} can't be used: {exc}"), exc)
-            except Exception as exc:  # noqa: BLE001 - travels to whoever asked
-                _fail(batch, exc, None)
-            _answer(batch)
+        # No job is held while this waits: a job knows its store, which could then never be collected.
+        while _serve_waiting(jobs, serve_batch):
+            pass
     finally:
         if db is not None:
             db.close()
+
+
+def _serve_waiting(jobs: queue.SimpleQueue[_Job[Any] | None], serve: Callable[[list[_Job[Any]]], None]) -> bool:
+    """Wait for a job, and serve it with all that wait behind it; False where the end is among them."""
+    batch: list[_Job[Any]] = []
+    job = jobs.get()
+    while job is not None:
+        batch.append(job)
+        if len(batch) == _MOST:
+            break
+        try:
+            job = jobs.get_nowait()
+        except queue.Empty:
+            break
+    if batch:
+        serve(batch)
+    return job is not None
 
 
 def _run(db: sqlite3.Connection, batch: list[_Job[Any]]) -> None:
