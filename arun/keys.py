@@ -62,40 +62,38 @@ class Keys:
         self._owner = owner
         # Siblings mostly share the values that are large, such as the list that all items come from.
         self._digests: dict[str, tuple[Any, bytes]] = {}
-        self._first: dict[bytes, tuple[Any, ...]] = {}
+        self._first: dict[bytes, Identity] = {}
 
     def of(
         self, action: Action, state: State, inputs: Mapping[str, Any], context: ApplicationContext, *more: bytes
     ) -> bytes:
         """The key of running ``action`` on ``state`` with ``inputs``; ``more`` counts, too.
 
-        :raises MisuseError: if something that counts can't be written down.
+        :raises MisuseError: if something that counts can't be written down, or has the key of another sibling that it
+            is not the same as.
         """
-        parts = [self.identity(action), *more]
+        identity = identity_of(action)
+        parts = [identity.key, *more]
         for key in sorted({*action.reads, *action.writes}):
             if key in state:
                 parts += (key.encode(), self._read(action, key, state[key]))
         parts.append(b"")
         for name, value in sorted(_arguments(action, inputs, context).items()):
             parts += (name.encode(), self._argument(action, name, value, context.resources))
-        return digest(*parts)
-
-    def identity(self, action: Action) -> bytes:
-        """The key of the action alone.
-
-        :raises MisuseError: if a sibling has the same one, but differs in something that can't be written down.
-        """
-        identity = identity_of(action)
+        content = digest(*parts)
         if identity.opaque:
-            first = self._first.setdefault(identity.key, identity.opaque)
-            for ours, theirs in zip(identity.opaque, first, strict=True):
-                if not _same(ours, theirs):
-                    raise MisuseError(
-                        f"two subtasks of {self._owner!r} run {action.display_name!r} with another "
-                        f"{type(ours).__name__} each, so that a resumed run couldn't tell them apart; give them names: "
-                        f".with_name(...), or keys: SubGraphTask(..., key=...)"
-                    )
-        return identity.key
+            self._refuse_other(content, action, identity)
+        return content
+
+    def _refuse_other(self, content: bytes, action: Action, identity: Identity) -> None:
+        first = self._first.setdefault(content, identity)
+        if first is not identity and not all(map(_same, first.opaque, identity.opaque)):
+            kinds = ", ".join(type(one).__name__ for one in identity.opaque)
+            raise MisuseError(
+                f"two subtasks of {self._owner!r} run {action.display_name!r} on the same values and with other objects "
+                f"({kinds}), so that a resumed run couldn't tell them apart; give them names: .with_name(...), or keys: "
+                "SubGraphTask(..., key=...)"
+            )
 
     def _read(self, action: Action, key: str, value: Any) -> bytes:
         kind = type(value)
@@ -123,7 +121,7 @@ class Keys:
                 if injected is value:
                     return b"resource " + resource.encode()
             if isinstance(value, Action):
-                return self.identity(value)
+                return identity_of(value).key
             raise MisuseError(
                 f"{self._owner!r} can't tell its subtasks apart: the argument {name!r} of {action.display_name!r} is "
                 f"of type {exc.kind or type(value).__name__}, which can't be stored: {exc.why or exc}; or inject it "

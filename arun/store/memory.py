@@ -32,7 +32,7 @@ class MemoryStore:
         app.epoch += 1
         lease = Lease(app_id, partition_key, app.epoch, uuid.uuid4().hex)
         app.holder = weakref.ref(lease)
-        return Opened(lease, app.graph, len(app.steps), len(app.ledger))
+        return Opened(lease, app.graph, len(app.steps), sum(map(len, app.ledger.values())))
 
     async def begin(self, lease: Lease, graph: str, initial: bytes, *, fresh: bool) -> None:
         """Set graph and first State."""
