@@ -32,10 +32,12 @@ from arun.events import (
     RunFinished,
     RunStarted,
     SubtaskFinished,
+    SubtaskRetried,
     SubtaskStarted,
 )
-from arun.fanout import FanOut, FanOutStatistics, Handle, fan_out
+from arun.fanout import FanOut, FanOutStatistics, fan_out
 from arun.graph import Graph, GraphBuilder
+from arun.handles import Handle
 from arun.outcomes import Failed, Ok, Outcome, Skipped
 from arun.parallel import (
     MapActions,
@@ -45,7 +47,7 @@ from arun.parallel import (
     SubGraphTask,
     TaskBasedParallelAction,
 )
-from arun.policies import Policy
+from arun.policies import Capacity, Policy, Rate, Retry
 from arun.registry import register
 from arun.runtime import Runtime
 from arun.state import State, StateDelta
@@ -64,6 +66,7 @@ __all__ = (
     "ApplicationBusyError",
     "ApplicationContext",
     "ArunError",
+    "Capacity",
     "CodecError",
     "Condition",
     "Event",
@@ -86,7 +89,9 @@ __all__ = (
     "Outcome",
     "Partial",
     "Policy",
+    "Rate",
     "Result",
+    "Retry",
     "RunConflictError",
     "RunCancelled",
     "RunFailed",
@@ -106,6 +111,7 @@ __all__ = (
     "SubGraphTask",
     "SubtaskFailed",
     "SubtaskFinished",
+    "SubtaskRetried",
     "SubtaskSkipped",
     "SubtaskStarted",
     "TaskBasedParallelAction",

@@ -17,18 +17,17 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self, TypeAlias, TypeVar, cast
-
-import anyio.from_thread
 
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
 from arun.events import ActionFinished, ActionStarted, Item, Partial
 from arun.hosting import drive
+from arun.policies import Capacity
 from arun.signatures import Kind, Parameters, describe, kind_of, name_of, refuse_unknown, where
 from arun.state import Scope, State
-from arun.threads import run_in_thread
+from arun.threads import run_in_thread, step_in_thread
 
 __all__ = (
     "Action",
@@ -61,6 +60,8 @@ class Action:
     tags: Sequence[str] = ()
     #: give it a new value where results of the code before must not be taken from a store
     version: str | int | None = None
+    #: whether it does work itself, and not only through actions below it
+    leaf: bool = True
     _bound: Mapping[str, Any] = {}
 
     # -- what users override ---------------------------------------------------------------------------
@@ -75,9 +76,26 @@ class Action:
 
     @property
     def inputs(self) -> Sequence[str] | tuple[Sequence[str], Sequence[str]]:
-        """Names of the inputs that it takes besides the State: required, or (required, optional)."""
+        """Names of the inputs that it takes besides the State: required, or (required, optional).
+
+        Override it as in Burr where ``run`` takes ``**inputs``: those named here are handed over.
+        """
         parameters = Parameters.of(self.run)
         return parameters.unbound(self._bound)
+
+    @property
+    def input_names(self) -> tuple[frozenset[str], frozenset[str]]:
+        """``inputs`` as (required, optional), however it was written."""
+        inputs = self.inputs
+        if isinstance(inputs, tuple) and len(inputs) == 2 and not isinstance(inputs[0], str):
+            required, optional = inputs
+            return frozenset(required), frozenset(optional)
+        return frozenset(cast("Sequence[str]", inputs)), frozenset()
+
+    @property
+    def takes_any_input(self) -> bool:
+        """Whether the names of its inputs are known only while it runs, as with subtasks."""
+        return False
 
     # -- what users call --------------------------------------------------------------------------------
 
@@ -122,13 +140,22 @@ class Action:
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         """Run once: ``(result, new State)``. Items and partial States go to ``context`` as events."""
-        parameters = Parameters.of(self.run)
-        kwargs = parameters.resolve(self.display_name, self._bound, inputs, context)
+        kwargs = self._arguments(self.run, inputs, context)
         result = await _call(self.run, kind_of(self.run), state, kwargs, _ItemsOnly(context))
-        new_state = self.update(result, state)
-        if not isinstance(new_state, State):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+        new_state: Any = self.update(result, state)
+        if inspect.isawaitable(new_state):
+            new_state = await new_state
+        if not isinstance(new_state, State):
             raise MisuseError(f"{self.display_name}.update() returned {describe(new_state)}; it returns the new State")
         return result, new_state
+
+    def _arguments(
+        self, function: Callable[..., Any], inputs: Mapping[str, Any], context: ApplicationContext
+    ) -> dict[str, Any]:
+        parameters = Parameters.of(function)
+        if parameters.open:
+            parameters = parameters.joined(*self.input_names)
+        return parameters.resolve(self.display_name, self._bound, inputs, context)
 
     def _copy(self, **changes: Any) -> Self:
         copy = object.__new__(type(self))
@@ -139,11 +166,9 @@ class Action:
         return copy
 
     def _check_bind(self, inputs: Mapping[str, Any]) -> None:
-        taken = self.inputs
-        names = (
-            [*taken[0], *taken[1]] if isinstance(taken, tuple) and taken and not isinstance(taken[0], str) else taken
-        )
-        refuse_unknown(self.display_name, inputs, [*cast("Sequence[str]", names), *self._bound])
+        if not self.takes_any_input:
+            required, optional = self.input_names
+            refuse_unknown(self.display_name, inputs, sorted(required | optional | set(self._bound)))
 
 
 class SingleStepAction(Action):
@@ -158,8 +183,7 @@ class SingleStepAction(Action):
         return Parameters.of(self.run_and_update).unbound(self._bound)
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
-        parameters = Parameters.of(self.run_and_update)
-        kwargs = parameters.resolve(self.display_name, self._bound, inputs, context)
+        kwargs = self._arguments(self.run_and_update, inputs, context)
         return await _execute(
             self.run_and_update, kind_of(self.run_and_update), self.display_name, state, kwargs, context
         )
@@ -275,14 +299,20 @@ async def perform(
 
     :raises MisuseError: if the action read or wrote an undeclared key, or left a declared one unwritten.
     """
-    result, changes = await what.execute(state.scoped(what.scope), inputs, context)
+    if context.capacities and what.leaf:
+        result, changes = await _execute_within(context.capacities, what, state, inputs, context)
+    else:
+        result, changes = await what.execute(state.scoped(what.scope), inputs, context)
     written, allowed = changes.written_keys(), what.allowed_writes
     if not written <= allowed:
-        extra = ", ".join(repr(key) for key in written if key not in allowed)
-        raise MisuseError(
-            f"action {what.display_name!r} wrote {extra}, which it does not declare "
-            f"(writes={list(what.writes)}); add it to writes, or return the State without it"
-        )
+        # What merge() and the like wrote back as it was is no change.
+        changed = changes.differing_keys(state)
+        extra = ", ".join(repr(key) for key in changed if key not in allowed)
+        if extra:
+            raise MisuseError(
+                f"action {what.display_name!r} wrote {extra}, which it does not declare "
+                f"(writes={list(what.writes)}); add it to writes, or return the State without it"
+            )
     for key in what.required_writes:
         if key not in written and key not in state:
             raise MisuseError(
@@ -290,6 +320,24 @@ async def perform(
                 f"it wrote: {', '.join(written) or 'nothing'}"
             )
     return result, changes
+
+
+async def _execute_within(
+    capacities: tuple[Capacity, ...],
+    what: Action,
+    state: State,
+    inputs: Mapping[str, Any],
+    context: ApplicationContext,
+) -> Performed:
+    held: list[Capacity] = []
+    try:
+        for capacity in capacities:  # outermost first, everywhere: two actions never wait for each other's
+            await capacity.acquire(f"action {what.display_name!r}")
+            held.append(capacity)
+        return await what.execute(state.scoped(what.scope), inputs, context)
+    finally:
+        for capacity in reversed(held):
+            capacity.release()
 
 
 async def take_step(
@@ -364,12 +412,15 @@ class Collector:
         self.result: Any = None
 
     async def take(self, yielded: Any) -> None:
+        for beat in self.context.beats:
+            beat()
         item, state = yielded, None
         if isinstance(yielded, State):
             item, state = None, yielded
         elif _is_burr_pair(yielded):
             item, state = yielded
-            self.result = item
+            if state is not None:  # (result, State), as a function returns it: the result is no item
+                self.result, item = item, None
         listening = self.context.run.listening
         if item is not None and listening:
             await self.context.emit(Item, values=[item])
@@ -398,6 +449,8 @@ class _ItemsOnly:
 
     async def take(self, item: Any) -> None:
         self.result = item
+        for beat in self.context.beats:
+            beat()
         if self.context.run.listening:
             await self.context.emit(Item, values=[item])
 
@@ -431,15 +484,7 @@ async def _call(
         await drive(cast("AsyncIterator[Any]", function(state, **kwargs)), collector.take)
         return collector.result
 
-    def step_through() -> None:
-        generator = cast("Iterator[Any]", function(state, **kwargs))
-        try:
-            for item in generator:
-                anyio.from_thread.run(collector.take, item)
-        finally:
-            cast("Any", generator).close()
-
-    await run_in_thread(step_through)
+    await step_in_thread(functools.partial(function, state, **kwargs), collector.take)
     return collector.result
 
 

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 from arun.events import Event
+from arun.policies import Capacity
 
 if TYPE_CHECKING:
     from arun.ledger import Ledger
 
-__all__ = ("ApplicationContext", "Run")
+__all__ = ("ApplicationContext", "Run", "Sink")
+
+
+class Sink(Protocol):
+    """Takes the events of a run."""
+
+    @property
+    def full(self) -> bool:
+        """Whether ``room`` has to be awaited before ``put``."""
+        ...
+
+    async def room(self, kind: object) -> None:
+        """Wait for room for an event of this kind, which holds up the part of the run that sends it."""
+
+    def put(self, event: Event) -> None:
+        """Take an event."""
 
 
 class Run:
     """One run of an application: numbers its events and hands them to whoever listens.
 
-    :param sink: takes each event in order and may suspend, which holds up the part of the run that sent it; None
-        where nobody listens, and then no event is built at all.
+    :param sink: takes each event, in the order of its number; None where nobody listens, and then no event is built.
     """
 
     __slots__ = ("_seq", "_sink", "run_id")
 
-    def __init__(self, sink: Callable[[Event], Awaitable[None]] | None = None) -> None:
+    def __init__(self, sink: Sink | None = None) -> None:
         self.run_id = uuid.uuid4().hex
         self._seq = 0
         self._sink = sink
@@ -36,9 +51,13 @@ class Run:
 
     async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         """Number, stamp and deliver one event."""
-        if self._sink is not None:
+        sink = self._sink
+        if sink is not None:
+            # Numbered only when there is room: waiting senders may be overtaken, or cancelled.
+            if sink.full:
+                await sink.room(kind)
             self._seq += 1
-            await self._sink(kind(run_id=self.run_id, seq=self._seq, time=time.time(), **fields))
+            sink.put(kind(run_id=self.run_id, seq=self._seq, time=time.time(), **fields))
 
 
 class ApplicationContext:
@@ -57,6 +76,9 @@ class ApplicationContext:
     __slots__ = (
         "action_name",
         "app_id",
+        "attempt",
+        "beats",
+        "capacities",
         "inputs",
         "ledger",
         "partition_key",
@@ -88,6 +110,12 @@ class ApplicationContext:
         self.resources = resources
         self.run = run
         self.ledger = ledger
+        #: which attempt of the subtask above this is, 1 for the first
+        self.attempt = 1
+        #: tells the idle timeouts above that something was yielded
+        self.beats: tuple[Callable[[], None], ...] = ()
+        #: budgets that every leaf action below draws on
+        self.capacities: tuple[Capacity, ...] = ()
 
     def child(
         self, action_name: str, *branch: str, sequence_id: int | None = None, inputs: Mapping[str, Any] | None = None
@@ -96,7 +124,7 @@ class ApplicationContext:
 
         :param inputs: inputs for everything below, on top of the run's own.
         """
-        return ApplicationContext(
+        child = ApplicationContext(
             app_id=self.app_id,
             partition_key=self.partition_key,
             sequence_id=self.sequence_id if sequence_id is None else sequence_id,
@@ -107,7 +135,11 @@ class ApplicationContext:
             run=self.run,
             ledger=self.ledger,
         )
+        child.attempt = self.attempt
+        child.beats = self.beats
+        child.capacities = self.capacities
+        return child
 
     async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         """Send an event in the name of this action."""
-        await self.run.emit(kind, action=self.action_name, path=self.path, **fields)
+        await self.run.emit(kind, action=self.action_name, path=self.path, attempt=self.attempt, **fields)

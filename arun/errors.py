@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 __all__ = (
+    "AbandonedWork",
     "ActorDied",
     "AlreadyFinishedError",
+    "ActorNotFound",
     "ApplicationBusyError",
     "ArunError",
     "ChannelLost",
@@ -19,6 +21,7 @@ __all__ = (
     "MisuseError",
     "MissingExtraError",
     "ModelNotFound",
+    "PayloadError",
     "PlacementError",
     "PortInUse",
     "ProtocolError",
@@ -26,6 +29,7 @@ __all__ = (
     "RequestError",
     "RunConflictError",
     "StoreError",
+    "StreamRefused",
     "SubtaskFailed",
     "SubtaskSkipped",
 )
@@ -49,6 +53,10 @@ class SubtaskFailed(ArunError):
 
 class SubtaskSkipped(ArunError):
     """Raised by awaiting the handle of a subtask that was skipped or cancelled."""
+
+
+class AbandonedWork(ArunError, ResourceWarning):
+    """A warning: work that did not end when it was cancelled was left behind; the message names its line."""
 
 
 class CodecError(ArunError):
@@ -125,6 +133,10 @@ class ActorDied(ArunError):
     """An actor's process ended while calls to it were in flight; says which actor and why."""
 
 
+class ActorNotFound(ArunError, LookupError):
+    """No actor of the cluster has that name; the message lists the names there are."""
+
+
 class PlacementError(ArunError):
     """A placement cannot be held by the cluster; the message has both sides' numbers."""
 
@@ -147,3 +159,11 @@ class EngineDead(EngineError):
 
 class ModelNotFound(EngineError):
     """The model is neither a folder with a model nor a name that can be loaded here."""
+
+
+class PayloadError(ArunError, TypeError):
+    """A value cannot be sent over a channel, or what arrived is not of the declared type."""
+
+
+class StreamRefused(ArunError):
+    """The peer already serves as many streams of this connection as it announced."""

@@ -90,9 +90,9 @@ class Keys:
         if first is not identity and not all(map(_same, first.opaque, identity.opaque)):
             kinds = ", ".join(type(one).__name__ for one in identity.opaque)
             raise MisuseError(
-                f"two subtasks of {self._owner!r} run {action.display_name!r} on the same values and with other objects "
-                f"({kinds}), so that a resumed run couldn't tell them apart; give them names: .with_name(...), or keys: "
-                "SubGraphTask(..., key=...)"
+                f"two subtasks of {self._owner!r} run {action.display_name!r} on the same values and with other "
+                f"objects ({kinds}), so that a resumed run couldn't tell them apart; give them names: .with_name(...), "
+                "or keys: SubGraphTask(..., key=...)"
             )
 
     def _read(self, action: Action, key: str, value: Any) -> bytes:

@@ -48,10 +48,11 @@ class Entry:
     """One subtask: what an earlier run left of it, or where to record it.
 
     :ivar restored: what it wrote, if an earlier run finished it.
+    :ivar changes: what it wrote, once it has ended.
     :ivar ledger: the place below it.
     """
 
-    __slots__ = ("_action", "_content", "_occurrence", "_parent", "ledger", "restored")
+    __slots__ = ("_action", "_content", "_occurrence", "_parent", "changes", "ledger", "restored")
 
     def __init__(
         self, parent: Ledger, action: Action, content: bytes, occurrence: int, restored: StateDelta | None
@@ -61,15 +62,17 @@ class Entry:
         self._content = content
         self._occurrence = occurrence
         self.restored = restored
+        self.changes: State | None = None
         self.ledger = Ledger(parent.journal, digest(parent.key, content, occurrence.to_bytes(8, "little")))
 
-    async def record(self, changes: State) -> None:
+    async def record(self) -> None:
         """The subtask has ended well, having written ``changes``.
 
         :raises MisuseError: if something of it can't be stored.
         """
         journal, parent = self._parent.journal, self._parent
-        delta = pack(self._action.display_name, changes.delta)
+        assert self.changes is not None
+        delta = pack(self._action.display_name, self.changes.delta)
         await journal.store.record(journal.lease, parent.key, self._content, self._occurrence, delta, self.ledger.key)
 
 

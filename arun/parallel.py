@@ -17,13 +17,18 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextvars import copy_context
 from typing import Any, cast
 
+import anyio.lowlevel
+
 from arun.actions import Action, Collector, as_action, perform, take_step
+from arun.attempts import run_attempts
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
-from arun.events import SubtaskFinished, SubtaskStarted
-from arun.fanout import Handle, run_fan_out
+from arun.events import SubtaskFinished, SubtaskRetried, SubtaskStarted
+from arun.fanout import run_fan_out
+from arun.frames import line_of
 from arun.graph import Graph, GraphBuilder, check_entrypoint
-from arun.hosting import as_async_iterator, close, drive, in_context
+from arun.handles import Handle
+from arun.hosting import BUDGET, as_async_iterator, close, drive, in_context
 from arun.ledger import Entry
 from arun.outcomes import Ok
 from arun.policies import Policy
@@ -50,6 +55,8 @@ class RunnableGraph(Action):
     :raises MisuseError: for names that the graph does not have.
     """
 
+    leaf = False
+
     def __init__(self, graph: Graph, entrypoint: str, halt_after: str | Sequence[str] = ()) -> None:
         check_entrypoint(graph, entrypoint)
         self.graph = graph
@@ -68,6 +75,19 @@ class RunnableGraph(Action):
         return cls(GraphBuilder().with_actions(only).build(), only.display_name, [only.display_name])
 
     @property
+    def inputs(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Those of the actions in it."""
+        names = [inner.input_names for inner in self.graph.actions.values()]
+        required = {name for needed, _ in names for name in needed if name not in self._bound}
+        optional = {name for _, extra in names for name in extra if name not in self._bound}
+        return sorted(required), sorted(optional - required)
+
+    @property
+    def takes_any_input(self) -> bool:
+        """Whether one of the actions in it does."""
+        return any(inner.takes_any_input for inner in self.graph.actions.values())
+
+    @property
     def required_writes(self) -> frozenset[str]:
         """None: which actions run depends on the State, and each is held to its own writes."""
         return frozenset()
@@ -75,11 +95,12 @@ class RunnableGraph(Action):
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> tuple[Any, State]:
         current: str | None = self.entrypoint
         committed, result, sequence_id = state, None, 0
+        given = {**inputs, **self._bound}
         steps = context.ledger.siblings(self.display_name) if context.ledger is not None else None
         visits: dict[str, int] = {}
         while current is not None:
             action, entry = self.graph.actions[current], None
-            step = context.child(current, self.display_name, sequence_id=sequence_id, inputs={**self._bound, **inputs})
+            step = context.child(current, self.display_name, sequence_id=sequence_id, inputs=given)
             if steps is not None:
                 visit = visits[current] = visits.get(current, -1) + 1
                 entry = await steps.step(action, visit, committed, step)
@@ -91,9 +112,12 @@ class RunnableGraph(Action):
             committed = committed.committed(changes, current)
             state = state.absorb(changes)
             sequence_id += 1
+            if not sequence_id % BUDGET:  # actions that never await must not starve the loop
+                await anyio.lowlevel.checkpoint()
             current = None if current in self.halt_after else await self.graph.following(current, committed)
             if entry is not None and current is not None:  # the last step is recorded as the graph's end
-                await entry.record(changes)
+                entry.changes = changes
+                await entry.record()
         return result, state
 
 
@@ -143,6 +167,7 @@ class TaskBasedParallelAction(Action):
     """
 
     policy: Policy = _DEFAULT_POLICY
+    leaf = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -170,44 +195,45 @@ class TaskBasedParallelAction(Action):
 
     @property
     def inputs(self) -> Sequence[str] | tuple[Sequence[str], Sequence[str]]:
-        return ()
+        """None by name; a list, for Burr's ``super().inputs + [...]``."""
+        return []
 
-    def _check_bind(self, inputs: Mapping[str, Any]) -> None:
-        """Any name may be bound: it reaches ``tasks`` in ``inputs`` and the subtasks that declare it."""
+    @property
+    def takes_any_input(self) -> bool:
+        """True: every input and bound name reaches ``tasks`` in ``inputs`` and the subtasks that declare it."""
+        return True
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> tuple[Any, State]:
         given = {**inputs, **self._bound}
+        policy = self.policy
         collector = Collector(self.display_name, context)
         taken_keys: set[str] = set()
         siblings = context.ledger.siblings(self.display_name) if context.ledger is not None else None
-        entries: dict[int, Entry] = {}  # by ordinal: a subtask that is tried again is still the same one
 
-        async def run_subtask(handle: Handle[State]) -> State:
-            task = handle.spec
+        def admit(task: Any) -> None:
             if not isinstance(task, SubGraphTask):
-                raise MisuseError(
-                    f"{self.display_name}.tasks yielded a {type(task).__name__}, {task!r:.80}; "
-                    "yield SubGraphTask(graph=..., state=...)"
-                )
-            handle.label = task.describe
+                raise MisuseError(_not_a_task(self, task))
             if task.key is not None:
                 if task.key in taken_keys:
                     raise MisuseError(
                         f"two subtasks of {self.display_name!r} have the key {task.key!r}; keys are unique"
                     )
                 taken_keys.add(task.key)
+
+        async def run_subtask(handle: Handle[State]) -> State:
+            task: SubGraphTask = handle.spec
+            handle.describe = task.describe
             branch = task.key if task.key is not None else f"{task.action.display_name}[{handle.ordinal}]"
             below = context.child(task.action.display_name, self.display_name, branch, inputs=given)
-            entry = entries.get(handle.ordinal)
+            if policy.capacity is not None:
+                below.capacities = (*below.capacities, policy.capacity)
+            entry: Entry | None = None
             if siblings is not None:
-                if entry is None:
-                    entry = await siblings.enter(task.action, task.state, task.inputs, below, key=task.key)
-                    entries[handle.ordinal] = entry
+                entry = await siblings.enter(task.action, task.state, task.inputs, below, key=task.key)
                 below.ledger = entry.ledger
-            final = _final_state if not context.run.listening else _observed
-            state = await final(task, handle, below, entry)
-            entries.pop(handle.ordinal, None)
-            return state
+            if context.run.listening:
+                return await _observed(task, handle, below, policy, entry)
+            return await _through_ledger(task, handle, below, policy, entry)
 
         async def consume(states: AsyncIterator[Any]) -> None:
             reduced: Any = self.reduce(state, states)
@@ -220,7 +246,9 @@ class TaskBasedParallelAction(Action):
             lambda: self.tasks(state, context, {**context.inputs, **given}),
             run_subtask,
             consume,
-            self.policy,
+            policy,
+            name=self.display_name,
+            admit=admit,
             result=self._present,
         )
         return collector.performed()
@@ -249,9 +277,9 @@ class MapStates(TaskBasedParallelAction):
         states = await _iterate(self.states(state, context, inputs), self, "states")
         try:
             async for one in states:
-                yield SubGraphTask(action, _as_state(one, self, "states"))
+                yield SubGraphTask(action, _as_state(one, states, self, "states"))
         finally:
-            await close(states)
+            await close(states)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
 
 class MapActions(TaskBasedParallelAction):
@@ -269,13 +297,13 @@ class MapActions(TaskBasedParallelAction):
         self, state: State, context: ApplicationContext, inputs: dict[str, Any]
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask an action."""
-        shared = _as_state(await _maybe_await(self.state(state, inputs)), self, "state")
+        shared = _as_state(await _maybe_await(self.state(state, inputs)), None, self, "state")
         actions = await _iterate(self.actions(state, context, inputs), self, "actions")
         try:
             async for action in actions:
                 yield SubGraphTask(action, shared)
         finally:
-            await close(actions)
+            await close(actions)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
 
 class MapActionsAndStates(TaskBasedParallelAction):
@@ -299,40 +327,82 @@ class MapActionsAndStates(TaskBasedParallelAction):
                 states = await _iterate(self.states(state, context, inputs), self, "states")
                 try:
                     async for one in states:
-                        yield SubGraphTask(action, _as_state(one, self, "states"))
+                        yield SubGraphTask(action, _as_state(one, states, self, "states"))
                 finally:
-                    await close(states)
+                    await close(states)  # noqa: ASYNC102 - the host that closes this generator has shielded it
         finally:
-            await close(actions)
+            await close(actions)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
 
-async def _final_state(
-    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, entry: Entry | None
-) -> State:
-    if entry is not None and entry.restored is not None:
-        return task.state.patched(entry.restored).with_origin(task.action.display_name)
+async def _final_state(task: SubGraphTask, context: ApplicationContext, entry: Entry | None) -> State:
     _, changes = await perform(task.action, task.state, task.inputs, context)
     if entry is not None:
-        await entry.record(changes)
+        entry.changes = changes
     return task.state.absorb(changes).with_origin(task.action.display_name)
 
 
+async def _through_ledger(
+    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy, entry: Entry | None
+) -> State:
+    if entry is None:
+        return await _under_policy(task, handle, context, policy, None)
+    if entry.restored is not None:
+        return task.state.patched(entry.restored).with_origin(task.action.display_name)
+    state = await _under_policy(task, handle, context, policy, entry)
+    await entry.record()
+    return state
+
+
+async def _under_policy(
+    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy, entry: Entry | None
+) -> State:
+    if policy.plain:
+        return await _final_state(task, context, entry)
+    beats = context.beats
+
+    async def attempt(handle: Handle[State]) -> State:
+        context.attempt = handle.attempt
+        context.beats = beats if handle.beat is None else (*beats, handle.beat)
+        return await _final_state(task, context, entry)
+
+    async def told(handle: Handle[State], error: Exception, wait: float) -> None:
+        if context.run.listening:
+            await context.emit(
+                SubtaskRetried, label=handle.label(), ordinal=handle.ordinal, error=_shown(error), wait=wait
+            )
+
+    return await run_attempts(handle, attempt, policy, told)
+
+
 async def _observed(
-    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, entry: Entry | None
+    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy, entry: Entry | None
 ) -> State:
     label = handle.label()
     await context.emit(SubtaskStarted, label=label, ordinal=handle.ordinal)
     started = time.perf_counter()
     try:
-        state = await _final_state(task, handle, context, entry)
+        state = await _through_ledger(task, handle, context, policy, entry)
     except Exception as exc:
-        seconds, error = time.perf_counter() - started, f"{type(exc).__qualname__}: {exc}"
-        await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, error=error)
+        seconds = time.perf_counter() - started
+        await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, error=_shown(exc))
         raise
     seconds = time.perf_counter() - started
     restored = entry is not None and entry.restored is not None
     await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, restored=restored)
     return state
+
+
+def _shown(error: Exception) -> str:
+    return f"{type(error).__qualname__}: {error}"
+
+
+def _not_a_task(owner: Action, task: Any) -> str:
+    said = f"{owner.display_name}.tasks yielded a {type(task).__name__}, {task!r:.80}; "
+    if isinstance(task, State):
+        return said + "yield the task itself, `handle = yield SubGraphTask(...)`, and not what awaiting it gave"
+    if isinstance(task, Action):
+        return said + "yield SubGraphTask(graph=<the action>, state=<its State>)"
+    return said + "yield SubGraphTask(graph=..., state=...)"
 
 
 def _reduced(name: str, reduced: Any) -> State:
@@ -341,11 +411,12 @@ def _reduced(name: str, reduced: Any) -> State:
     return reduced
 
 
-def _as_state(candidate: Any, owner: Action, method: str) -> State:
+def _as_state(candidate: Any, source: Any, owner: Action, method: str) -> State:
     if not isinstance(candidate, State):
+        at = line_of(source)
         raise MisuseError(
-            f"{type(owner).__qualname__}.{method} gave a {type(candidate).__name__}, {candidate!r:.80}; "
-            "it gives States: yield state.update(...)"
+            f"{type(owner).__qualname__}.{method} gave a {type(candidate).__name__}, {candidate!r:.80}"
+            f"{f' ({at})' if at else ''}; it gives States: yield state.update(...)"
         )
     return candidate
 

@@ -26,6 +26,7 @@ REFERENCE = {
         "arun.channel",
         "arun.data",
         "arun.store",
+        "arun.codec",
         "arun.telemetry",
         "arun.web",
         "arun.testing",

@@ -1,9 +1,9 @@
 """A program that a test kills: a loop of two fan-outs, one of them nested, over a SQLiteStore.
 
-    python killed_program.py STORE LOG [SEED]
+    python killed_program.py STORE LOG SEED
 
-It appends a line to LOG for each subtask when it has run, before it is recorded; the order of the items and how long each
-takes depend on SEED. At its end it prints the State.
+It appends a line to LOG for each subtask when it has run, before it is recorded; the order of the items and how long
+each takes depend on SEED. At its end it prints the State.
 """
 
 from __future__ import annotations

@@ -108,40 +108,44 @@ zones = st.none() | st.just(UTC) | st.just(ZoneInfo("Europe/Berlin")) | st.build
     timezone, st.timedeltas(timedelta(hours=-23), timedelta(hours=23)).map(lambda d: timedelta(minutes=d.seconds // 60))
 )  # fmt: skip
 hashable = st.deferred(
-    lambda: st.none()
-    | st.booleans()
-    | st.integers()
-    | st.integers(-(2**70), 2**70)
-    | st.floats()
-    | texts
-    | st.binary(max_size=12)
-    | st.decimals(allow_nan=False)
-    | st.uuids()
-    | st.datetimes(timezones=zones)
-    | st.dates()
-    | st.times()
-    | st.timedeltas()
-    | st.complex_numbers()
-    | st.fractions()
-    | st.builds(range, st.integers(-(2**70), 2**70))
-    | st.sampled_from([Colour.RED, Colour.BLUE, Level.LOW, Mode(0), Mode.READ | Mode.WRITE])
-    | st.lists(hashable, max_size=3).map(tuple)
-    | st.frozensets(hashable, max_size=3)
-    | st.builds(Pair, hashable, hashable)
-    | st.builds(Point, hashable, hashable)
+    lambda: (
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.integers(-(2**70), 2**70)
+        | st.floats()
+        | texts
+        | st.binary(max_size=12)
+        | st.decimals(allow_nan=False)
+        | st.uuids()
+        | st.datetimes(timezones=zones)
+        | st.dates()
+        | st.times()
+        | st.timedeltas()
+        | st.complex_numbers()
+        | st.fractions()
+        | st.builds(range, st.integers(-(2**70), 2**70))
+        | st.sampled_from([Colour.RED, Colour.BLUE, Level.LOW, Mode(0), Mode.READ | Mode.WRITE])
+        | st.lists(hashable, max_size=3).map(tuple)
+        | st.frozensets(hashable, max_size=3)
+        | st.builds(Pair, hashable, hashable)
+        | st.builds(Point, hashable, hashable)
+    )
 )
 values = st.recursive(
     hashable
     | st.binary(max_size=8).map(bytearray)
     | st.sampled_from([np.float32(1.5), np.int8(-3), np.array([[1, 2], [3, 4]]), np.array("ü"), np.zeros((0, 2))])
     | st.just(msgspec.UNSET),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.lists(inner, max_size=3).map(tuple)
-    | st.sets(hashable, max_size=4)
-    | st.dictionaries(texts, inner, max_size=4)
-    | st.dictionaries(hashable, inner, max_size=4)
-    | st.builds(Point, inner, inner)
-    | st.builds(Row, inner, inner),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.sets(hashable, max_size=4)
+        | st.dictionaries(texts, inner, max_size=4)
+        | st.dictionaries(hashable, inner, max_size=4)
+        | st.builds(Point, inner, inner)
+        | st.builds(Row, inner, inner)
+    ),
     max_leaves=12,
 )
 
@@ -201,9 +205,10 @@ print(canonical({"b": {"x", "y", "z", ("t", 1)}, "a": [1.5, Decimal("1.10")], 3:
 @pytest.mark.parametrize(
     "value",
     [
-        2**64 - 1, 2**64, -(2**63), -(2**63) - 1, 10**4000, math.inf, -0.0, "\ud800", Decimal("sNaN12"), Decimal("-0E+5"),
+        2**64 - 1, 2**64, -(2**63), -(2**63) - 1, 10**4000, math.inf, -0.0, "\ud800",
+        Decimal("sNaN12"), Decimal("-0E+5"),
         datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo("Europe/Berlin")), date.max, time(1, fold=1),
-        UUID(int=5), Fraction(1, 2**80), Model(a=1, extra={"t": (1, {2})}), Mode.READ, {1: 2, True: 3}, [[]] * 50,
+        UUID(int=5), Fraction(1, 2**80), Model(a=1, extra={"t": (1, {2})}), Mode.READ, [[]] * 50,
         np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array(["2026-01-01"], "M8[D]"), np.str_("x"), [{}, ()],
     ],
     ids=repr,
@@ -261,7 +266,7 @@ def test_any_class_can_be_registered_with_a_form_of_its_own() -> None:
     register(Celsius, name="test.celsius", encode=lambda c: c.degrees, decode=Celsius)
     assert decode(encode([Celsius(3.5)]))[0].degrees == 3.5
 
-    with pytest.raises(MisuseError, match="encode=.*decode="):
+    with pytest.raises(MisuseError, match=r"encode=.*decode="):
         register(type("Bare", (), {}))
     with pytest.raises(MisuseError, match=r"has that name already"):
         register(Point, name="test.celsius")

@@ -114,7 +114,9 @@ async def test_a_loop_runs_its_fan_out_anew_each_time(open_store: Open) -> None:
             return state.update(round=state["round"] + 1, outs=outs)
 
     def build(store: Any, crash_in: int) -> Application:
-        builder = ApplicationBuilder().with_actions(map=Map(crash_in)).with_transitions(("map", "map", when(round__lt=3)))
+        builder = (
+            ApplicationBuilder().with_actions(map=Map(crash_in)).with_transitions(("map", "map", when(round__lt=3)))
+        )
         return builder.with_store(store).with_identifiers(app_id="a").with_state(items=[1, 2], round=0).build()
 
     async with open_store() as store:
@@ -227,7 +229,9 @@ async def test_a_given_key_stands_for_the_content(open_store: Open) -> None:
     async with open_store() as store:
         ran: list[Any] = []
         await crash(store, lambda s: [SubGraphTask(worker(ran), s.update(item=n), key=f"k{n}") for n in (1, 2)])
-        got = await outs(store, lambda s: [SubGraphTask(worker(ran), s.update(item=n), key=f"k{n - 1}") for n in (2, 9)])
+        got = await outs(
+            store, lambda s: [SubGraphTask(worker(ran), s.update(item=n), key=f"k{n - 1}") for n in (2, 9)]
+        )
         assert (sorted(got), ran) == ([1, 9], [1, 2, 9])
 
 
@@ -270,7 +274,8 @@ async def test_bound_arguments_inputs_closures_and_settings_tell_actions_apart(o
             return [ask.bind(model=self.model)]
 
         async def reduce(self, state: State, states: Any) -> State:
-            return state.update(out=[("class", done["out"][0]) async for done in states][0])
+            (out,) = [("class", done["out"][0]) async for done in states]
+            return state.update(out=out)
 
     def make(names: str) -> Callable[[State], Any]:
         return lambda state: [

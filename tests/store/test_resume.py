@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import anyio
@@ -23,10 +24,7 @@ from arun import (
     Policy,
     RunConflictError,
     State,
-    SubGraphTask,
-    TaskBasedParallelAction,
     action,
-    when,
 )
 
 Open = Callable[[], Any]
@@ -82,7 +80,7 @@ def doubling(program: Program, *, policy: Policy | None = None, crash: bool = Fa
 def app_of(store: Any, actions: dict[str, Any], app_id: str = "a", **state: Any) -> Application:
     names = list(actions)
     builder = ApplicationBuilder().with_actions(**actions).with_entrypoint(names[0])
-    builder.with_transitions(*zip(names, names[1:], strict=False))
+    builder.with_transitions(*pairwise(names))
     return builder.with_identifiers(app_id=app_id).with_store(store).with_state(**state).build()
 
 
@@ -230,7 +228,9 @@ async def test_what_can_not_be_stored_is_refused_when_it_is_committed(open_store
             return state.update(n=len([done async for done in states]))
 
     async with open_store() as store:
-        message = r"action '(x|connect)' wrote state\['client'\]\[0\] of type .*Client, which can't be stored: .*encode="
+        message = (
+            r"action '(x|connect)' wrote state\['client'\]\[0\] of type .*Client, which can't be stored: .*encode="
+        )
         for number, what in enumerate((connect, Both())):
             app = app_of(store, {"x": what}, app_id=str(number))
             with pytest.raises(MisuseError, match=message):
@@ -269,7 +269,9 @@ def test_whatever_happens_to_the_list_each_item_is_reduced_once_and_only_unfinis
         finished: Counter[int] = Counter()
         for _ in range(data.draw(st.integers(1, 3))):
             given = data.draw(items)
-            program = Program(data.draw(st.lists(st.sampled_from(given), max_size=len(given)) if given else st.just([])))
+            program = Program(
+                data.draw(st.lists(st.sampled_from(given), max_size=len(given)) if given else st.just([]))
+            )
             policy = Policy(on_error="skip", limit=limit, order=order)
             crashing = doubling(program, policy=policy, crash=True)
             with pytest.raises(Crash):
