@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -22,9 +26,12 @@ from arun import (
     MemoryStore,
     MisuseError,
     Policy,
+    Retry,
     RunConflictError,
+    SQLiteStore,
     State,
     action,
+    when,
 )
 
 Open = Callable[[], Any]
@@ -286,3 +293,80 @@ def test_whatever_happens_to_the_list_each_item_is_reduced_once_and_only_unfinis
         assert state["outs"] == outs if order == "submitted" else sorted(state["outs"]) == sorted(outs)
 
     anyio.run(lives, backend=backend)
+
+
+@pytest.mark.anyio
+async def test_a_subtask_that_is_tried_again_is_recorded_once_and_not_run_again(open_store: Open) -> None:
+    program = Program([])
+    policy = Policy(on_error="skip", retry=Retry(attempts=3, initial=0.0))
+    async with open_store() as store:
+        with pytest.raises(Crash):
+            await app_of(store, {"m": doubling(program, policy=policy, crash=True)}, items=[1, 1]).arun()
+        assert program.ran == [1] * 6
+        second = Program([1])
+        with pytest.raises(Crash):
+            await app_of(store, {"m": doubling(second, policy=policy, crash=True)}, items=[1, 1]).arun()
+        third = Program()
+        assert (await app_of(store, {"m": doubling(third)}, items=[1, 1]).arun()).state["outs"] == [(1, 2)] * 2
+        assert len(third.ran) == 1
+
+
+@pytest.mark.asyncio
+async def test_a_run_that_a_timeout_cancels_at_any_moment_goes_on_in_the_same_object(tmp_path: Path) -> None:
+    """asyncio's own cancellation goes through shields: also while a step is being committed."""
+
+    @action(reads=["n"], writes=["n", "seen"])
+    async def count(state: State) -> State:
+        ran.append(state["n"])
+        return state.increment(n=1).append(seen=state["n"])
+
+    ran: list[int] = []
+    builder = ApplicationBuilder().with_actions(count).with_transitions(("count", "count", when(n__lt=40)))
+    builder.with_state(n=0, seen=[]).with_identifiers(app_id="a")
+    async with SQLiteStore(tmp_path / "s.db") as store:
+        app = builder.with_store(store).build()
+        cancelled = 0
+        while True:
+            task = asyncio.create_task(app.arun())
+            for _ in range(cancelled % 23):
+                await asyncio.sleep(0)
+            await asyncio.wait([task], timeout=0.001 * (cancelled % 3) if cancelled < 400 else None)
+            task.cancel()
+            try:
+                _, _, state = await task
+                break
+            except asyncio.CancelledError:
+                cancelled += 1
+            except AlreadyFinishedError as exc:  # cancelled when its last step had been committed
+                state = exc.state
+                break
+    assert cancelled
+    assert state["seen"] == list(range(40))
+    assert Counter(ran).keys() == set(range(40))
+
+
+def test_two_processes_on_one_application_are_a_conflict(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, anyio\n"
+        "from arun import *\n"
+        "@action(reads=[], writes=[])\n"
+        "async def wait(state):\n"
+        "    print('running', flush=True)\n"
+        "    await anyio.sleep_forever()\n"
+        "store = SQLiteStore(sys.argv[1])\n"
+        "app = ApplicationBuilder().with_actions(wait).with_identifiers(app_id='a').with_store(store).build()\n"
+        "anyio.run(app.arun)\n"
+    )
+    command = [sys.executable, str(program), str(tmp_path / "s.db")]
+    env = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"running\n"
+        second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=30, check=False)
+        assert f"RunConflictError: application 'a' is being run already, by process {first.pid}" in second.stderr
+        first.kill()
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as third:
+        assert third.stdout is not None
+        assert third.stdout.readline() == b"running\n"
+        third.kill()
