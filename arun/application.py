@@ -17,8 +17,9 @@ and a failing sibling in the caller's task group reach everything that it has st
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from contextvars import copy_context
+from functools import partial
 from typing import Any, Final, NamedTuple, Self
 
 import anyio
@@ -308,16 +309,6 @@ class Application:
         name = action.display_name
         if self._position is None:
             self._check_keys()
-        resumable = self._resumable
-        commit: Callable[[State], Awaitable[None]] | None = None
-        if resumable is not None:
-            sequence_id = self._sequence_id
-
-            async def write_down(changes: State) -> None:
-                await resumable.commit(sequence_id, name, changes)
-
-            commit = write_down
-
         context = ApplicationContext(
             app_id=self.uid,
             partition_key=self.partition_key,
@@ -327,8 +318,11 @@ class Application:
             inputs=inputs,
             resources=self._wiring.resources,
             run=run,
-            ledger=resumable.ledger(name) if resumable is not None else None,
         )
+        commit = None
+        if self._resumable is not None:
+            context.ledger = self._resumable.ledger(name)
+            commit = partial(self._resumable.commit, self._sequence_id, name)
         try:
             result, changes = await in_context(copy_context(), take_step(action, self._state, context, commit))
         except Exception as exc:

@@ -99,7 +99,6 @@ class ApplicationContext:
         inputs: Mapping[str, Any],
         resources: Mapping[str, Any],
         run: Run,
-        ledger: Ledger | None = None,
     ) -> None:
         self.app_id = app_id
         self.partition_key = partition_key
@@ -109,7 +108,7 @@ class ApplicationContext:
         self.inputs = inputs
         self.resources = resources
         self.run = run
-        self.ledger = ledger
+        self.ledger: Ledger | None = None
         #: which attempt of the subtask above this is, 1 for the first
         self.attempt = 1
         #: tells the idle timeouts above that something was yielded
@@ -133,8 +132,8 @@ class ApplicationContext:
             inputs={**self.inputs, **inputs} if inputs else self.inputs,
             resources=self.resources,
             run=self.run,
-            ledger=self.ledger,
         )
+        child.ledger = self.ledger
         child.attempt = self.attempt
         child.beats = self.beats
         child.capacities = self.capacities

@@ -335,7 +335,7 @@ async def test_a_run_that_a_timeout_cancels_at_any_moment_goes_on_in_the_same_ob
             try:
                 _, _, state = await task
                 break
-            except asyncio.CancelledError:
+            except asyncio.CancelledError:  # noqa: ASYNC103 - the task's, not this test's
                 cancelled += 1
             except AlreadyFinishedError as exc:  # cancelled when its last step had been committed
                 state = exc.state
