@@ -338,7 +338,7 @@ async def _final_state(task: SubGraphTask, context: ApplicationContext, entry: E
     _, changes = await perform(task.action, task.state, task.inputs, context)
     if entry is not None:
         entry.changes = changes
-    return task.state.absorb(changes).with_origin(task.action.display_name)
+    return task.state.finished(changes, task.action.display_name)
 
 
 async def _through_ledger(

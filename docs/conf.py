@@ -23,6 +23,7 @@ REFERENCE = {
     "reference/arun": [
         "arun",
         "arun.fanout",
+        "arun.reducers",
         "arun.channel",
         "arun.data",
         "arun.store",

@@ -28,7 +28,7 @@ FLOORS: dict[str, int] = {
         "errors frames",
         "events guards outcomes policies registry runtime state",
         "codec conditions context handles hosting threads",
-        "attempts signatures stream",
+        "attempts reductions signatures stream",
         "fanout",
         "actions channel data executors journal reducers",
         "graph",
