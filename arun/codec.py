@@ -330,7 +330,9 @@ class _Reader:
 
     def state(self, data: memoryview) -> State:
         fields, action = self.read(data)
-        return State(fields) if action is None else State(fields).with_origin(action)
+        state = State(fields)
+        state.action = action
+        return state
 
 
 # -- the table of kinds --------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def rebuild(history: History, given: Mapping[str, Any]) -> tuple[State, str | No
     for step in history.steps:
         if step.base is not None:
             state = State(decode(step.base))
-        state = state.patched(unpack(step.delta)).scoped(None)
+        state = state.committed(state.scoped(None).patched(unpack(step.delta)), step.action)
         visits[step.action] = visits.get(step.action, 0) + 1
     last = history.steps[-1].action
-    return state.with_origin(last).scoped(None), last, visits
+    return state, last, visits

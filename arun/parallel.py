@@ -347,7 +347,7 @@ async def _through_ledger(
     if entry is None:
         return await _under_policy(task, handle, context, policy, None)
     if entry.restored is not None:
-        return task.state.patched(entry.restored).with_origin(task.action.display_name)
+        return task.state.finished(task.state.scoped(None).patched(entry.restored), task.action.display_name)
     state = await _under_policy(task, handle, context, policy, entry)
     await entry.record()
     return state

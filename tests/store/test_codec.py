@@ -231,7 +231,7 @@ def test_private_and_set_fields_of_a_model_come_back() -> None:
 
 
 def test_a_state_comes_back_with_its_origin() -> None:
-    back = decode(encode(State({"n": (1,)}).with_origin("ask")))
+    back = decode(encode(State().finished(State({"n": (1,)}), "ask")))
     assert (back.get_all(), back.action) == ({"n": (1,)}, "ask")
 
 
