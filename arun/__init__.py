@@ -9,7 +9,18 @@ from arun.actions import Action, FunctionAction, Input, Result, SingleStepAction
 from arun.application import Application, ApplicationBuilder, RunResult
 from arun.conditions import Condition, default, expr, when
 from arun.context import ApplicationContext
-from arun.errors import ApplicationBusyError, ArunError, MisuseError, SubtaskFailed, SubtaskSkipped
+from arun.errors import (
+    AlreadyFinishedError,
+    ApplicationBusyError,
+    ArunError,
+    CodecError,
+    GraphChangedError,
+    MisuseError,
+    RunConflictError,
+    StoreError,
+    SubtaskFailed,
+    SubtaskSkipped,
+)
 from arun.events import (
     ActionFinished,
     ActionStarted,
@@ -37,8 +48,10 @@ from arun.parallel import (
     TaskBasedParallelAction,
 )
 from arun.policies import Capacity, Policy, Rate, Retry
+from arun.registry import register
 from arun.runtime import Runtime
 from arun.state import State, StateDelta
+from arun.store import MemoryStore, SQLiteStore, Store
 from arun.stream import RunStream
 
 __version__ = "0.1.0"
@@ -47,12 +60,14 @@ __all__ = (
     "Action",
     "ActionFinished",
     "ActionStarted",
+    "AlreadyFinishedError",
     "Application",
     "ApplicationBuilder",
     "ApplicationBusyError",
     "ApplicationContext",
     "ArunError",
     "Capacity",
+    "CodecError",
     "Condition",
     "Event",
     "Failed",
@@ -61,12 +76,14 @@ __all__ = (
     "FunctionAction",
     "Graph",
     "GraphBuilder",
+    "GraphChangedError",
     "Handle",
     "Input",
     "Item",
     "MapActions",
     "MapActionsAndStates",
     "MapStates",
+    "MemoryStore",
     "MisuseError",
     "Ok",
     "Outcome",
@@ -75,6 +92,7 @@ __all__ = (
     "Rate",
     "Result",
     "Retry",
+    "RunConflictError",
     "RunCancelled",
     "RunFailed",
     "RunFinished",
@@ -83,10 +101,13 @@ __all__ = (
     "RunStream",
     "RunnableGraph",
     "Runtime",
+    "SQLiteStore",
     "SingleStepAction",
     "Skipped",
     "State",
     "StateDelta",
+    "Store",
+    "StoreError",
     "SubGraphTask",
     "SubtaskFailed",
     "SubtaskFinished",
@@ -98,5 +119,6 @@ __all__ = (
     "default",
     "expr",
     "fan_out",
+    "register",
     "when",
 )

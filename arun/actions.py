@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self, TypeAlias, TypeVar, cast
 
 from arun.context import ApplicationContext
@@ -58,6 +58,8 @@ class Action:
     reads: Sequence[str] = ()
     writes: Sequence[str] = ()
     tags: Sequence[str] = ()
+    #: give it a new value where results of the code before must not be taken from a store
+    version: str | int | None = None
     #: whether it does work itself, and not only through actions below it
     leaf: bool = True
     _bound: Mapping[str, Any] = {}
@@ -198,6 +200,7 @@ class FunctionAction(Action):
         tags: Sequence[str] = (),
         *,
         blocking: bool = True,
+        version: str | int | None = None,
     ) -> None:
         self.function = function
         self.name = name_of(function)
@@ -206,6 +209,7 @@ class FunctionAction(Action):
         self.tags = list(tags)
         self.kind: Kind = kind_of(function)
         self.blocking = blocking
+        self.version = version
         self._parameters = Parameters.of(function)
         if not self._parameters.takes_state:
             raise MisuseError(
@@ -222,6 +226,11 @@ class FunctionAction(Action):
     @property
     def inputs(self) -> tuple[Sequence[str], Sequence[str]]:
         return self._parameters.unbound(self._bound)
+
+    @property
+    def parameters(self) -> Parameters:
+        """What it takes besides the State."""
+        return self._parameters
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         parameters = self._parameters
@@ -241,7 +250,12 @@ class FunctionAction(Action):
 
 
 def action(
-    reads: Sequence[str], writes: Sequence[str], tags: Sequence[str] = (), *, blocking: bool = True
+    reads: Sequence[str],
+    writes: Sequence[str],
+    tags: Sequence[str] = (),
+    *,
+    blocking: bool = True,
+    version: str | int | None = None,
 ) -> Callable[[Callable[..., Any]], FunctionAction]:
     """Make an :class:`Action` of a function.
 
@@ -250,6 +264,8 @@ def action(
     :param tags: ``halt_before`` and ``halt_after`` take ``"@tag:name"``.
     :param blocking: for plain functions: True runs it in a worker thread, False inline, for functions that neither
         wait nor compute for long.
+    :param version: of its code, where a store is used: a resumed run takes nothing from the store that another version
+        has computed.
     :raises MisuseError: on anything that is no function (a class, a call's result), at the decorator.
 
     >>> @action(reads=["n"], writes=["n"])
@@ -261,7 +277,7 @@ def action(
             raise MisuseError(f"@action({what}={keys!r}): a list of names is meant: {what}=[{keys!r}]")
 
     def decorate(function: Callable[..., Any]) -> FunctionAction:
-        return FunctionAction(function, reads, writes, tags, blocking=blocking)
+        return FunctionAction(function, reads, writes, tags, blocking=blocking, version=version)
 
     return decorate
 
@@ -324,12 +340,24 @@ async def _execute_within(
             capacity.release()
 
 
-async def take_step(what: Action, state: State, context: ApplicationContext) -> tuple[Any, State]:
-    """As :func:`perform`, for a step of a graph: tells its start and its end to whoever listens."""
-    if not context.run.listening:
-        return await perform(what, state, {}, context)
-    await context.emit(ActionStarted)
+async def take_step(
+    what: Action,
+    state: State,
+    context: ApplicationContext,
+    commit: Callable[[State], Awaitable[None]] | None = None,
+) -> tuple[Any, State]:
+    """As :func:`perform`, for a step of a graph: tells its start and its end to whoever listens.
+
+    :param commit: awaited with what the action wrote before its end is told.
+    """
+    listening = context.run.listening
+    if listening:
+        await context.emit(ActionStarted)
     result, changes = await perform(what, state, {}, context)
+    if commit is not None:
+        await commit(changes)
+    if not listening:
+        return result, changes
     await context.emit(ActionFinished, written=changes.delta.written)
     return result, changes
 

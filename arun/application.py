@@ -19,6 +19,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from contextvars import copy_context
+from functools import partial
 from typing import Any, Final, NamedTuple, Self
 
 import anyio
@@ -30,7 +31,10 @@ from arun.context import ApplicationContext, Run
 from arun.errors import ApplicationBusyError, MisuseError
 from arun.events import RunCancelled, RunFailed, RunFinished, RunStarted
 from arun.graph import Graph, GraphBuilder, check_entrypoint
-from arun.hosting import BUDGET, in_context
+from arun.hosting import BUDGET, GRACE, in_context
+from arun.journal import OnFinished, Store
+from arun.keys import graph_hash
+from arun.resume import Resumable, Resumed
 from arun.runtime import Background
 from arun.state import State
 from arun.stream import Deliver, RunStream
@@ -60,6 +64,9 @@ class _Wiring(msgspec.Struct, frozen=True):
     needed_keys: Mapping[str, str]
     initial: State
     partition_key: str | None
+    store: Store | None = None
+    on_finished: OnFinished = "raise"
+    graph_hash: str = ""
 
 
 class Application:
@@ -79,6 +86,9 @@ class Application:
         self._busy = False
         #: the background work of the run that is going on; None where that runs in its caller's task
         self._owner: Background[Any] | None = None
+        self._resumable: Resumable | None = None
+        if wiring.store is not None:
+            self._resumable = Resumable(wiring.store, app_id, wiring.partition_key, wiring.graph_hash, state)
 
     def __repr__(self) -> str:
         return f"<Application {self.uid} at step {self._sequence_id}: {self._wiring.graph!r}>"
@@ -111,6 +121,8 @@ class Application:
         """Replace the State between steps."""
         self._refuse_busy()
         self._state = state.scoped(None)
+        if self._resumable is not None:
+            self._resumable.replaced(self._state)
         if self._position is not None:
             self._next = _UNKNOWN
 
@@ -143,6 +155,16 @@ class Application:
         """Whether a step is left; see :meth:`get_next_action`."""
         return self.get_next_action() is not None
 
+    async def load(self) -> None:
+        """Take over what the store knows, without running anything; :meth:`arun` does so by itself."""
+        await self._acquire()
+        try:
+            if self._resumable is not None and (resumed := await self._resumable.open(self._sequence_id)) is not None:
+                self._take_over(resumed)
+        finally:
+            with anyio.move_on_after(GRACE, shield=True):
+                await self._release()
+
     # -- running -------------------------------------------------------------------------------------------
 
     async def arun(
@@ -167,9 +189,12 @@ class Application:
         """Run one step; None where there is none left."""
         await self._acquire()
         try:
+            if self._resumable is not None:
+                await self._resume(self._resumable, again=False)
             return await self._step(Run(), inputs or {})
         finally:
-            self._busy = False
+            with anyio.move_on_after(GRACE, shield=True):
+                await self._release()
 
     async def aiterate(
         self,
@@ -232,6 +257,8 @@ class Application:
         self._check_inputs(inputs)
         await self._acquire(owner)
         try:
+            if self._resumable is not None:
+                await self._resume(self._resumable, again=True)
             await run.emit(RunStarted, app_id=self.uid)
             result = await self._run_until(run, before, after, inputs)
             if run.listening:
@@ -245,7 +272,8 @@ class Application:
                 await run.emit(RunCancelled)
             raise
         finally:
-            self._busy = False
+            with anyio.move_on_after(GRACE, shield=True):
+                await self._release()
         return result
 
     async def _run_until(
@@ -294,8 +322,12 @@ class Application:
             resources=self._wiring.resources,
             run=run,
         )
+        commit = None
+        if self._resumable is not None:
+            context.ledger = self._resumable.ledger(name)
+            commit = partial(self._resumable.commit, self._sequence_id, name)
         try:
-            result, changes = await in_context(copy_context(), take_step(action, self._state, context))
+            result, changes = await in_context(copy_context(), take_step(action, self._state, context, commit))
         except Exception as exc:
             exc.add_note(f"in action {name!r} of application {self.uid!r}, step {self._sequence_id}")
             raise
@@ -303,6 +335,31 @@ class Application:
         self._position, self._next = name, _UNKNOWN
         self._sequence_id += 1
         return action, result, self._state
+
+    async def _resume(self, resumable: Resumable, *, again: bool) -> None:
+        """Lease the application and take over what the store knows.
+
+        :param again: whether a run that has ended is run again by whoever calls, even if it ended in this very object.
+        """
+        resumed = await resumable.open(self._sequence_id)
+        if resumed is not None:
+            self._take_over(resumed)
+        if self._sequence_id and (again or resumed is not None) and await self.next_action() is None:
+            if self._wiring.on_finished == "raise":
+                raise resumable.finished(self._state, self._position, self._sequence_id)
+            self._state = await resumable.restart()
+            self._position, self._next, self._sequence_id = None, self._wiring.entrypoint, 0
+
+    def _take_over(self, resumed: Resumed) -> None:
+        self._state, self._position, self._sequence_id = resumed
+        self._next = _UNKNOWN if resumed.position is not None else self._wiring.entrypoint
+
+    async def _release(self) -> None:
+        try:
+            if self._resumable is not None:
+                await self._resumable.close()
+        finally:
+            self._busy = False
 
     async def _acquire(self, owner: Background[Any] | None = None) -> None:
         while self._busy and self._owner is not None and self._owner.cancelling:
@@ -352,6 +409,8 @@ class ApplicationBuilder:
         self._app_id: str | None = None
         self._partition_key: str | None = None
         self._sequence_id = 0
+        self._store: Store | None = None
+        self._on_finished: OnFinished = "raise"
 
     def with_actions(self, *actions: Any, **named: Any) -> Self:
         """Add actions; a keyword gives the name. See :meth:`arun.GraphBuilder.with_actions`."""
@@ -403,6 +462,21 @@ class ApplicationBuilder:
         self._sequence_id = sequence_id or 0
         return self
 
+    def with_store(self, store: Store | None, *, on_finished: OnFinished = "raise") -> Self:
+        """Keep runs in a store, and go on with those that it knows.
+
+        ``arun()`` of a known ``app_id`` continues behind the last committed step, with the State rebuilt; the step that
+        was under way runs again, and those of its subtasks that had finished are taken from the store. Everything that
+        is written to the State must be of types that can be stored (see :func:`arun.register`).
+
+        :param on_finished: what running an application does whose run has ended: "raise" AlreadyFinishedError, or start
+            "fresh" with nothing kept.
+        """
+        if on_finished not in {"raise", "fresh"}:
+            raise MisuseError(f"with_store(on_finished={on_finished!r}): takes 'raise' or 'fresh'")
+        self._store, self._on_finished = store, on_finished
+        return self
+
     def build(self) -> Application:
         """Validate everything and make the Application.
 
@@ -415,6 +489,8 @@ class ApplicationBuilder:
                 raise MisuseError(f"with_entrypoint(...) is missing; the actions are: {', '.join(graph.actions)}")
             entrypoint = next(iter(graph.actions))
         check_entrypoint(graph, entrypoint)
+        if self._store is not None and self._sequence_id:
+            raise MisuseError("with_identifiers(sequence_id=...) and with_store(...): the store knows the sequence_id")
         wiring = _Wiring(
             graph=graph,
             entrypoint=entrypoint,
@@ -422,9 +498,14 @@ class ApplicationBuilder:
             needed_keys=graph.unwritten_reads(entrypoint),
             initial=self._state.scoped(None),
             partition_key=self._partition_key,
+            store=self._store,
+            on_finished=self._on_finished,
+            graph_hash=graph_hash(graph, entrypoint) if self._store is not None else "",
         )
         return Application(wiring, self._app_id or uuid.uuid4().hex, wiring.initial, self._sequence_id)
 
     async def abuild(self) -> Application:
-        """As :meth:`build` (Burr's name for async programs)."""
-        return self.build()
+        """As :meth:`build`, and the State is at once what the store knows, where there is a store."""
+        app = self.build()
+        await app.load()
+        return app

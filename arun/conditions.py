@@ -118,8 +118,15 @@ def when(**expected: Any) -> Condition:
     def all_hold(state: State) -> bool:
         return all(test(state[key], value) for key, test, value in tests)
 
-    shown = ", ".join(f"{name}={value!r}" for name, value in expected.items())
+    shown = ", ".join(f"{name}={_shown(value)}" for name, value in expected.items())
     return Condition([key for key, _, _ in tests], all_hold, shown)
+
+
+def _shown(value: Any) -> str:
+    # The same in every process: a condition's name is part of its graph's hash.
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(map(repr, value))) + "}"
+    return repr(value)
 
 
 # Calls are allowed to these only; nothing here can reach attributes, imports or I/O.

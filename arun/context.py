@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from arun.events import Event
 from arun.policies import Capacity
+
+if TYPE_CHECKING:
+    from arun.ledger import Ledger
 
 __all__ = ("ApplicationContext", "Run", "Sink")
 
@@ -67,6 +70,7 @@ class ApplicationContext:
     :ivar path: the branches above it, outermost first (see :mod:`arun.events`).
     :ivar inputs: the runtime inputs of the run.
     :ivar resources: what ``with_resources`` injected.
+    :ivar ledger: where subtasks that finish below this action are recorded; None without a store.
     """
 
     __slots__ = (
@@ -76,6 +80,7 @@ class ApplicationContext:
         "beats",
         "capacities",
         "inputs",
+        "ledger",
         "partition_key",
         "path",
         "resources",
@@ -103,6 +108,7 @@ class ApplicationContext:
         self.inputs = inputs
         self.resources = resources
         self.run = run
+        self.ledger: Ledger | None = None
         #: which attempt of the subtask above this is, 1 for the first
         self.attempt = 1
         #: tells the idle timeouts above that something was yielded
@@ -127,6 +133,7 @@ class ApplicationContext:
             resources=self.resources,
             run=self.run,
         )
+        child.ledger = self.ledger
         child.attempt = self.attempt
         child.beats = self.beats
         child.capacities = self.capacities

@@ -29,6 +29,7 @@ from arun.frames import line_of
 from arun.graph import Graph, GraphBuilder, check_entrypoint
 from arun.handles import Handle
 from arun.hosting import BUDGET, as_async_iterator, close, drive, in_context
+from arun.ledger import Entry
 from arun.outcomes import Ok
 from arun.policies import Policy
 from arun.state import State
@@ -95,15 +96,28 @@ class RunnableGraph(Action):
         current: str | None = self.entrypoint
         committed, result, sequence_id = state, None, 0
         given = {**inputs, **self._bound}
+        steps = context.ledger.siblings(self.display_name) if context.ledger is not None else None
+        visits: dict[str, int] = {}
         while current is not None:
+            action, entry = self.graph.actions[current], None
             step = context.child(current, self.display_name, sequence_id=sequence_id, inputs=given)
-            result, changes = await take_step(self.graph.actions[current], committed, step)
+            if steps is not None:
+                visit = visits[current] = visits.get(current, -1) + 1
+                entry = await steps.step(action, visit, committed, step)
+                step.ledger = entry.ledger if entry is not None else steps.below(action, visit)
+            if entry is not None and entry.restored is not None:
+                changes, entry = committed.scoped(None).patched(entry.restored), None
+            else:
+                result, changes = await take_step(action, committed, step)
             committed = committed.committed(changes, current)
             state = state.absorb(changes)
             sequence_id += 1
             if not sequence_id % BUDGET:  # actions that never await must not starve the loop
                 await anyio.lowlevel.checkpoint()
             current = None if current in self.halt_after else await self.graph.following(current, committed)
+            if entry is not None and current is not None:  # the last step is recorded as the graph's end
+                entry.changes = changes
+                await entry.record()
         return result, state
 
 
@@ -194,6 +208,7 @@ class TaskBasedParallelAction(Action):
         policy = self.policy
         collector = Collector(self.display_name, context)
         taken_keys: set[str] = set()
+        siblings = context.ledger.siblings(self.display_name) if context.ledger is not None else None
 
         def admit(task: Any) -> None:
             if not isinstance(task, SubGraphTask):
@@ -212,9 +227,13 @@ class TaskBasedParallelAction(Action):
             below = context.child(task.action.display_name, self.display_name, branch, inputs=given)
             if policy.capacity is not None:
                 below.capacities = (*below.capacities, policy.capacity)
+            entry: Entry | None = None
+            if siblings is not None:
+                entry = await siblings.enter(task.action, task.state, task.inputs, below, key=task.key)
+                below.ledger = entry.ledger
             if context.run.listening:
-                return await _observed(task, handle, below, policy)
-            return await _under_policy(task, handle, below, policy)
+                return await _observed(task, handle, below, policy, entry)
+            return await _through_ledger(task, handle, below, policy, entry)
 
         async def consume(states: AsyncIterator[Any]) -> None:
             reduced: Any = self.reduce(state, states)
@@ -315,22 +334,36 @@ class MapActionsAndStates(TaskBasedParallelAction):
             await close(actions)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
 
-async def _final_state(task: SubGraphTask, context: ApplicationContext) -> State:
+async def _final_state(task: SubGraphTask, context: ApplicationContext, entry: Entry | None) -> State:
     _, changes = await perform(task.action, task.state, task.inputs, context)
+    if entry is not None:
+        entry.changes = changes
     return task.state.finished(changes, task.action.display_name)
 
 
+async def _through_ledger(
+    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy, entry: Entry | None
+) -> State:
+    if entry is None:
+        return await _under_policy(task, handle, context, policy, None)
+    if entry.restored is not None:
+        return task.state.finished(task.state.scoped(None).patched(entry.restored), task.action.display_name)
+    state = await _under_policy(task, handle, context, policy, entry)
+    await entry.record()
+    return state
+
+
 async def _under_policy(
-    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy
+    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy, entry: Entry | None
 ) -> State:
     if policy.plain:
-        return await _final_state(task, context)
+        return await _final_state(task, context, entry)
     beats = context.beats
 
     async def attempt(handle: Handle[State]) -> State:
         context.attempt = handle.attempt
         context.beats = beats if handle.beat is None else (*beats, handle.beat)
-        return await _final_state(task, context)
+        return await _final_state(task, context, entry)
 
     async def told(handle: Handle[State], error: Exception, wait: float) -> None:
         if context.run.listening:
@@ -341,18 +374,21 @@ async def _under_policy(
     return await run_attempts(handle, attempt, policy, told)
 
 
-async def _observed(task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy) -> State:
+async def _observed(
+    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy, entry: Entry | None
+) -> State:
     label = handle.label()
     await context.emit(SubtaskStarted, label=label, ordinal=handle.ordinal)
     started = time.perf_counter()
     try:
-        state = await _under_policy(task, handle, context, policy)
+        state = await _through_ledger(task, handle, context, policy, entry)
     except Exception as exc:
         seconds = time.perf_counter() - started
         await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, error=_shown(exc))
         raise
     seconds = time.perf_counter() - started
-    await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds)
+    restored = entry is not None and entry.restored is not None
+    await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, restored=restored)
     return state
 
 

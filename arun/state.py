@@ -179,6 +179,10 @@ class State(Mapping[str, Any]):
         """This State with the delta of ``changes`` written to it, as if it had written it itself."""
         return self._with(changes._changed)
 
+    def patched(self, delta: StateDelta) -> State:
+        """This State with a delta written to it, as if it had written it itself."""
+        return self._with({**delta.written, **dict.fromkeys(delta.deleted, _DELETED)})
+
     def finished(self, changes: State, action: str) -> State:
         """As :meth:`absorb`, all of it readable, with ``action`` as the one that made it."""
         state = self._with(changes._changed)

@@ -29,6 +29,7 @@ REFERENCE = {
         "arun.channel",
         "arun.data",
         "arun.store",
+        "arun.codec",
         "arun.telemetry",
         "arun.web",
         "arun.testing",
