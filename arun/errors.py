@@ -16,11 +16,13 @@ __all__ = (
     "MisuseError",
     "MissingExtraError",
     "ModelNotFound",
+    "PayloadError",
     "PlacementError",
     "PortInUse",
     "ProtocolError",
     "RemoteError",
     "RequestError",
+    "StreamRefused",
     "SubtaskFailed",
     "SubtaskSkipped",
 )
@@ -104,3 +106,11 @@ class EngineDead(EngineError):
 
 class ModelNotFound(EngineError):
     """The model is neither a folder with a model nor a name that can be loaded here."""
+
+
+class PayloadError(ArunError, TypeError):
+    """A value cannot be sent over a channel, or what arrived is not of the declared type."""
+
+
+class StreamRefused(ArunError):
+    """The peer already serves as many streams of this connection as it announced."""

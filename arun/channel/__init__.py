@@ -1,0 +1,29 @@
+"""Typed streams between processes: multiplexed, credit-controlled, authenticated.
+
+>>> server = await serve_tcp(handler, token=token)
+>>> connection = await connect_tcp(*server.address, token=token)
+>>> async for item in connection.open("watch", {"start": 3}, item_type=int): ...
+>>> total = await connection.call("add", [1, 2], result_type=int)
+"""
+
+from arun.channel.connection import Connection
+from arun.channel.failures import register_error
+from arun.channel.limits import Limits
+from arun.channel.memory import memory_pair
+from arun.channel.serving import Handler
+from arun.channel.sockets import Server, connect_tcp, connect_unix, serve_tcp, serve_unix
+from arun.channel.stream import Stream
+
+__all__ = (
+    "Connection",
+    "Handler",
+    "Limits",
+    "Server",
+    "Stream",
+    "connect_tcp",
+    "connect_unix",
+    "memory_pair",
+    "register_error",
+    "serve_tcp",
+    "serve_unix",
+)

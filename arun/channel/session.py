@@ -1,0 +1,408 @@
+"""The session core: every decision about streams and credit on one connection. No I/O, no clock.
+
+Theory of operation
+-------------------
+
+Either side of a connection may open streams. A *stream* is one run of the peer's handler: the opener
+sends Open, the handler's side answers with Items and, last of all, one End or Fail::
+
+    opener                        handler's side
+    Open(method, credit)  ----->  starts the handler
+                          <-----  Item, Item, ...       each uses up credit
+    Credit                ----->  when half the window is consumed
+    Cancel                ----->  the handler is closed, its clean-up awaited
+                          <-----  End | Fail            always, also after Cancel
+
+1. Each side numbers the streams that it opens, from 1, never reusing a number. Open, Credit and Cancel
+   only go from opener to handler, the others only back, so the two sides' numbers can't clash.
+2. Each side keeps a half of every stream: the opener an `Inbound` (items come in), the handler's side
+   an `Outbound`. Both are in the same states, and one table, `TRANSITIONS`, tells what each message
+   does to them, whoever sends it. A message that the table has no entry for ends the connection.
+3. Credit is counted in items and in bytes. A handler may send while both are above zero (one item may
+   overshoot the bytes); the opener gives back what its consumer has taken when that is half a window.
+   So at most a window lies unread at the opener, and what is granted never exceeds the window.
+4. A slot is the right to have one stream open. It is taken by Open and free only once the End or Fail
+   is on its way in a frame: a cancelled stream that still cleans up counts, and a peer that does not
+   read gets no new slots. The opener, which sees the End later, never counts fewer than the handler's
+   side, so an Open beyond the announced limit is no race but a breach.
+5. Nothing here grows without a bound: credits to be sent are merged per stream, Pongs to the latest.
+
+The shell (:mod:`arun.channel.connection`) feeds in frames and calls of its user, and does what the
+returned `Effects` say.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+from msgspec import Raw
+
+from arun.channel.codec import Outbox, encode_message
+from arun.channel.messages import Cancel, Credit, End, Fail, Goodbye, Item, Open, Ping, Pong, SessionMessage
+from arun.errors import ChannelLost, ProtocolError, StreamRefused
+
+if TYPE_CHECKING:
+    from arun.channel.limits import Limits
+
+__all__ = ("TRANSITIONS", "Allowed", "Effects", "Inbound", "Lost", "Outbound", "Session", "Started", "State")
+
+State: TypeAlias = Literal["idle", "open", "cancelling", "closed"]
+
+TRANSITIONS: dict[type[SessionMessage], dict[State, State]] = {
+    Open: {"idle": "open"},
+    # Items may be under way when the opener cancels.
+    Item: {"open": "open", "cancelling": "cancelling"},
+    # Credit and Cancel may be under way when the handler ends.
+    Credit: {"open": "open", "closed": "closed"},
+    Cancel: {"open": "cancelling", "closed": "closed"},
+    End: {"open": "closed", "cancelling": "closed"},
+    Fail: {"open": "closed", "cancelling": "closed"},
+}
+
+
+class Allowed(NamedTuple):
+    """What the peer announced that it takes."""
+
+    streams: int
+    message_bytes: int
+
+
+class Lost(NamedTuple):
+    """Outcome of the streams that were open when the connection ended."""
+
+    reason: str
+    cause: BaseException | None = None
+
+    def error(self) -> ChannelLost:
+        """A fresh error for one waiter: one raised twice would collect both tracebacks."""
+        error = ChannelLost(self.reason)
+        error.__cause__ = self.cause
+        return error
+
+
+class Inbound:
+    """Opener's half of a stream: items that arrived and are not consumed yet.
+
+    :ivar items: payloads in order.
+    :ivar outcome: how the stream ended, None while it goes on. Unread items come first.
+    """
+
+    __slots__ = (
+        "bytes_left",
+        "bytes_used",
+        "id",
+        "items",
+        "items_left",
+        "items_used",
+        "method",
+        "outcome",
+        "state",
+        "window",
+        "window_bytes",
+    )
+
+    def __init__(self, stream: int, method: str, window: int, window_bytes: int) -> None:
+        self.id = stream
+        self.method = method
+        self.state: State = "open"
+        self.items: deque[Raw] = deque()
+        self.outcome: End | Fail | Lost | None = None
+        self.window, self.window_bytes = window, window_bytes
+        # What the peer may still send, and what was consumed but not granted again.
+        self.items_left, self.bytes_left = window, window_bytes
+        self.items_used, self.bytes_used = 0, 0
+
+
+class Outbound:
+    """Handler's half of a stream: the credit that is left for sending."""
+
+    __slots__ = ("bytes_left", "id", "items_left", "method", "prefix", "state", "window", "window_bytes")
+
+    def __init__(self, opened: Open) -> None:
+        self.id = opened.stream
+        self.method = opened.method
+        self.state: State = "open"
+        self.window, self.window_bytes = opened.items, opened.bytes
+        self.items_left, self.bytes_left = opened.items, opened.bytes
+        # An Item is this and the encoded payload, so that each item is encoded once only.
+        self.prefix = encode_message(Item(opened.stream, Raw(b"\xc0")))[:-1]
+
+
+class Started(NamedTuple):
+    """A handler to start."""
+
+    outbound: Outbound
+    payload: Raw
+
+
+class Effects:
+    """What the shell must do after a frame or a loss."""
+
+    __slots__ = ("goodbye", "interrupted", "ready", "started")
+
+    def __init__(self) -> None:
+        #: handlers to start
+        self.started: list[Started] = []
+        #: halves whose waiter, if any, has something to go on with
+        self.ready: list[Inbound | Outbound] = []
+        #: halves whose handler must be closed
+        self.interrupted: list[Outbound] = []
+        #: why the peer ends the connection
+        self.goodbye: str | None = None
+
+
+class Session:
+    """State of one connection after authentication.
+
+    :param peer: the peer's name, for errors.
+    :param limits: this side's limits.
+    :param allowed: the peer's, as far as it announced them.
+    """
+
+    __slots__ = (
+        "_closing",
+        "_credit_due",
+        "_finished",
+        "_inbound",
+        "_last_served",
+        "_limits",
+        "_next_stream",
+        "_outbound",
+        "_pong_due",
+        "allowed",
+        "outbox",
+        "peer",
+    )
+
+    def __init__(self, *, peer: str, limits: Limits, allowed: Allowed) -> None:
+        self.peer = peer
+        self.allowed = allowed
+        self.outbox = Outbox()
+        self._limits = limits
+        self._inbound: dict[int, Inbound] = {}
+        self._outbound: dict[int, Outbound] = {}
+        #: streams whose End is in the outbox, with the number of the message that it is there
+        self._finished: deque[tuple[int, Outbound]] = deque()
+        self._next_stream = 1
+        self._last_served = 0
+        self._credit_due: dict[int, Inbound] = {}
+        self._pong_due: int | None = None
+        self._closing: Lost | None = None
+
+    # The opener's side.
+
+    def open(self, method: str, payload: bytes, window: int) -> Inbound:
+        """Open a stream.
+
+        :param window: items that the peer may send ahead of the consumer.
+        :raises StreamRefused: the peer's streams are all taken.
+        :raises ChannelLost: the connection has ended.
+        """
+        if self._closing is not None:
+            raise self._closing.error()
+        if len(self._inbound) >= self.allowed.streams:
+            raise StreamRefused(
+                f"{self.peer} serves {self.allowed.streams} streams at once and all are open or still cleaning up; "
+                f"end some before opening {method!r}, or raise Limits(streams=...) there"
+            )
+        inbound = Inbound(self._next_stream, method, window, self._limits.window_bytes)
+        self._send(Open(inbound.id, method, window, inbound.window_bytes, Raw(payload)))
+        self._next_stream += 1
+        self._inbound[inbound.id] = inbound
+        return inbound
+
+    def take(self, inbound: Inbound) -> tuple[Raw, bool]:
+        """Consume the oldest item; also tells whether credit is now due, so that the writer must wake."""
+        payload = inbound.items.popleft()
+        inbound.items_used += 1
+        inbound.bytes_used += len(payload)
+        if inbound.items_used * 2 < inbound.window and inbound.bytes_used * 2 < inbound.window_bytes:
+            return payload, False
+        if inbound.state != "open":
+            return payload, False
+        self._credit_due[inbound.id] = inbound
+        return payload, True
+
+    def cancel(self, inbound: Inbound) -> bool:
+        """Want no more items, and drop the unread ones. Tells whether there is a Cancel to write."""
+        inbound.items.clear()
+        if inbound.state != "open" or self._closing is not None:
+            return False
+        self._advance(inbound, inbound.id, Cancel)
+        self._credit_due.pop(inbound.id, None)
+        self._send(Cancel(inbound.id))
+        return True
+
+    # The handler's side.
+
+    def send(self, outbound: Outbound, payload: bytes) -> bool:
+        """Send an item, if the stream is open and has credit; tells whether it was sent."""
+        if outbound.items_left <= 0 or outbound.bytes_left <= 0 or outbound.state != "open":
+            return False
+        outbound.items_left -= 1
+        outbound.bytes_left -= len(payload)
+        self.outbox.append(outbound.prefix + payload)
+        return True
+
+    def finish(self, outbound: Outbound, message: End | Fail) -> None:
+        """The handler is through and has cleaned up. Its slot is free once the message is in a frame."""
+        if self._closing is not None:
+            # An End now would pass for the stream's own; the peer learns of the loss by our Goodbye.
+            return
+        self._advance(outbound, outbound.id, type(message))
+        self._send(message)
+        self._finished.append((self.outbox.appended, outbound))
+
+    # Both.
+
+    def receive(self, messages: list[SessionMessage]) -> Effects:
+        """Take the messages of one frame.
+
+        :raises ProtocolError: the peer broke the protocol; nothing of the connection can be trusted.
+        """
+        effects = Effects()
+        # A payload is a view of its whole frame; one that shares it must not keep it in memory.
+        shared = len(messages) > 1
+        for message in messages:
+            if type(message) is Item:
+                inbound = self._inbound.get(message.stream)
+                if inbound is None:
+                    raise self._illegal(Item, message.stream, self._inbound_state(message.stream))
+                payload = message.payload
+                inbound.items_left -= 1
+                if inbound.items_left < 0 or inbound.bytes_left <= 0:
+                    raise ProtocolError(f"{self.peer} sent more on {inbound.method!r} than its credit")
+                inbound.bytes_left -= len(payload)
+                if inbound.state == "open":
+                    if not inbound.items:
+                        effects.ready.append(inbound)
+                    inbound.items.append(payload.copy() if shared else payload)
+            else:
+                self._receive_control(message, effects)
+        return effects
+
+    def _receive_control(self, message: SessionMessage, effects: Effects) -> None:
+        match message:
+            case Open():
+                self._on_open(message, effects)
+            case Credit() | Cancel():
+                self._on_opener(message, effects)
+            case End() | Fail():
+                inbound = self._inbound.get(message.stream)
+                if inbound is None:
+                    raise self._illegal(type(message), message.stream, self._inbound_state(message.stream))
+                self._advance(inbound, message.stream, type(message))
+                del self._inbound[message.stream]
+                self._credit_due.pop(message.stream, None)
+                inbound.outcome = inbound.outcome or message
+                effects.ready.append(inbound)
+            case Ping():
+                self._pong_due = message.number
+            case Pong():
+                raise ProtocolError(f"{self.peer} answered a Ping that was never sent")
+            case Goodbye():
+                effects.goodbye = message.reason
+            case _:
+                raise AssertionError(f"unreachable: {message!r}")
+
+    def _on_open(self, message: Open, effects: Effects) -> None:
+        if message.stream <= self._last_served:
+            raise self._illegal(Open, message.stream, "closed")
+        self._last_served = message.stream
+        if self._closing is not None:
+            return
+        if len(self._outbound) >= self._limits.streams:
+            raise ProtocolError(
+                f"{self.peer} opened {message.method!r} beyond the {self._limits.streams} streams that it may have"
+            )
+        outbound = self._outbound[message.stream] = Outbound(message)
+        effects.started.append(Started(outbound, message.payload))
+
+    def _on_opener(self, message: Credit | Cancel, effects: Effects) -> None:
+        outbound = self._outbound.get(message.stream)
+        if outbound is None:
+            if message.stream > self._last_served:
+                raise self._illegal(type(message), message.stream, "idle")
+            return
+        before = outbound.state
+        self._advance(outbound, message.stream, type(message))
+        if before == "closed":
+            return
+        if isinstance(message, Cancel):
+            effects.interrupted.append(outbound)
+            return
+        outbound.items_left += message.items
+        outbound.bytes_left += message.bytes
+        if outbound.items_left > outbound.window or outbound.bytes_left > outbound.window_bytes:
+            raise ProtocolError(f"{self.peer} granted more credit on {outbound.method!r} than its window")
+        effects.ready.append(outbound)
+
+    @property
+    def talkative(self) -> bool:
+        """Whether ``take_frame`` has something to give."""
+        return bool(self.outbox.size or self._credit_due or self._pong_due)
+
+    def take_frame(self) -> bytes | None:
+        """The next frame to write, or None when there is nothing to say."""
+        for inbound in self._credit_due.values():
+            self._send(Credit(inbound.id, inbound.items_used, inbound.bytes_used))
+            inbound.items_left += inbound.items_used
+            inbound.bytes_left += inbound.bytes_used
+            inbound.items_used = inbound.bytes_used = 0
+        self._credit_due.clear()
+        if self._pong_due is not None:
+            self._send(Pong(self._pong_due))
+            self._pong_due = None
+        frame = self.outbox.take_frame()
+        while self._finished and self._finished[0][0] <= self.outbox.taken:
+            self._outbound.pop(self._finished.popleft()[1].id, None)
+        return frame
+
+    def close(self, reason: str, cause: BaseException | None = None) -> Effects:
+        """The connection ends, for whatever reason: fail what is open, close the handlers.
+
+        Streams that the peer serves for us are cancelled too, so that it cleans up meanwhile. Calling it
+        again changes nothing.
+        """
+        effects = Effects()
+        if self._closing is not None:
+            return effects
+        lost = Lost(reason, cause)
+        for inbound in self._inbound.values():
+            if inbound.state == "open":
+                self._advance(inbound, inbound.id, Cancel)
+                self._send(Cancel(inbound.id))
+            inbound.outcome = lost
+        self._credit_due.clear()
+        self._closing = lost
+        effects.ready = [*self._inbound.values(), *self._outbound.values()]
+        for outbound in self._outbound.values():
+            if outbound.state == "open":
+                self._advance(outbound, outbound.id, Cancel)
+                effects.interrupted.append(outbound)
+        # Forgotten, so that Credit and Cancel that are under way are taken as late.
+        self._outbound.clear()
+        return effects
+
+    def say_goodbye(self, reason: str) -> None:
+        """Queue the last message of this side.
+
+        :param reason: for the peer's errors; cut to 1,024 characters.
+        """
+        self._send(Goodbye(reason[:1024]))
+
+    def _send(self, message: SessionMessage) -> None:
+        self.outbox.append(encode_message(message))
+
+    def _advance(self, half: Inbound | Outbound, stream: int, kind: type[SessionMessage]) -> None:
+        state = TRANSITIONS[kind].get(half.state)
+        if state is None:
+            raise self._illegal(kind, stream, half.state)
+        half.state = state
+
+    def _inbound_state(self, stream: int) -> State:
+        return "closed" if stream < self._next_stream else "idle"
+
+    def _illegal(self, kind: type[SessionMessage], stream: int, state: State) -> ProtocolError:
+        return ProtocolError(f"{self.peer} sent {kind.__name__} for stream {stream}, which is {state}")

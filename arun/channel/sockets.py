@@ -1,0 +1,267 @@
+"""Channels over TCP and Unix sockets: servers and clients."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import anyio
+import structlog
+from anyio.abc import AnyByteStream, Listener, SocketAttribute, SocketStream
+
+from arun.channel.connection import Connection
+from arun.channel.handshake import Secret, authenticate_client, authenticate_to_server
+from arun.channel.limits import Limits
+from arun.errors import ChannelLost, MisuseError, PortInUse, ProtocolError
+from arun.runtime import Runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from arun.channel.serving import Handler
+
+__all__ = ("Server", "connect_tcp", "connect_unix", "serve_tcp", "serve_unix")
+
+log = structlog.get_logger("arun.channel")
+
+_DEFAULT_LIMITS = Limits()
+# After an accept() that failed, for example because the process has too many files open.
+_ACCEPT_PAUSE = 0.1
+# sizeof(sockaddr_un.sun_path) less the final zero, on Linux.
+_UNIX_PATH_BYTES = 107
+
+
+async def connect_tcp(
+    host: str, port: int, *, token: bytes, handler: Handler | None = None, limits: Limits = _DEFAULT_LIMITS
+) -> Connection:
+    """Connect to a server of :func:`serve_tcp` and authenticate.
+
+    :param token: the secret that the server was given.
+    :param handler: serves the streams that the server opens; without one they are refused.
+    :param limits: what this side allows the server.
+    :raises ChannelLost: nobody listens there, or it hung up or stayed silent, as for a wrong token.
+    :raises ProtocolError: what listens there doesn't know the token, or is no channel server.
+    """
+    return await _connect(lambda: anyio.connect_tcp(host, port), _tcp_name(host, port), Secret(token), handler, limits)
+
+
+async def connect_unix(
+    path: str | os.PathLike[str], *, token: bytes, handler: Handler | None = None, limits: Limits = _DEFAULT_LIMITS
+) -> Connection:
+    """Connect to a server of :func:`serve_unix`; parameters and errors as for :func:`connect_tcp`."""
+    name = f"unix:{os.fspath(path)}"
+    return await _connect(lambda: anyio.connect_unix(path), name, Secret(token), handler, limits)
+
+
+async def serve_tcp(
+    handler: Handler, *, token: bytes, host: str = "127.0.0.1", port: int = 0, limits: Limits = _DEFAULT_LIMITS
+) -> Server:
+    """Serve a handler to clients that know the token.
+
+    :param token: the shared secret, for example ``secrets.token_bytes(32)``.
+    :param host: one address of this machine; wildcard addresses are refused.
+    :param port: 0 takes a free one; ``Server.address`` tells which.
+    :raises PortInUse: somebody else has the port.
+    """
+    if host in {"", "*", "0.0.0.0", "::"}:
+        raise MisuseError(
+            f"host {host!r} would offer the channel on every network of this machine; "
+            "name one address, such as 127.0.0.1 or the node's own"
+        )
+    secret, runtime = Secret(token), Runtime.current()
+    try:
+        listener = await anyio.create_tcp_listener(local_host=host, local_port=port)
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE:
+            raise
+        raise PortInUse(
+            f"port {port} of {host} is taken by another process (`ss -ltnp 'sport = :{port}'` names it); "
+            "stop that, pass another port, or port=0 for a free one"
+        ) from exc
+    address = (host, listener.extra(SocketAttribute.local_port))
+    return Server(listener, address, handler, secret, limits, runtime)
+
+
+async def serve_unix(
+    handler: Handler, *, path: str | os.PathLike[str], token: bytes, limits: Limits = _DEFAULT_LIMITS
+) -> Server:
+    """Serve a handler on a Unix socket with mode 0600, removed by ``Server.aclose()``.
+
+    A socket file that nobody listens on any more is replaced. Parameters as for :func:`serve_tcp`.
+
+    :param path: at most 107 bytes, in an existing folder.
+    :raises PortInUse: somebody listens on that path, or it is no socket.
+    """
+    name = os.fspath(path)
+    if len(os.fsencode(name)) > _UNIX_PATH_BYTES:
+        raise MisuseError(f"{name!r} is longer than the {_UNIX_PATH_BYTES} bytes that a Unix socket's path may have")
+    secret, runtime = Secret(token), Runtime.current()
+    await _refuse_taken_path(name)
+    listener = await anyio.create_unix_listener(name, mode=0o600)
+    return Server(listener, name, handler, secret, limits, runtime)
+
+
+class Server:
+    """Accepts connections and serves one handler to all of them. Made by ``serve_tcp`` or ``serve_unix``.
+
+    :ivar address: (host, port), or the path of the Unix socket.
+    """
+
+    def __init__(
+        self,
+        listener: Listener[SocketStream],
+        address: tuple[str, int] | str,
+        handler: Handler,
+        secret: Secret,
+        limits: Limits,
+        runtime: Runtime,
+    ) -> None:
+        self.address = address
+        self._name = address if isinstance(address, str) else _tcp_name(*address)
+        self._listener = listener
+        self._handler = handler
+        self._secret = secret
+        self._limits = limits
+        self._half_open = 0
+        self._connections: set[Connection] = set()
+        self._runtime = runtime
+        self._accepting = runtime.start(self._accept_all, name=f"channel server {self._name}")
+        log.info("server.started", address=self._name)
+
+    def __repr__(self) -> str:
+        return f"<Server {self._name}, {self.connections} connections>"
+
+    @property
+    def connections(self) -> int:
+        """How many authenticated connections there are."""
+        return len(self._connections)
+
+    async def aclose(self) -> None:
+        """Stop listening, say goodbye to every client, and wait until all handlers have cleaned up.
+
+        Cancelling it only stops the waiting. May be called again.
+        """
+        for connection in self._connections:
+            connection.close_soon()
+        self._accepting.cancel()
+        await self._accepting.wait()
+        for connection in list(self._connections):
+            await connection.aclose()
+
+    async def _accept_all(self) -> None:
+        try:
+            async with anyio.create_task_group() as tasks:
+                while True:
+                    try:
+                        await self._listener.serve(self._accept, tasks)
+                    except* OSError as exc:
+                        log.warning("server.accept_failed", address=self._name, error=repr(exc.exceptions[0]))
+                    await anyio.sleep(_ACCEPT_PAUSE)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._listener.aclose()
+            if isinstance(self.address, str):
+                with suppress(FileNotFoundError):
+                    os.unlink(self.address)
+            log.info("server.stopped", address=self._name)
+
+    async def _accept(self, stream: SocketStream) -> None:
+        peer = self._peer_name(stream)
+        if self._half_open >= self._limits.half_open:
+            log.warning("authentication.refused", peer=peer, half_open=self._half_open)
+            await anyio.aclose_forcefully(stream)
+            return
+        self._half_open += 1
+        try:
+            with anyio.fail_after(self._limits.handshake_timeout):
+                agreed = await authenticate_client(stream, self._secret, peer, self._limits)
+        except (ProtocolError, anyio.EndOfStream, anyio.BrokenResourceError, OSError) as exc:
+            log.warning("authentication.failed", peer=peer, error=repr(exc))
+            await anyio.aclose_forcefully(stream)
+            return
+        except BaseException:
+            await anyio.aclose_forcefully(stream)
+            raise
+        finally:
+            self._half_open -= 1
+        connection = Connection(
+            stream,
+            runtime=self._runtime,
+            peer=peer,
+            handler=self._handler,
+            limits=self._limits,
+            allowed=agreed.allowed,
+            reader=agreed.reader,
+            on_closed=self._connections.discard,
+        )
+        self._connections.add(connection)
+
+    def _peer_name(self, stream: SocketStream) -> str:
+        if isinstance(self.address, str):
+            return f"unix:{self.address}"
+        address = stream.extra(SocketAttribute.remote_address, None)
+        return _tcp_name(*address[:2]) if isinstance(address, tuple) else "a client that has gone"
+
+
+async def _connect(
+    dial: Callable[[], Awaitable[AnyByteStream]], peer: str, secret: Secret, handler: Handler | None, limits: Limits
+) -> Connection:
+    runtime = Runtime.current()  # refused here, before there is a socket to close
+    stream: AnyByteStream | None = None
+    try:
+        with anyio.fail_after(limits.handshake_timeout):
+            stream = await dial()
+            agreed = await authenticate_to_server(stream, secret, peer, limits)
+    except BaseException as exc:
+        if stream is not None:
+            await anyio.aclose_forcefully(stream)
+        explained = _explain(exc, peer, limits)
+        if explained is None:
+            raise
+        raise explained from exc
+    return Connection(
+        stream,
+        runtime=runtime,
+        peer=peer,
+        handler=handler,
+        limits=limits,
+        allowed=agreed.allowed,
+        reader=agreed.reader,
+    )
+
+
+def _explain(exc: BaseException, peer: str, limits: Limits) -> ChannelLost | None:
+    match exc:
+        case TimeoutError():
+            return ChannelLost(f"{peer} did not answer within {limits.handshake_timeout} s (Limits.handshake_timeout)")
+        case anyio.EndOfStream() | anyio.BrokenResourceError():
+            return ChannelLost(
+                f"{peer} hung up during authentication: it has another token, too many clients are "
+                "authenticating at once, or it ended; its log tells which"
+            )
+        case OSError():
+            return ChannelLost(f"can't connect to {peer}: {exc}; is the server running there?")
+        case _:
+            return None
+
+
+async def _refuse_taken_path(path: str) -> None:
+    try:
+        is_socket = stat.S_ISSOCK(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        raise PortInUse(f"{path} exists and is no socket; remove it, or pass another path")
+    try:
+        stream = await anyio.connect_unix(path)
+    except OSError:  # nobody listens: left over from a process that was killed
+        return
+    await stream.aclose()
+    raise PortInUse(f"another process listens on {path}; stop it, or pass another path")
+
+
+def _tcp_name(host: object, port: object) -> str:
+    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"

@@ -1,0 +1,114 @@
+"""Stream: the opener's end of one stream, an async iterator of decoded items."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from anyio.lowlevel import checkpoint
+
+from arun.channel.codec import decode_payload
+from arun.channel.failures import rebuild
+from arun.channel.messages import Fail
+from arun.channel.serving import CHECKPOINT_ITEMS
+from arun.channel.session import Inbound, Lost
+from arun.errors import PayloadError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from msgspec.msgpack import Decoder
+
+    from arun.channel.connection import Connection
+
+__all__ = ("Stream",)
+
+T = TypeVar("T")
+
+
+class Stream(Generic[T]):
+    """Items of one run of the peer's handler, in order. Made by ``Connection.open``.
+
+    Iterate it with ``async for``; leave it early with ``aclose()`` (``contextlib.aclosing`` does so). A
+    Stream that is garbage-collected while open is cancelled, from whichever thread that happens in.
+    """
+
+    __slots__ = ("_cancel_from_thread", "_closed", "_connection", "_decoder", "_inbound", "_streak")
+
+    def __init__(
+        self,
+        connection: Connection,
+        inbound: Inbound,
+        decoder: Decoder[T],
+        cancel_from_thread: Callable[[Inbound], object],
+    ) -> None:
+        self._connection = connection
+        self._inbound = inbound
+        self._decoder = decoder
+        self._cancel_from_thread = cancel_from_thread
+        self._closed = False
+        self._streak = 0
+
+    def __repr__(self) -> str:
+        return f"<Stream {self._inbound.method!r} from {self._connection.peer}, {self._inbound.state}>"
+
+    def __aiter__(self) -> Stream[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        """The next item. Cancelling it while it waits loses nothing.
+
+        :raises StopAsyncIteration: the handler is through, or this Stream was closed.
+        :raises ChannelLost: the connection ended; items that arrived before come first.
+        :raises PayloadError: the item is not of the declared type; the stream is cancelled.
+        :raises Exception: the handler's error, as itself if registered, else as RemoteError.
+        """
+        inbound = self._inbound
+        # The checkpoint comes before an item is taken, so that cancellation there loses none.
+        self._streak += 1
+        if self._streak >= CHECKPOINT_ITEMS:
+            self._streak = 0
+            await checkpoint()
+        while not inbound.items:
+            if self._closed:
+                raise StopAsyncIteration
+            if inbound.outcome is not None:
+                raise self._ending()
+            self._streak = 0
+            await self._connection.wait(inbound)
+        payload, credit_due = self._connection.session.take(inbound)
+        if credit_due:
+            self._connection.wake_writer()
+        try:
+            return decode_payload(self._decoder, payload, "item")
+        except PayloadError as exc:
+            exc.add_note(f"sent by {self._connection.peer} on the stream of {inbound.method!r}")
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """Tell the peer to close its handler, without waiting for that. Unread items are dropped."""
+        if not self._closed:
+            self._closed = True
+            self._connection.cancel(self._inbound)
+
+    async def aclose(self) -> None:
+        """Cancel the stream, and wait until the peer's handler has cleaned up or the connection is lost.
+
+        How the handler ended is not reported here: its side logs a failing clean-up.
+        """
+        self.cancel()
+        while self._inbound.outcome is None:
+            await self._connection.wait(self._inbound)
+
+    def _ending(self) -> Exception:
+        match self._inbound.outcome:
+            case Fail() as fail:
+                return rebuild(fail, self._connection.peer, self._inbound.method)
+            case Lost() as lost:
+                return lost.error()
+            case _:
+                return StopAsyncIteration()
+
+    def __del__(self) -> None:
+        if self._inbound.outcome is None and not self._closed:
+            self._cancel_from_thread(self._inbound)
