@@ -17,10 +17,8 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Self, TypeAlias, TypeVar, cast
-
-import anyio.from_thread
 
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
@@ -28,7 +26,7 @@ from arun.events import ActionFinished, ActionStarted, Item, Partial
 from arun.hosting import drive
 from arun.signatures import Kind, Parameters, describe, kind_of, name_of, refuse_unknown, where
 from arun.state import Scope, State
-from arun.threads import run_in_thread
+from arun.threads import run_in_thread, step_in_thread
 
 __all__ = (
     "Action",
@@ -73,9 +71,26 @@ class Action:
 
     @property
     def inputs(self) -> Sequence[str] | tuple[Sequence[str], Sequence[str]]:
-        """Names of the inputs that it takes besides the State: required, or (required, optional)."""
+        """Names of the inputs that it takes besides the State: required, or (required, optional).
+
+        Override it as in Burr where ``run`` takes ``**inputs``: those named here are handed over.
+        """
         parameters = Parameters.of(self.run)
         return parameters.unbound(self._bound)
+
+    @property
+    def input_names(self) -> tuple[frozenset[str], frozenset[str]]:
+        """``inputs`` as (required, optional), however it was written."""
+        inputs = self.inputs
+        if isinstance(inputs, tuple) and len(inputs) == 2 and not isinstance(inputs[0], str):
+            required, optional = inputs
+            return frozenset(required), frozenset(optional)
+        return frozenset(cast("Sequence[str]", inputs)), frozenset()
+
+    @property
+    def takes_any_input(self) -> bool:
+        """Whether the names of its inputs are known only while it runs, as with subtasks."""
+        return False
 
     # -- what users call --------------------------------------------------------------------------------
 
@@ -120,13 +135,22 @@ class Action:
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         """Run once: ``(result, new State)``. Items and partial States go to ``context`` as events."""
-        parameters = Parameters.of(self.run)
-        kwargs = parameters.resolve(self.display_name, self._bound, inputs, context)
+        kwargs = self._arguments(self.run, inputs, context)
         result = await _call(self.run, kind_of(self.run), state, kwargs, _ItemsOnly(context))
-        new_state = self.update(result, state)
-        if not isinstance(new_state, State):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+        new_state: Any = self.update(result, state)
+        if inspect.isawaitable(new_state):
+            new_state = await new_state
+        if not isinstance(new_state, State):
             raise MisuseError(f"{self.display_name}.update() returned {describe(new_state)}; it returns the new State")
         return result, new_state
+
+    def _arguments(
+        self, function: Callable[..., Any], inputs: Mapping[str, Any], context: ApplicationContext
+    ) -> dict[str, Any]:
+        parameters = Parameters.of(function)
+        if parameters.open:
+            parameters = parameters.joined(*self.input_names)
+        return parameters.resolve(self.display_name, self._bound, inputs, context)
 
     def _copy(self, **changes: Any) -> Self:
         copy = object.__new__(type(self))
@@ -137,11 +161,9 @@ class Action:
         return copy
 
     def _check_bind(self, inputs: Mapping[str, Any]) -> None:
-        taken = self.inputs
-        names = (
-            [*taken[0], *taken[1]] if isinstance(taken, tuple) and taken and not isinstance(taken[0], str) else taken
-        )
-        refuse_unknown(self.display_name, inputs, [*cast("Sequence[str]", names), *self._bound])
+        if not self.takes_any_input:
+            required, optional = self.input_names
+            refuse_unknown(self.display_name, inputs, sorted(required | optional | set(self._bound)))
 
 
 class SingleStepAction(Action):
@@ -156,8 +178,7 @@ class SingleStepAction(Action):
         return Parameters.of(self.run_and_update).unbound(self._bound)
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
-        parameters = Parameters.of(self.run_and_update)
-        kwargs = parameters.resolve(self.display_name, self._bound, inputs, context)
+        kwargs = self._arguments(self.run_and_update, inputs, context)
         return await _execute(
             self.run_and_update, kind_of(self.run_and_update), self.display_name, state, kwargs, context
         )
@@ -262,11 +283,14 @@ async def perform(
     result, changes = await what.execute(state.scoped(what.scope), inputs, context)
     written, allowed = changes.written_keys(), what.allowed_writes
     if not written <= allowed:
-        extra = ", ".join(repr(key) for key in written if key not in allowed)
-        raise MisuseError(
-            f"action {what.display_name!r} wrote {extra}, which it does not declare "
-            f"(writes={list(what.writes)}); add it to writes, or return the State without it"
-        )
+        # What merge() and the like wrote back as it was is no change.
+        changed = changes.differing_keys(state)
+        extra = ", ".join(repr(key) for key in changed if key not in allowed)
+        if extra:
+            raise MisuseError(
+                f"action {what.display_name!r} wrote {extra}, which it does not declare "
+                f"(writes={list(what.writes)}); add it to writes, or return the State without it"
+            )
     for key in what.required_writes:
         if key not in written and key not in state:
             raise MisuseError(
@@ -341,7 +365,8 @@ class Collector:
             item, state = None, yielded
         elif _is_burr_pair(yielded):
             item, state = yielded
-            self.result = item
+            if state is not None:  # (result, State), as a function returns it: the result is no item
+                self.result, item = item, None
         listening = self.context.run.listening
         if item is not None and listening:
             await self.context.emit(Item, values=[item])
@@ -403,15 +428,7 @@ async def _call(
         await drive(cast("AsyncIterator[Any]", function(state, **kwargs)), collector.take)
         return collector.result
 
-    def step_through() -> None:
-        generator = cast("Iterator[Any]", function(state, **kwargs))
-        try:
-            for item in generator:
-                anyio.from_thread.run(collector.take, item)
-        finally:
-            cast("Any", generator).close()
-
-    await run_in_thread(step_through)
+    await step_in_thread(functools.partial(function, state, **kwargs), collector.take)
     return collector.result
 
 

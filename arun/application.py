@@ -22,6 +22,7 @@ from contextvars import copy_context
 from typing import Any, Final, NamedTuple, Self
 
 import anyio
+import anyio.lowlevel
 import msgspec
 
 from arun.actions import Action, take_step
@@ -29,8 +30,7 @@ from arun.context import ApplicationContext, Run
 from arun.errors import ApplicationBusyError, MisuseError
 from arun.events import RunCancelled, RunFailed, RunFinished, RunStarted
 from arun.graph import Graph, GraphBuilder, check_entrypoint
-from arun.hosting import in_context
-from arun.parallel import TaskBasedParallelAction
+from arun.hosting import BUDGET, in_context
 from arun.runtime import Background
 from arun.state import State
 from arun.stream import Deliver, RunStream
@@ -77,7 +77,8 @@ class Application:
         self._position: str | None = None
         self._next: Any = wiring.entrypoint
         self._busy = False
-        self._streaming: Background[Any] | None = None
+        #: the background work of the run that is going on; None where that runs in its caller's task
+        self._owner: Background[Any] | None = None
 
     def __repr__(self) -> str:
         return f"<Application {self.uid} at step {self._sequence_id}: {self._wiring.graph!r}>"
@@ -209,20 +210,27 @@ class Application:
         for names, what in ((halt_before, "halt_before"), (halt_after, "halt_after")):
             self.graph.select(names, what=what)
 
-        async def run(events: Run) -> RunResult:
-            return await self._run(events, halt_before, halt_after, inputs or {})
+        owner: list[Background[Any]] = []
 
-        return RunStream(run, deliver, self._owned_by)
+        async def run(events: Run) -> RunResult:
+            return await self._run(events, halt_before, halt_after, inputs or {}, owner[0])
+
+        return RunStream(run, deliver, owner.append)
 
     # -- private -----------------------------------------------------------------------------------------------
 
     async def _run(
-        self, run: Run, halt_before: str | Iterable[str], halt_after: str | Iterable[str], inputs: Mapping[str, Any]
+        self,
+        run: Run,
+        halt_before: str | Iterable[str],
+        halt_after: str | Iterable[str],
+        inputs: Mapping[str, Any],
+        owner: Background[Any] | None = None,
     ) -> RunResult:
         before = self.graph.select(halt_before, what="halt_before")
         after = self.graph.select(halt_after, what="halt_after")
         self._check_inputs(inputs)
-        await self._acquire()
+        await self._acquire(owner)
         try:
             await run.emit(RunStarted, app_id=self.uid)
             result = await self._run_until(run, before, after, inputs)
@@ -245,7 +253,12 @@ class Application:
     ) -> RunResult:
         last: Action | None = None
         result: Any = None
+        left = BUDGET
         while True:
+            left -= 1
+            if not left:  # actions that never await must not starve the loop
+                left = BUDGET
+                await anyio.lowlevel.checkpoint()
             stepped = await self._step(run, inputs)
             if stepped is None:
                 return RunResult(last, result, self._state)
@@ -288,12 +301,11 @@ class Application:
         self._sequence_id += 1
         return action, result, self._state
 
-    async def _acquire(self) -> None:
-        streaming = self._streaming
-        if self._busy and streaming is not None and streaming.cancelling:
-            await streaming.ended()
+    async def _acquire(self, owner: Background[Any] | None = None) -> None:
+        while self._busy and self._owner is not None and self._owner.cancelling:
+            await self._owner.ended()
         self._refuse_busy()
-        self._busy = True
+        self._busy, self._owner = True, owner
 
     def _refuse_busy(self) -> None:
         if self._busy:
@@ -301,9 +313,6 @@ class Application:
                 f"application {self.uid!r} is running already; one Application runs one step at a time: "
                 "use app.session() for a fresh one per run"
             )
-
-    def _owned_by(self, background: Background[Any]) -> None:
-        self._streaming = background
 
     def _check_keys(self) -> None:
         for key, reader in self._wiring.needed_keys.items():
@@ -317,9 +326,10 @@ class Application:
     def _check_inputs(self, inputs: Mapping[str, Any]) -> None:
         declared: set[str] = set()
         for action in self.graph.actions.values():
-            if isinstance(action, TaskBasedParallelAction):
-                return  # what its subtasks take is known only when they are yielded
-            declared |= _input_names(action)
+            if action.takes_any_input:
+                return
+            required, optional = action.input_names
+            declared |= required | optional
         for name in inputs:
             if name not in declared:
                 raise MisuseError(
@@ -415,11 +425,3 @@ class ApplicationBuilder:
     async def abuild(self) -> Application:
         """As :meth:`build` (Burr's name for async programs)."""
         return self.build()
-
-
-def _input_names(action: Action) -> set[str]:
-    inputs = action.inputs
-    if isinstance(inputs, tuple):
-        required, optional = inputs
-        return {*required, *optional}
-    return set(inputs)

@@ -54,12 +54,16 @@ class Condition:
         return Condition(self.keys, negated, f"~({self.name})")
 
     def __and__(self, other: Condition) -> Condition:
+        other = as_condition(other)
+
         async def both(state: State) -> bool:
             return await self.holds(state) and await other.holds(state)
 
         return Condition((*self.keys, *other.keys), both, f"({self.name}) & ({other.name})")
 
     def __or__(self, other: Condition) -> Condition:
+        other = as_condition(other)
+
         async def either(state: State) -> bool:
             return await self.holds(state) or await other.holds(state)
 
@@ -161,6 +165,8 @@ def _compile(source: str) -> tuple[CodeType, list[str]]:
         tree = ast.parse(source.strip(), mode="eval")
     except SyntaxError as exc:
         raise MisuseError(f"expr({source!r}) is no Python expression: {exc.msg} at column {exc.offset}") from exc
+    except (ValueError, RecursionError, MemoryError) as exc:  # null bytes, or nested too deep
+        raise MisuseError(f"expr({source[:80]!r}) is no Python expression: {exc}") from exc
     called: set[ast.AST] = set()
     keys: list[str] = []
     for node in ast.walk(tree):

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 from arun.events import Event
 
-__all__ = ("ApplicationContext", "Run")
+__all__ = ("ApplicationContext", "Run", "Sink")
+
+
+class Sink(Protocol):
+    """Takes the events of a run."""
+
+    @property
+    def full(self) -> bool:
+        """Whether ``room`` has to be awaited before ``put``."""
+        ...
+
+    async def room(self, kind: object) -> None:
+        """Wait for room for an event of this kind, which holds up the part of the run that sends it."""
+
+    def put(self, event: Event) -> None:
+        """Take an event."""
 
 
 class Run:
     """One run of an application: numbers its events and hands them to whoever listens.
 
-    :param sink: takes each event in order and may suspend, which holds up the part of the run that sent it; None
-        where nobody listens, and then no event is built at all.
+    :param sink: takes each event, in the order of its number; None where nobody listens, and then no event is built.
     """
 
     __slots__ = ("_seq", "_sink", "run_id")
 
-    def __init__(self, sink: Callable[[Event], Awaitable[None]] | None = None) -> None:
+    def __init__(self, sink: Sink | None = None) -> None:
         self.run_id = uuid.uuid4().hex
         self._seq = 0
         self._sink = sink
@@ -33,9 +47,13 @@ class Run:
 
     async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         """Number, stamp and deliver one event."""
-        if self._sink is not None:
+        sink = self._sink
+        if sink is not None:
+            # Numbered only when there is room: waiting senders may be overtaken, or cancelled.
+            if sink.full:
+                await sink.room(kind)
             self._seq += 1
-            await self._sink(kind(run_id=self.run_id, seq=self._seq, time=time.time(), **fields))
+            sink.put(kind(run_id=self.run_id, seq=self._seq, time=time.time(), **fields))
 
 
 class ApplicationContext:

@@ -179,6 +179,7 @@ async def run_fan_out(
             failure = exc
         finally:
             kernel.cancel()
+    kernel.log_failures()  # a reducer that has ended reads no more errors
     if failure is not None:
         raise failure
     return cast("R", reduced)
@@ -191,16 +192,20 @@ class FanOut(Generic[T]):
     it starts with the first item asked for. Leaving it (``aclose()`` or garbage collection) cancels what still runs.
     """
 
+    _background: Background[None] | None = None
+
     def __init__(self, source: Any, policy: Policy) -> None:
         self._kernel: _Kernel[T] = _Kernel(lambda: source, _await_spec, policy)
         self._results = Results(self._kernel, lambda handle: handle.outcome_now)
-        self._background: Background[None] | None = None
+        self._closed = False
 
     def __aiter__(self) -> AsyncIterator[Outcome[T]]:
         return self
 
     async def __anext__(self) -> Outcome[T]:
         if self._background is None:
+            if self._closed:
+                raise StopAsyncIteration
             self._background = Runtime.current().start(self._kernel.work, name="arun fan_out")
         return cast("Outcome[T]", await self._results.__anext__())
 
@@ -210,9 +215,12 @@ class FanOut(Generic[T]):
 
     async def aclose(self) -> None:
         """Cancel what still runs and wait for its clean-up."""
+        self._closed = True
         self._kernel.cancel()
         if self._background is not None:
-            await self._background.wait()
+            with anyio.CancelScope(shield=True):
+                await self._background.wait()
+            self._kernel.log_failures()
 
     def __del__(self) -> None:
         background = self._background
@@ -321,6 +329,12 @@ class _Kernel(Generic[T]):
         if failures:
             raise ExceptionGroup(f"{len(failures)} subtasks failed", failures)
 
+    def log_failures(self) -> None:
+        """Log what failed and was raised to nobody."""
+        for error in self._failures:
+            log.warning("fan_out.failed_unread", error=repr(error))
+        self._failures = []
+
     def cancel(self) -> None:
         """Cancel what still runs on the work side."""
         self._scope.cancel()
@@ -387,7 +401,10 @@ class _Kernel(Generic[T]):
                 # The source's own scopes, if it is suspended in any, nest inside this one.
                 scope.shield = True
                 scope.deadline = anyio.current_time() + GRACE
-                await close(source)
+                try:
+                    await close(source)
+                except Exception as exc:  # noqa: BLE001 - travels in-band to the consumer
+                    self._fail(exc)
 
     async def _wait_slot(self) -> None:
         while self._in_flight >= self.policy.limit:
@@ -500,8 +517,18 @@ class _Kernel(Generic[T]):
         self._wake_consumer()
 
     def _fail(self, error: Exception) -> None:
-        self._failures.append(error)
+        if not self._is_echo(error):
+            self._failures.append(error)
         self._scope.cancel()
+
+    def _is_echo(self, error: Exception) -> bool:
+        # Of a failure that is known already, told to whoever awaited that subtask's handle.
+        cause: BaseException | None = error
+        while isinstance(cause, SubtaskFailed):
+            cause = cause.__cause__
+            if any(cause is known for known in self._failures):
+                return True
+        return isinstance(cause, SubtaskSkipped) and self._scope.cancel_called
 
     def _wake_consumer(self) -> None:
         if self._consumer is not None:

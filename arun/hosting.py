@@ -21,10 +21,12 @@ from typing import Any, Final, TypeVar
 
 import anyio
 import anyio.lowlevel
+import structlog
 
 __all__ = ("BUDGET", "GRACE", "as_async_iterator", "close", "drive", "in_context")
 
 T = TypeVar("T")
+log = structlog.get_logger("arun.hosting")
 
 #: Items handled without a task switch before a real checkpoint is due.
 BUDGET: Final = 64
@@ -65,6 +67,7 @@ async def drive(
     """
     context = copy_context() if context is None else context
     left = BUDGET
+    failure: BaseException | None = None
     with anyio.CancelScope() as scope:
         try:
             while True:
@@ -79,10 +82,17 @@ async def drive(
                 if not left:
                     left = BUDGET
                     await anyio.lowlevel.checkpoint()
+        except BaseException as exc:
+            failure = exc
+            raise
         finally:
             scope.shield = True
             scope.deadline = anyio.current_time() + GRACE
             await in_context(context, close(generator))
+    if scope.cancelled_caught:  # the clean-up outlasted GRACE, and its cancellation has replaced what went on before
+        log.warning("generator.cleanup_abandoned", generator=repr(generator), seconds=GRACE)
+        if failure is not None:
+            raise failure
 
 
 async def close(iterator: AsyncIterator[Any] | Iterable[Any]) -> None:

@@ -11,7 +11,7 @@ __all__ = ("Failed", "Ok", "Outcome", "Skipped")
 T = TypeVar("T")
 
 
-class Ok(msgspec.Struct, Generic[T], frozen=True, gc=False):
+class Ok(msgspec.Struct, Generic[T], frozen=True):
     """The subtask ended with a result."""
 
     value: T

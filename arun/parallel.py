@@ -17,13 +17,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextvars import copy_context
 from typing import Any, cast
 
+import anyio.lowlevel
+
 from arun.actions import Action, Collector, as_action, perform, take_step
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
 from arun.events import SubtaskFinished, SubtaskStarted
 from arun.fanout import Handle, run_fan_out
 from arun.graph import Graph, GraphBuilder, check_entrypoint
-from arun.hosting import as_async_iterator, close, drive, in_context
+from arun.hosting import BUDGET, as_async_iterator, close, drive, in_context
 from arun.outcomes import Ok
 from arun.policies import Policy
 from arun.state import State
@@ -67,6 +69,19 @@ class RunnableGraph(Action):
         return cls(GraphBuilder().with_actions(only).build(), only.display_name, [only.display_name])
 
     @property
+    def inputs(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Those of the actions in it."""
+        names = [inner.input_names for inner in self.graph.actions.values()]
+        required = {name for needed, _ in names for name in needed if name not in self._bound}
+        optional = {name for _, extra in names for name in extra if name not in self._bound}
+        return sorted(required), sorted(optional - required)
+
+    @property
+    def takes_any_input(self) -> bool:
+        """Whether one of the actions in it does."""
+        return any(inner.takes_any_input for inner in self.graph.actions.values())
+
+    @property
     def required_writes(self) -> frozenset[str]:
         """None: which actions run depends on the State, and each is held to its own writes."""
         return frozenset()
@@ -74,12 +89,15 @@ class RunnableGraph(Action):
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> tuple[Any, State]:
         current: str | None = self.entrypoint
         committed, result, sequence_id = state, None, 0
+        given = {**inputs, **self._bound}
         while current is not None:
-            step = context.child(current, self.display_name, sequence_id=sequence_id, inputs={**self._bound, **inputs})
+            step = context.child(current, self.display_name, sequence_id=sequence_id, inputs=given)
             result, changes = await take_step(self.graph.actions[current], committed, step)
             committed = committed.committed(changes, current)
             state = state.absorb(changes)
             sequence_id += 1
+            if not sequence_id % BUDGET:  # actions that never await must not starve the loop
+                await anyio.lowlevel.checkpoint()
             current = None if current in self.halt_after else await self.graph.following(current, committed)
         return result, state
 
@@ -157,10 +175,13 @@ class TaskBasedParallelAction(Action):
 
     @property
     def inputs(self) -> Sequence[str] | tuple[Sequence[str], Sequence[str]]:
-        return ()
+        """None by name; a list, for Burr's ``super().inputs + [...]``."""
+        return []
 
-    def _check_bind(self, inputs: Mapping[str, Any]) -> None:
-        """Any name may be bound: it reaches ``tasks`` in ``inputs`` and the subtasks that declare it."""
+    @property
+    def takes_any_input(self) -> bool:
+        """True: every input and bound name reaches ``tasks`` in ``inputs`` and the subtasks that declare it."""
+        return True
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> tuple[Any, State]:
         given = {**inputs, **self._bound}

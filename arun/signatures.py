@@ -54,6 +54,17 @@ class Parameters:
             wants_context=any(p.name == "__context" for p in rest),
         )
 
+    def joined(self, required: Collection[str], optional: Collection[str]) -> Parameters:
+        """These and others by name, for a function that takes ``**inputs`` and names them elsewhere."""
+        more = [name for name in (*required, *optional) if name not in self.names and name != "__context"]
+        return Parameters(
+            (*self.names, *more),
+            self.required.union(name for name in required if name in more),
+            takes_state=self.takes_state,
+            open_=self.open,
+            wants_context=self.wants_context or "__context" in required or "__context" in optional,
+        )
+
     def unbound(self, bound: Collection[str]) -> tuple[Sequence[str], Sequence[str]]:
         """Names that are not bound: (required, optional)."""
         free = [name for name in self.names if name not in bound]

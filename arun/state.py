@@ -192,6 +192,14 @@ class State(Mapping[str, Any]):
         """The keys of the delta, deleted ones included."""
         return self._changed.keys()
 
+    def differing_keys(self, earlier: State) -> list[str]:
+        """The keys of the delta whose values are other objects than in ``earlier``, or that it has and this has not."""
+        return [
+            key
+            for key, value in self._changed.items()
+            if value is not earlier._raw(key) and not (value is _DELETED and not earlier._has(key))
+        ]
+
     def with_origin(self, action: str) -> State:
         """This State, all of it readable, with ``action`` as the one that made it."""
         return self._new(self._base, self._overlay, self._changed, None, action)
@@ -234,6 +242,10 @@ class State(Mapping[str, Any]):
 
     def _get(self, key: str, default: Any) -> Any:
         return self[key] if self._has(key) else default
+
+    def _raw(self, key: str) -> Any:
+        value = self._overlay.get(key, _MISSING)
+        return self._base.get(key, _MISSING) if value is _MISSING else value
 
     def _list(self, key: str, operation: str) -> list[Any]:
         value = self._get(key, [])

@@ -23,6 +23,8 @@ R = TypeVar("R")
 Deliver: TypeAlias = Literal["every", "latest"] | float
 
 _CAPACITY: Final = 64
+_LAST: Final[frozenset[object]] = frozenset({RunFinished, RunFailed, RunCancelled})
+_Key: TypeAlias = tuple[type[Partial] | type[Item], str, tuple[str, ...]]
 
 
 class RunStream(Generic[R]):
@@ -30,6 +32,8 @@ class RunStream(Generic[R]):
 
     A failing run's error is raised after its ``RunFailed`` event.
     """
+
+    _background: Background[R] | None = None
 
     def __init__(
         self,
@@ -42,7 +46,6 @@ class RunStream(Generic[R]):
         self._run = run
         self._started = started
         self._mailbox = _Mailbox(conflate=deliver != "every", period=0.0 if isinstance(deliver, str) else deliver)
-        self._background: Background[R] | None = None
         self._closed = False
         self._waiting = False
 
@@ -50,12 +53,15 @@ class RunStream(Generic[R]):
     def result(self) -> R:
         """What ``arun()`` would have returned, once the stream has ended.
 
-        :raises MisuseError: while it has not.
+        :raises MisuseError: while it has not, and if the run was cancelled.
         :raises Exception: the run's own error.
         """
         if self._background is None or not self._background.done:
             raise MisuseError("the run has not ended yet; iterate over the stream to its end, then take .result")
-        return self._background.result()
+        result = self._background.result()
+        if result is None:
+            raise MisuseError("the run was cancelled, so it has no result")
+        return result
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -102,7 +108,7 @@ class RunStream(Generic[R]):
 
 async def _host(run: Callable[[Run], Awaitable[R]], mailbox: _Mailbox) -> R:
     try:
-        return await run(Run(mailbox.put))
+        return await run(Run(mailbox))
     finally:
         mailbox.end()
 
@@ -110,13 +116,26 @@ async def _host(run: Callable[[Run], Awaitable[R]], mailbox: _Mailbox) -> R:
 class _Mailbox:
     """Events on their way to one consumer; at most ``_CAPACITY`` lifecycle events and items wait in it."""
 
-    __slots__ = ("_conflate", "_ended", "_events", "_last", "_period", "_room", "_size", "_taker", "_urgent")
+    __slots__ = (
+        "_conflate",
+        "_ended",
+        "_events",
+        "_last",
+        "_mergeable",
+        "_period",
+        "_room",
+        "_size",
+        "_taker",
+        "_urgent",
+    )
 
     def __init__(self, *, conflate: bool, period: float) -> None:
         self._conflate = conflate
         self._period = period
-        # By key, in the order of arrival; only where events are conflated do two have the same key.
-        self._events: dict[object, Event] = {}
+        # By number, in the order of arrival.
+        self._events: dict[int, Event] = {}
+        # The waiting Partial and the waiting Item of each action and path, by number, where events are conflated.
+        self._mergeable: dict[_Key, int] = {}
         self._size = 0
         self._urgent = 0
         self._last = float("-inf")
@@ -124,29 +143,38 @@ class _Mailbox:
         self._room: anyio.Event | None = None
         self._taker: anyio.Event | None = None
 
-    async def put(self, event: Event) -> None:
-        """Add an event; waits for room unless it is a run's last one, or the consumer has left."""
-        final = isinstance(event, (RunFinished, RunFailed, RunCancelled))
-        while self._size >= _CAPACITY and not final and not self._ended:
+    @property
+    def full(self) -> bool:
+        return self._size >= _CAPACITY and not self._ended
+
+    async def room(self, kind: object) -> None:
+        """Wait for room, unless it is for a run's last event, or the consumer has left."""
+        while self.full and kind not in _LAST:
             self._room = self._room or anyio.Event()
             await self._room.wait()
+
+    def put(self, event: Event) -> None:
+        """Add an event."""
         if self._ended:
             return
-        conflatable = self._conflate and isinstance(event, (Partial, Item))
-        if not conflatable:
-            self._urgent += 1
-            self._size += 1
-            self._events[event.seq] = event
-        else:
+        if self._conflate and isinstance(event, (Partial, Item)):
             key = (type(event), event.action, event.path)
-            before = self._events.pop(key, None)
+            before = self._events.pop(self._mergeable.get(key, 0), None)
             if isinstance(event, Item):
                 self._size += len(event.values)
                 if isinstance(before, Item):
                     event = msgspec.structs.replace(event, values=before.values + event.values)
-            elif isinstance(event, Partial) and isinstance(before, Partial):
+            elif isinstance(before, Partial):
                 event = msgspec.structs.replace(event, changed=before.changed | event.changed)
-            self._events[key] = event
+            self._mergeable[key] = event.seq
+        else:
+            self._urgent += 1
+            self._size += 1
+            # What an action sends when it runs again is not merged with what it sent before.
+            if self._mergeable:
+                for kind in (Partial, Item):
+                    self._mergeable.pop((kind, event.action, event.path), None)
+        self._events[event.seq] = event
         if self._taker is not None:
             self._taker.set()
 
@@ -162,15 +190,18 @@ class _Mailbox:
             with anyio.move_on_after(pause if self._events else None):
                 await self._taker.wait()
             self._taker = None
-        key = next(iter(self._events))
-        event = self._events.pop(key)
-        if isinstance(key, int):
-            self._urgent -= 1
-            self._size -= 1
-        else:
+        number = next(iter(self._events))
+        event = self._events.pop(number)
+        if self._conflate and isinstance(event, (Partial, Item)):
             self._last = anyio.current_time()
+            key = (type(event), event.action, event.path)
+            if self._mergeable.get(key) == number:
+                del self._mergeable[key]
             if isinstance(event, Item):
                 self._size -= len(event.values)
+        else:
+            self._urgent -= 1
+            self._size -= 1
         if self._room is not None:
             self._room.set()
             self._room = None
@@ -187,4 +218,5 @@ class _Mailbox:
     def close(self) -> None:
         """Nobody takes events any more."""
         self._events.clear()
+        self._mergeable.clear()
         self.end()
