@@ -8,11 +8,14 @@ from __future__ import annotations
 
 __all__ = (
     "ActorDied",
+    "AlreadyFinishedError",
     "ApplicationBusyError",
     "ArunError",
     "ChannelLost",
+    "CodecError",
     "EngineDead",
     "EngineError",
+    "GraphChangedError",
     "MisuseError",
     "MissingExtraError",
     "ModelNotFound",
@@ -22,6 +25,8 @@ __all__ = (
     "ProtocolError",
     "RemoteError",
     "RequestError",
+    "RunConflictError",
+    "StoreError",
     "StreamRefused",
     "SubtaskFailed",
     "SubtaskSkipped",
@@ -46,6 +51,44 @@ class SubtaskFailed(ArunError):
 
 class SubtaskSkipped(ArunError):
     """Raised by awaiting the handle of a subtask that was skipped or cancelled."""
+
+
+class CodecError(ArunError):
+    """A value can't be encoded, or bytes can't be decoded, by :mod:`arun.codec`.
+
+    :ivar path: where in the value it is, outermost first; empty where that isn't known.
+    :ivar kind: name of the type that can't be encoded.
+    :ivar why: what to do about it.
+    """
+
+    def __init__(self, message: str, path: tuple[str, ...] = (), kind: str = "", why: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+        self.kind = kind
+        self.why = why
+
+
+class StoreError(ArunError):
+    """A store can't be used: its file is of another version, or no store, or the disk is full."""
+
+
+class RunConflictError(ArunError):
+    """Somebody else runs this application: another process, or another Application of the same ``app_id``."""
+
+
+class GraphChangedError(ArunError):
+    """The store knows this ``app_id`` from another graph than the one it is to go on with."""
+
+
+class AlreadyFinishedError(ArunError):
+    """The run of this ``app_id`` has ended already.
+
+    :ivar state: all fields of the State that it ended with.
+    """
+
+    def __init__(self, message: str, state: dict[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.state = state or {}
 
 
 class MissingExtraError(ArunError, ImportError):

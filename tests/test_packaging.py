@@ -26,8 +26,8 @@ FLOORS: dict[str, int] = {
     name: floor
     for floor, names in enumerate((
         "errors",
-        "events guards outcomes policies runtime state",
-        "conditions context hosting threads",
+        "events guards outcomes policies registry runtime state",
+        "codec conditions context hosting threads",
         "fanout signatures stream",
         "actions channel data executors reducers",
         "graph",
