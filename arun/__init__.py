@@ -9,7 +9,15 @@ from arun.actions import Action, FunctionAction, Input, Result, SingleStepAction
 from arun.application import Application, ApplicationBuilder, RunResult
 from arun.conditions import Condition, default, expr, when
 from arun.context import ApplicationContext
-from arun.errors import ApplicationBusyError, ArunError, MisuseError, SubtaskFailed, SubtaskSkipped
+from arun.errors import (
+    AbandonedWork,
+    ApplicationBusyError,
+    ArunError,
+    MisuseError,
+    SubtaskFailed,
+    SubtaskSkipped,
+    WorkerDied,
+)
 from arun.events import (
     ActionFinished,
     ActionStarted,
@@ -23,6 +31,7 @@ from arun.events import (
     SubtaskFinished,
     SubtaskStarted,
 )
+from arun.executors import Executor, LocalExecutor, ProcessExecutor, ThreadExecutor
 from arun.fanout import FanOut, FanOutStatistics, Handle, fan_out
 from arun.graph import Graph, GraphBuilder
 from arun.outcomes import Failed, Ok, Outcome, Skipped
@@ -42,6 +51,7 @@ from arun.stream import RunStream
 __version__ = "0.1.0"
 
 __all__ = (
+    "AbandonedWork",
     "Action",
     "ActionFinished",
     "ActionStarted",
@@ -52,6 +62,7 @@ __all__ = (
     "ArunError",
     "Condition",
     "Event",
+    "Executor",
     "Failed",
     "FanOut",
     "FanOutStatistics",
@@ -61,6 +72,7 @@ __all__ = (
     "Handle",
     "Input",
     "Item",
+    "LocalExecutor",
     "MapActions",
     "MapActionsAndStates",
     "MapStates",
@@ -69,6 +81,7 @@ __all__ = (
     "Outcome",
     "Partial",
     "Policy",
+    "ProcessExecutor",
     "Result",
     "RunCancelled",
     "RunFailed",
@@ -88,6 +101,8 @@ __all__ = (
     "SubtaskSkipped",
     "SubtaskStarted",
     "TaskBasedParallelAction",
+    "ThreadExecutor",
+    "WorkerDied",
     "action",
     "default",
     "expr",

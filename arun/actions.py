@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeAlias, TypeVar, cast
 
 from arun.context import ApplicationContext
@@ -124,6 +124,11 @@ class Action:
         return frozenset(self.writes)
 
     @property
+    def parts(self) -> Iterable[Action]:
+        """The actions that it consists of, where it consists of some."""
+        return ()
+
+    @property
     def required_writes(self) -> frozenset[str]:
         """What the State must have after it."""
         return self.allowed_writes
@@ -225,7 +230,7 @@ class FunctionAction(Action):
         kwargs = parameters.resolve(self.display_name, self._bound, inputs, context) if parameters.any else {}
         if self.kind == "coroutine":
             return _result(await self.function(state, **kwargs), self.display_name)
-        if self.kind == "function" and not self.blocking:
+        if self.kind == "function" and not self.blocking and (context.threads is None or not context.threads.always):
             return _result(self.function(state, **kwargs), self.display_name)
         return await _execute(self.function, self.kind, self.display_name, state, kwargs, context)
 
@@ -422,13 +427,16 @@ async def _call(
     """Call a function of any kind; of a generator, feed the collector and return its result."""
     if kind == "coroutine":
         return await function(state, **kwargs)
+    context = collector.context
     if kind == "function":
-        return await run_in_thread(functools.partial(function, state, **kwargs))
+        call = functools.partial(function, state, **kwargs)
+        return await run_in_thread(call, label=context.label, threads=context.threads)
     if kind == "async generator":
         await drive(cast("AsyncIterator[Any]", function(state, **kwargs)), collector.take)
         return collector.result
 
-    await step_in_thread(functools.partial(function, state, **kwargs), collector.take)
+    iterate = functools.partial(function, state, **kwargs)
+    await step_in_thread(iterate, collector.take, label=context.label, threads=context.threads)
     return collector.result
 
 

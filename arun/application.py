@@ -19,7 +19,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from contextvars import copy_context
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import anyio
 import anyio.lowlevel
@@ -31,9 +31,13 @@ from arun.errors import ApplicationBusyError, MisuseError
 from arun.events import RunCancelled, RunFailed, RunFinished, RunStarted
 from arun.graph import Graph, GraphBuilder, check_entrypoint
 from arun.hosting import BUDGET, in_context
+from arun.parallel import TaskBasedParallelAction
 from arun.runtime import Background
 from arun.state import State
 from arun.stream import Deliver, RunStream
+
+if TYPE_CHECKING:
+    from arun.executors import Executor
 
 __all__ = ("Application", "ApplicationBuilder", "RunResult")
 
@@ -60,6 +64,7 @@ class _Wiring(msgspec.Struct, frozen=True):
     needed_keys: Mapping[str, str]
     initial: State
     partition_key: str | None
+    executor: Executor | None
 
 
 class Application:
@@ -290,6 +295,7 @@ class Application:
             inputs=inputs,
             resources=self._wiring.resources,
             run=run,
+            executor=self._wiring.executor,
         )
         try:
             result, changes = await in_context(copy_context(), take_step(action, self._state, context))
@@ -346,6 +352,7 @@ class ApplicationBuilder:
         self._entrypoint: str | None = None
         self._state = State()
         self._resources: dict[str, Any] = {}
+        self._executor: Executor | None = None
         self._app_id: str | None = None
         self._partition_key: str | None = None
         self._sequence_id = 0
@@ -391,6 +398,15 @@ class ApplicationBuilder:
         self._resources.update(resources)
         return self
 
+    def with_executor(self, executor: Executor | None) -> Self:
+        """Say where the subtasks of parallel actions run: by default here, in this event loop.
+
+        It reaches everything below; a parallel action's ``executor`` or a ``SubGraphTask``'s overrides it, and None
+        there turns it off. The application's own steps, reducers, hooks and stores stay here in any case.
+        """
+        self._executor = executor
+        return self
+
     def with_identifiers(
         self, app_id: str | None = None, partition_key: str | None = None, sequence_id: int | None = None
     ) -> Self:
@@ -403,7 +419,8 @@ class ApplicationBuilder:
     def build(self) -> Application:
         """Validate everything and make the Application.
 
-        :raises MisuseError: for names that don't exist, actions that can't be reached, a missing entrypoint.
+        :raises MisuseError: for names that don't exist, actions that can't be reached, a missing entrypoint, and
+            subtasks that their executor can't run, as far as they are known already.
         """
         graph = self._graph.build()
         entrypoint = self._entrypoint
@@ -412,6 +429,7 @@ class ApplicationBuilder:
                 raise MisuseError(f"with_entrypoint(...) is missing; the actions are: {', '.join(graph.actions)}")
             entrypoint = next(iter(graph.actions))
         check_entrypoint(graph, entrypoint)
+        _check_executors(graph.actions.values(), self._executor)
         wiring = _Wiring(
             graph=graph,
             entrypoint=entrypoint,
@@ -419,9 +437,23 @@ class ApplicationBuilder:
             needed_keys=graph.unwritten_reads(entrypoint),
             initial=self._state.scoped(None),
             partition_key=self._partition_key,
+            executor=self._executor,
         )
         return Application(wiring, self._app_id or uuid.uuid4().hex, wiring.initial, self._sequence_id)
 
     async def abuild(self) -> Application:
         """As :meth:`build` (Burr's name for async programs)."""
         return self.build()
+
+
+def _check_executors(actions: Iterable[Action], executor: Executor | None) -> None:
+    for action in actions:
+        if isinstance(action, TaskBasedParallelAction):
+            chosen = executor if action.executor is msgspec.UNSET else action.executor
+            subtasks = list(action.known_subtasks)
+            for subtask in subtasks:
+                if chosen is not None and not isinstance(subtask, TaskBasedParallelAction):
+                    chosen.check(subtask)
+            _check_executors((s for s in subtasks if isinstance(s, TaskBasedParallelAction)), chosen)
+        else:
+            _check_executors(action.parts, executor)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from arun.events import Event
+
+if TYPE_CHECKING:
+    from arun.executors import Executor
+    from arun.threads import Threads
 
 __all__ = ("ApplicationContext", "Run", "Sink")
 
@@ -66,9 +70,22 @@ class ApplicationContext:
     :ivar path: the branches above it, outermost first (see :mod:`arun.events`).
     :ivar inputs: the runtime inputs of the run.
     :ivar resources: what ``with_resources`` injected.
+    :ivar executor: where the subtasks below run; None: here.
+    :ivar threads: how plain functions run in threads; None: as many at once as policies allow.
     """
 
-    __slots__ = ("action_name", "app_id", "inputs", "partition_key", "path", "resources", "run", "sequence_id")
+    __slots__ = (
+        "action_name",
+        "app_id",
+        "executor",
+        "inputs",
+        "partition_key",
+        "path",
+        "resources",
+        "run",
+        "sequence_id",
+        "threads",
+    )
 
     def __init__(
         self,
@@ -81,6 +98,8 @@ class ApplicationContext:
         inputs: Mapping[str, Any],
         resources: Mapping[str, Any],
         run: Run,
+        executor: Executor | None = None,
+        threads: Threads | None = None,
     ) -> None:
         self.app_id = app_id
         self.partition_key = partition_key
@@ -90,6 +109,13 @@ class ApplicationContext:
         self.inputs = inputs
         self.resources = resources
         self.run = run
+        self.executor = executor
+        self.threads = threads
+
+    @property
+    def label(self) -> str:
+        """The action and the branches that lead to it, for people."""
+        return f"{self.action_name!r} in {'/'.join(self.path)}" if self.path else repr(self.action_name)
 
     def child(
         self, action_name: str, *branch: str, sequence_id: int | None = None, inputs: Mapping[str, Any] | None = None
@@ -107,7 +133,22 @@ class ApplicationContext:
             inputs={**self.inputs, **inputs} if inputs else self.inputs,
             resources=self.resources,
             run=self.run,
+            executor=self.executor,
+            threads=self.threads,
         )
+
+    def with_executor(self, executor: Executor | None) -> ApplicationContext:
+        """This context with another executor for what is below."""
+        return self._copy(executor, self.threads)
+
+    def with_threads(self, threads: Threads | None) -> ApplicationContext:
+        """This context with another way to run plain functions."""
+        return self._copy(self.executor, threads)
+
+    def _copy(self, executor: Executor | None, threads: Threads | None) -> ApplicationContext:
+        copy = self.child(self.action_name)
+        copy.executor, copy.threads = executor, threads
+        return copy
 
     async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         """Send an event in the name of this action."""

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 __all__ = (
+    "AbandonedWork",
     "ActorDied",
     "AlreadyFinishedError",
     "ApplicationBusyError",
@@ -30,6 +31,7 @@ __all__ = (
     "StreamRefused",
     "SubtaskFailed",
     "SubtaskSkipped",
+    "WorkerDied",
 )
 
 
@@ -51,6 +53,32 @@ class SubtaskFailed(ArunError):
 
 class SubtaskSkipped(ArunError):
     """Raised by awaiting the handle of a subtask that was skipped or cancelled."""
+
+
+class AbandonedWork(ArunError, RuntimeWarning):
+    """A warning: a cancelled run has gone on without a thread that would not end.
+
+    :ivar label: what the thread works at.
+    :ivar line: where it was, as ``file:line in function``.
+    """
+
+    def __init__(self, message: str, *, label: str = "", line: str = "") -> None:
+        super().__init__(message)
+        self.label = label
+        self.line = line
+
+
+class WorkerDied(ArunError):
+    """A worker process of a :class:`~arun.ProcessExecutor` ended while it ran a subtask.
+
+    :ivar pid: of the process.
+    :ivar signal: what killed it, None where it exited by itself.
+    """
+
+    def __init__(self, message: str, *, pid: int | None = None, signal: int | None = None) -> None:
+        super().__init__(message)
+        self.pid = pid
+        self.signal = signal
 
 
 class CodecError(ArunError):

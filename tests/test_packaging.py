@@ -29,10 +29,10 @@ FLOORS: dict[str, int] = {
         "events guards outcomes policies registry runtime state",
         "codec conditions context hosting threads",
         "fanout signatures stream",
-        "actions channel data executors reducers",
+        "actions channel data reducers",
         "graph",
         "parallel",
-        "application",
+        "application executors",
         "store telemetry testing web",
         "cli",
     ))
