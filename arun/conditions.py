@@ -50,6 +50,20 @@ class Condition:
         """A Condition of any predicate (Burr's name for it)."""
         return cls(state_keys, resolver)
 
+    @property
+    def needed_keys(self) -> frozenset[str] | None:
+        """The keys that it can read; None where that can be any."""
+        kind, *operands = self.recipe
+        if kind not in {"not", "and", "or"}:
+            return frozenset(self.keys) if self.keys or kind != "function" else None
+        keys: frozenset[str] = frozenset()
+        for operand in operands:
+            needed = operand.needed_keys
+            if needed is None:
+                return None
+            keys |= needed
+        return keys
+
     async def holds(self, state: State) -> bool:
         """Evaluate on a State."""
         holds = self.resolver(state)

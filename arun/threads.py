@@ -152,7 +152,7 @@ class _Call(Generic[T]):
         try:
             return await anyio.to_thread.run_sync(self._run, limiter=limiter, abandon_on_cancel=True)
         except anyio.get_cancelled_exc_class():
-            await self._wait_for_thread()
+            await self._wait_for_thread()  # noqa: ASYNC102 - it shields, and has a deadline
             raise
 
     def _run(self) -> T:
@@ -186,7 +186,7 @@ class _Call(Generic[T]):
             while not ended.is_set():
                 try:
                     await ended.wait()
-                except asyncio.CancelledError:  # the deadline, or a second task.cancel(): the first is on its way
+                except asyncio.CancelledError:  # noqa: ASYNC103 - a second task.cancel(): the first is on its way
                     if scope.cancel_called:
                         raise
         thread = self._busy_thread()

@@ -148,7 +148,8 @@ class Worker:
 
     async def _prepare(self) -> None:
         main, is_module = main_source()
-        preparation = Preparation([str(entry) for entry in sys.path], os.environ.get("PYTHONPATH"), main, is_module)
+        sys_path = [str(entry) or os.getcwd() for entry in sys.path]
+        preparation = Preparation(sys_path, os.environ.get("PYTHONPATH"), main, is_module)
         await self._connection.call(PREPARE, preparation, result_type=int)
 
     def _reap(self) -> None:

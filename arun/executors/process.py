@@ -21,6 +21,7 @@ from arun.executors.messages import Answer, Emitted, Failure, Order, Success
 from arun.executors.pool import Pool, Worker
 from arun.executors.references import encode_values, refer_to
 from arun.hosting import GRACE
+from arun.parallel import RunnableGraph
 from arun.signatures import Parameters
 from arun.state import State
 
@@ -160,14 +161,16 @@ async def _settle(worker: Worker, stream: Stream[Answer], grace: float) -> None:
 
 def _order(action: Action, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Order:
     name = action.display_name
-    readable = state.scoped(action.scope)
+    keys = _keys(action)
+    whole = state.scoped(None)
+    readable = whole if keys is None else {key: whole[key] for key in keys if key in whole}
     run_inputs = context.inputs
     if not (action.takes_any_input or _wants_context(action)):
         required, optional = action.input_names
         run_inputs = {key: value for key, value in run_inputs.items() if key in required or key in optional}
     return Order(
         refer_to(action),
-        encode_values(dict(readable), lambda key: f"state[{key!r}], which action {name!r} may read,"),
+        encode_values(readable, lambda key: f"state[{key!r}], which action {name!r} may read,"),
         encode_values(inputs, lambda key: f"the input {key!r} of action {name!r}"),
         encode_values(run_inputs, lambda key: f"the input {key!r} of action {name!r}"),
         list(context.resources),
@@ -178,6 +181,25 @@ def _order(action: Action, state: State, inputs: Mapping[str, Any], context: App
         context.path,
         context.run.listening,
     )
+
+
+def _keys(action: Action) -> frozenset[str] | None:
+    """The keys of the State that an action may read, or its conditions; None where that can be any."""
+    if action.takes_any_input:  # there is a parallel action in it, whose subtasks read what they declare
+        return None
+    keys = action.scope.readable
+    if isinstance(action, RunnableGraph):
+        for transition in action.graph.transitions:
+            needed = transition.condition.needed_keys
+            if needed is None:
+                return None
+            keys |= needed
+        for part in action.parts:
+            more = _keys(part)
+            if more is None:
+                return None
+            keys |= more
+    return keys
 
 
 def _wants_context(action: Action) -> bool:
