@@ -114,6 +114,8 @@ class Worker:
         """End a subtask: cancel it and wait for its clean-up, or, after the deadline, kill the process."""
         with anyio.CancelScope(deadline=deadline):
             await stream.aclose()
+            if self._connection.closed:  # it has taken the process with it
+                await self.wait_ended(None)
             return
         self.kill()
         await self.wait_ended(None)

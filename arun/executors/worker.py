@@ -291,7 +291,9 @@ def main() -> None:
     signal.signal(signal.SIGINT, lambda *_: None)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)  # whole lines, so that those of several processes don't mix
+            stream.reconfigure(
+                line_buffering=True, write_through=False
+            )  # whole lines, so that those of several processes don't mix
     # Ours to choose, in a process of our own, until a module of the program's chooses: what structlog does by default
     # would put every debug line of every worker on the program's stdout.
     structlog.configure(

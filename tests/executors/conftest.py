@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,6 +12,8 @@ import anyio
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # worker processes are told; so they find executor_subjects
+
+from executor_gone import Gone
 
 from arun import LocalExecutor, ProcessExecutor, Runtime, ThreadExecutor
 from arun.executors import Executor
@@ -78,3 +80,10 @@ def begun(folder: Path) -> Callable[[], Any]:
         await anyio.to_thread.run_sync((folder / "begun").read_text)
 
     return wait
+
+
+@pytest.fixture
+def gone() -> Iterator[Gone]:
+    gone = Gone()
+    yield gone
+    gone.close()

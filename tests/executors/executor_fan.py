@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
-from arun import Application, ApplicationBuilder, Policy, State, SubGraphTask, TaskBasedParallelAction
+import executor_subjects as subjects
+
+from arun import Application, ApplicationBuilder, Policy, ProcessExecutor, State, SubGraphTask, TaskBasedParallelAction
 from arun.executors import Executor
 
 
@@ -45,3 +47,8 @@ def app_of(executor: Executor | None, fan: Fan, **resources: Any) -> Application
 async def outs_of(executor: Executor | None, *tasks: SubGraphTask, **options: Any) -> list[Any]:
     result = await app_of(executor, Fan(*tasks, **options)).arun()
     return result.state["outs"]
+
+
+async def pid_of(executor: ProcessExecutor) -> int:
+    (out,) = await outs_of(executor, SubGraphTask(subjects.tell_place, State()))
+    return int(out["pid"])
