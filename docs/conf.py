@@ -23,6 +23,7 @@ REFERENCE = {
     "reference/arun": [
         "arun",
         "arun.fanout",
+        "arun.executors",
         "arun.channel",
         "arun.data",
         "arun.store",

@@ -281,7 +281,7 @@ async def never_cleans_up(state: State) -> State:
 @action(reads=["folder"], writes=["out"])
 async def blocks_its_loop(state: State) -> State:
     _say(state["folder"] + "/begun")
-    while True:
+    while True:  # noqa: ASYNC913 - the mistake that the test is about
         time.sleep(0.01)  # noqa: ASYNC251 - the mistake that the test is about
     return state.update(out=1)
 
