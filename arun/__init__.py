@@ -29,11 +29,13 @@ from arun.events import (
     RunFinished,
     RunStarted,
     SubtaskFinished,
+    SubtaskRetried,
     SubtaskStarted,
 )
 from arun.executors import Executor, LocalExecutor, ProcessExecutor, ThreadExecutor
-from arun.fanout import FanOut, FanOutStatistics, Handle, fan_out
+from arun.fanout import FanOut, FanOutStatistics, fan_out
 from arun.graph import Graph, GraphBuilder
+from arun.handles import Handle
 from arun.outcomes import Failed, Ok, Outcome, Skipped
 from arun.parallel import (
     MapActions,
@@ -43,7 +45,7 @@ from arun.parallel import (
     SubGraphTask,
     TaskBasedParallelAction,
 )
-from arun.policies import Policy
+from arun.policies import Capacity, Policy, Rate, Retry
 from arun.runtime import Runtime
 from arun.state import State, StateDelta
 from arun.stream import RunStream
@@ -60,6 +62,7 @@ __all__ = (
     "ApplicationBusyError",
     "ApplicationContext",
     "ArunError",
+    "Capacity",
     "Condition",
     "Event",
     "Executor",
@@ -82,7 +85,9 @@ __all__ = (
     "Partial",
     "Policy",
     "ProcessExecutor",
+    "Rate",
     "Result",
+    "Retry",
     "RunCancelled",
     "RunFailed",
     "RunFinished",
@@ -98,6 +103,7 @@ __all__ = (
     "SubGraphTask",
     "SubtaskFailed",
     "SubtaskFinished",
+    "SubtaskRetried",
     "SubtaskSkipped",
     "SubtaskStarted",
     "TaskBasedParallelAction",

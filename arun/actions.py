@@ -17,13 +17,14 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeAlias, TypeVar, cast
 
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
 from arun.events import ActionFinished, ActionStarted, Item, Partial
 from arun.hosting import drive
+from arun.policies import Capacity
 from arun.signatures import Kind, Parameters, describe, kind_of, name_of, refuse_unknown, where
 from arun.state import Scope, State
 from arun.threads import run_in_thread, step_in_thread
@@ -39,6 +40,7 @@ __all__ = (
     "as_action",
     "perform",
     "take_step",
+    "within",
 )
 
 A = TypeVar("A", bound="Action")
@@ -57,6 +59,8 @@ class Action:
     reads: Sequence[str] = ()
     writes: Sequence[str] = ()
     tags: Sequence[str] = ()
+    #: whether it does work itself, and not only through actions below it
+    leaf: bool = True
     _bound: Mapping[str, Any] = {}
 
     # -- what users override ---------------------------------------------------------------------------
@@ -285,7 +289,12 @@ async def perform(
 
     :raises MisuseError: if the action read or wrote an undeclared key, or left a declared one unwritten.
     """
-    result, changes = await what.execute(state.scoped(what.scope), inputs, context)
+    if context.capacities and what.leaf:
+        result, changes = await within(
+            context.capacities, what, functools.partial(what.execute, state.scoped(what.scope), inputs, context)
+        )
+    else:
+        result, changes = await what.execute(state.scoped(what.scope), inputs, context)
     written, allowed = changes.written_keys(), what.allowed_writes
     if not written <= allowed:
         # What merge() and the like wrote back as it was is no change.
@@ -303,6 +312,21 @@ async def perform(
                 f"it wrote: {', '.join(written) or 'nothing'}"
             )
     return result, changes
+
+
+async def within(
+    capacities: tuple[Capacity, ...], what: Action, execute: Callable[[], Coroutine[Any, Any, Performed]]
+) -> Performed:
+    """Run an action while holding one unit of each capacity."""
+    held: list[Capacity] = []
+    try:
+        for capacity in capacities:  # outermost first, everywhere: two actions never wait for each other's
+            await capacity.acquire(f"action {what.display_name!r}")
+            held.append(capacity)
+        return await execute()
+    finally:
+        for capacity in reversed(held):
+            capacity.release()
 
 
 async def take_step(what: Action, state: State, context: ApplicationContext) -> tuple[Any, State]:
@@ -365,6 +389,8 @@ class Collector:
         self.result: Any = None
 
     async def take(self, yielded: Any) -> None:
+        for beat in self.context.beats:
+            beat()
         item, state = yielded, None
         if isinstance(yielded, State):
             item, state = None, yielded
@@ -400,6 +426,8 @@ class _ItemsOnly:
 
     async def take(self, item: Any) -> None:
         self.result = item
+        for beat in self.context.beats:
+            beat()
         if self.context.run.listening:
             await self.context.emit(Item, values=[item])
 

@@ -295,8 +295,8 @@ class Application:
             inputs=inputs,
             resources=self._wiring.resources,
             run=run,
-            executor=self._wiring.executor,
         )
+        context.executor = self._wiring.executor
         try:
             result, changes = await in_context(copy_context(), take_step(action, self._state, context))
         except Exception as exc:

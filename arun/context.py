@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from arun.events import Event
+from arun.policies import Capacity
 
 if TYPE_CHECKING:
     from arun.executors import Executor
@@ -70,13 +71,14 @@ class ApplicationContext:
     :ivar path: the branches above it, outermost first (see :mod:`arun.events`).
     :ivar inputs: the runtime inputs of the run.
     :ivar resources: what ``with_resources`` injected.
-    :ivar executor: where the subtasks below run; None: here.
-    :ivar threads: how plain functions run in threads; None: as many at once as policies allow.
     """
 
     __slots__ = (
         "action_name",
         "app_id",
+        "attempt",
+        "beats",
+        "capacities",
         "executor",
         "inputs",
         "partition_key",
@@ -98,8 +100,6 @@ class ApplicationContext:
         inputs: Mapping[str, Any],
         resources: Mapping[str, Any],
         run: Run,
-        executor: Executor | None = None,
-        threads: Threads | None = None,
     ) -> None:
         self.app_id = app_id
         self.partition_key = partition_key
@@ -109,8 +109,16 @@ class ApplicationContext:
         self.inputs = inputs
         self.resources = resources
         self.run = run
-        self.executor = executor
-        self.threads = threads
+        #: which attempt of the subtask above this is, 1 for the first
+        self.attempt = 1
+        #: tells the idle timeouts above that something was yielded
+        self.beats: tuple[Callable[[], None], ...] = ()
+        #: budgets that every leaf action below draws on
+        self.capacities: tuple[Capacity, ...] = ()
+        #: where the subtasks below run; None: here
+        self.executor: Executor | None = None
+        #: how plain functions run in threads; None: as many at once as policies allow
+        self.threads: Threads | None = None
 
     @property
     def label(self) -> str:
@@ -124,7 +132,7 @@ class ApplicationContext:
 
         :param inputs: inputs for everything below, on top of the run's own.
         """
-        return ApplicationContext(
+        child = ApplicationContext(
             app_id=self.app_id,
             partition_key=self.partition_key,
             sequence_id=self.sequence_id if sequence_id is None else sequence_id,
@@ -133,23 +141,26 @@ class ApplicationContext:
             inputs={**self.inputs, **inputs} if inputs else self.inputs,
             resources=self.resources,
             run=self.run,
-            executor=self.executor,
-            threads=self.threads,
         )
+        child.attempt = self.attempt
+        child.beats = self.beats
+        child.capacities = self.capacities
+        child.executor = self.executor
+        child.threads = self.threads
+        return child
 
     def with_executor(self, executor: Executor | None) -> ApplicationContext:
         """This context with another executor for what is below."""
-        return self._copy(executor, self.threads)
-
-    def with_threads(self, threads: Threads | None) -> ApplicationContext:
-        """This context with another way to run plain functions."""
-        return self._copy(self.executor, threads)
-
-    def _copy(self, executor: Executor | None, threads: Threads | None) -> ApplicationContext:
         copy = self.child(self.action_name)
-        copy.executor, copy.threads = executor, threads
+        copy.executor, copy.threads = executor, None
+        return copy
+
+    def with_threads(self, threads: Threads) -> ApplicationContext:
+        """This context with another way to run plain functions."""
+        copy = self.child(self.action_name)
+        copy.threads = threads
         return copy
 
     async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         """Send an event in the name of this action."""
-        await self.run.emit(kind, action=self.action_name, path=self.path, **fields)
+        await self.run.emit(kind, action=self.action_name, path=self.path, attempt=self.attempt, **fields)

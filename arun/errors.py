@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = (
     "AbandonedWork",
     "ActorDied",
+    "ActorNotFound",
     "AlreadyFinishedError",
     "ApplicationBusyError",
     "ArunError",
@@ -55,11 +56,11 @@ class SubtaskSkipped(ArunError):
     """Raised by awaiting the handle of a subtask that was skipped or cancelled."""
 
 
-class AbandonedWork(ArunError, RuntimeWarning):
-    """A warning: a cancelled run has gone on without a thread that would not end.
+class AbandonedWork(ArunError, ResourceWarning):
+    """A warning: work that did not end when it was cancelled was left behind; the message names its line.
 
-    :ivar label: what the thread works at.
-    :ivar line: where it was, as ``file:line in function``.
+    :ivar label: the action and the branches that lead to it, where that is known.
+    :ivar line: where it was, as ``function at file:line``.
     """
 
     def __init__(self, message: str, *, label: str = "", line: str = "") -> None:
@@ -153,6 +154,10 @@ class RemoteError(ArunError):
 
 class ActorDied(ArunError):
     """An actor's process ended while calls to it were in flight; says which actor and why."""
+
+
+class ActorNotFound(ArunError, LookupError):
+    """No actor of the cluster has that name; the message lists the names there are."""
 
 
 class PlacementError(ArunError):

@@ -7,7 +7,8 @@ Every event of a run carries
 * ``time``: seconds since the epoch;
 * ``action``: name of the action in whose name it is sent (empty for events of the run itself);
 * ``path``: the branches that it came through, outermost first: for each parallel action or sub-graph its name, then
-  the subtask's key where one was given, else ``name[ordinal]``. ``()`` at the top level.
+  the subtask's key where one was given, else ``name[ordinal]``. ``()`` at the top level;
+* ``attempt``: which attempt of the innermost subtask it belongs to, 1 for the first.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ __all__ = (
     "RunFinished",
     "RunStarted",
     "SubtaskFinished",
+    "SubtaskRetried",
     "SubtaskStarted",
 )
 
@@ -37,6 +39,7 @@ class _Event(msgspec.Struct, frozen=True, kw_only=True, tag=True, omit_defaults=
     time: float
     action: str = ""
     path: tuple[str, ...] = ()
+    attempt: int = 1
 
 
 class RunStarted(_Event, frozen=True, kw_only=True, tag=True):
@@ -80,6 +83,20 @@ class SubtaskStarted(_Event, frozen=True, kw_only=True, tag=True):
 
     label: str
     ordinal: int
+
+
+class SubtaskRetried(_Event, frozen=True, kw_only=True, tag=True):
+    """An attempt of a subtask has failed and another will follow. Earlier Items and Partials of this path are void.
+
+    :ivar attempt: the attempt that failed.
+    :ivar error: its error as ``Type: message``.
+    :ivar wait: seconds until the next.
+    """
+
+    label: str
+    ordinal: int
+    error: str
+    wait: float
 
 
 class SubtaskFinished(_Event, frozen=True, kw_only=True, tag=True):
@@ -132,6 +149,7 @@ Event: TypeAlias = (
     | Item
     | Partial
     | SubtaskStarted
+    | SubtaskRetried
     | SubtaskFinished
     | ActionFinished
     | RunFinished

@@ -15,8 +15,8 @@ Theory of operation::
   worker at hand gets through the queue without a task switch. ``_runnable`` counts the workers that will look at the
   queue without anybody's help; when it is 0 and something is pending, one is woken or started.
 * Errors travel in-band as outcomes. Only the consumer raises them, after the rest has been cancelled and cleaned up.
-* The work side (source and workers) has a cancel scope of its own: a reducer that returns early cancels it, and so
-  does the first failure under ``on_error="fail"``; the reducer is then told, not cancelled.
+* The work side (source and workers) has a cancel scope of its own: a reducer that returns early cancels it, so does
+  the first failure under ``on_error="fail"``, and the deadline; the reducer is then told, not cancelled.
 
 No frame of this module yields; the only task groups are in :func:`run_fan_out` and ``_Kernel.work``.
 """
@@ -25,24 +25,25 @@ from __future__ import annotations
 
 import inspect
 import math
-import types
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextvars import Context, copy_context
-from typing import Any, Final, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import anyio
 import anyio.lowlevel
 import structlog
 from anyio.abc import TaskGroup
 
+from arun.attempts import run_attempts
 from arun.errors import MisuseError, SubtaskFailed, SubtaskSkipped
-from arun.hosting import BUDGET, GRACE, as_async_iterator, close
+from arun.handles import Handle, current_handle
+from arun.hosting import BUDGET, GRACE, as_async_iterator, close, in_context
 from arun.outcomes import Failed, Ok, Outcome, Skipped
 from arun.policies import Policy
 from arun.runtime import Background, Runtime
 
-__all__ = ("FanOut", "FanOutStatistics", "Handle", "Results", "fan_out", "run_fan_out")
+__all__ = ("FanOut", "FanOutStatistics", "Results", "fan_out", "run_fan_out")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -68,73 +69,34 @@ class FanOutStatistics(NamedTuple):
     workers: int
 
 
-class Handle(Generic[T]):
-    """A started subtask. Await it for its result; ``outcome()`` never raises."""
-
-    __slots__ = ("_ended", "label", "ordinal", "outcome_now", "spec")
-
-    def __init__(self, spec: Any, ordinal: int) -> None:
-        self.spec = spec
-        #: 0, 1, 2, ... in the order in which the source yielded
-        self.ordinal = ordinal
-        #: computes what a person calls this subtask
-        self.label: Callable[[], str] = self._default_label
-        #: the outcome, None while the subtask has not ended
-        self.outcome_now: Outcome[T] | None = None
-        self._ended: anyio.Event | None = None
-
-    def __repr__(self) -> str:
-        return f"<Handle {self.label()} {'running' if self.outcome_now is None else self.outcome_now!r}>"
-
-    def __await__(self) -> Generator[Any, Any, T]:
-        return self._result().__await__()
-
-    async def outcome(self) -> Outcome[T]:
-        """Wait for the end and return how it ended."""
-        if self.outcome_now is None:
-            if self._ended is None:
-                self._ended = anyio.Event()
-            await self._ended.wait()
-            assert self.outcome_now is not None
-        return self.outcome_now
-
-    async def _result(self) -> T:
-        outcome = await self.outcome()
-        match outcome:
-            case Ok():
-                return outcome.value
-            case Failed():
-                raise SubtaskFailed(f"{self.label()} failed: {outcome.error!r}") from outcome.error
-            case Skipped():
-                raise SubtaskSkipped(f"{self.label()} did not finish: {outcome.reason}")
-
-    def _set(self, outcome: Outcome[T]) -> None:
-        self.outcome_now = outcome
-        if self._ended is not None:
-            self._ended.set()
-
-    def _default_label(self) -> str:
-        return f"subtask {self.ordinal}"
-
-
 class Results(Generic[T]):
     """The results of a fan-out as its reducer sees them: an async iterator, for one task, once."""
 
-    __slots__ = ("_budget", "_kernel", "_map")
+    __slots__ = ("_budget", "_exhausted", "_kernel", "_map", "read")
 
     def __init__(self, kernel: _Kernel[T], map_: Callable[[Handle[T]], Any]) -> None:
         self._kernel = kernel
         self._map = map_
         self._budget = BUDGET
+        self._exhausted = False
+        #: whether anybody has asked for a result
+        self.read = False
 
     def __aiter__(self) -> AsyncIterator[Any]:
+        if self._exhausted:
+            raise MisuseError(
+                "these results were read to their end already, and are not kept; keep what you need while you read "
+                "them, or combine several reducers over one reading"
+            )
         return self
 
     async def __anext__(self) -> Any:
         kernel = self._kernel
-        while True:
+        self.read = True
+        while True:  # noqa: ASYNC913 - it returns, waits, or raises
             if not kernel.ready:
                 if kernel.ended:
+                    self._exhausted = True
                     kernel.raise_failures()
                     raise StopAsyncIteration
                 await kernel.wait_ready()
@@ -144,6 +106,7 @@ class Results(Generic[T]):
             if not self._budget:
                 self._budget = BUDGET
                 await anyio.lowlevel.checkpoint()
+                continue
             handle = kernel.take()
             if isinstance(handle.outcome_now, Ok) or kernel.policy.on_error == "collect":
                 return self._map(handle)
@@ -155,26 +118,32 @@ async def run_fan_out(
     consume: Callable[[AsyncIterator[Any]], Awaitable[R]],
     policy: Policy,
     *,
+    name: str,
+    admit: Callable[[Any], object],
     result: Callable[[Handle[T]], Any],
 ) -> R:
     """Run a source's subtasks, at most ``policy.limit`` in flight, and reduce their results in the caller's task.
 
     :param source: called once for an (async) iterable of specs, listed nowhere; a generator is sent each spec's Handle.
-    :param work: runs one subtask; ``handle.spec`` is what the source yielded. It may set ``handle.label``.
+    :param work: runs one subtask; ``handle.spec`` is what the source yielded. It may set ``handle.describe``.
     :param consume: the reducer, given the results as an async iterator. When it returns, subtasks that still run
         are cancelled and their clean-up is awaited.
+    :param name: of the fan-out, for errors.
+    :param admit: raises MisuseError for a spec that is none; it is raised at the source's ``yield``.
     :param result: what the reducer sees of an ended subtask; called only for results that it is given.
     :return: what ``consume`` returned.
     :raises Exception: the one error of a failed subtask or of the source, with a note naming the subtask; an
         ExceptionGroup of several; or the reducer's own.
+    :raises MisuseError: if the reducer ended without reading any result.
     """
-    kernel: _Kernel[T] = _Kernel(source, work, policy)
+    kernel: _Kernel[T] = _Kernel(source, work, policy, admit)
+    results = Results(kernel, result)
     reduced: R | None = None
     failure: Exception | None = None
     async with anyio.create_task_group() as group:
         group.start_soon(kernel.work, name="arun fan-out")
         try:
-            reduced = await consume(Results(kernel, result))
+            reduced = await consume(results)
         except Exception as exc:  # noqa: BLE001 - raised below: the group would wrap it
             failure = exc
         finally:
@@ -182,6 +151,11 @@ async def run_fan_out(
     kernel.log_failures()  # a reducer that has ended reads no more errors
     if failure is not None:
         raise failure
+    if not results.read:
+        raise MisuseError(
+            f"the reducer of {name!r} ended without reading its results, so its subtasks were cancelled; "
+            "read them with `async for done in states`"
+        )
     return cast("R", reduced)
 
 
@@ -195,8 +169,12 @@ class FanOut(Generic[T]):
     _background: Background[None] | None = None
 
     def __init__(self, source: Any, policy: Policy) -> None:
-        self._kernel: _Kernel[T] = _Kernel(lambda: source, _await_spec, policy)
-        self._results = Results(self._kernel, lambda handle: handle.outcome_now)
+        async def attempts(handle: Handle[T]) -> T:
+            return await run_attempts(handle, _await_spec, policy)
+
+        work = _await_spec if policy.plain else attempts
+        self._kernel: _Kernel[T] = _Kernel(lambda: source, work, policy, _admit_awaitable(policy))
+        self._results = Results(self._kernel, _outcome)
         self._closed = False
 
     def __aiter__(self) -> AsyncIterator[Outcome[T]]:
@@ -231,8 +209,9 @@ class FanOut(Generic[T]):
 def fan_out(source: Any, policy: Policy | None = None) -> FanOut[Any]:
     """Await many awaitables, bounded, and iterate over their outcomes as they end.
 
-    :param source: an (async) iterable or generator of awaitables; read only as slots come free, so it may be endless.
-    :param policy: limit, order and what a failure does; by default ``Policy()``.
+    :param source: an (async) iterable or generator of awaitables, or of functions of no arguments that return one (a
+        retry needs these); read only as slots come free, so it may be endless.
+    :param policy: limit, order, timeouts and what a failure does; by default ``Policy()``.
 
     >>> async for outcome in fan_out(fetch(url) for url in urls):
     ...     print(outcome.value)
@@ -240,22 +219,39 @@ def fan_out(source: Any, policy: Policy | None = None) -> FanOut[Any]:
     return FanOut(source, policy or Policy())
 
 
+def _admit_awaitable(policy: Policy) -> Callable[[Any], object]:
+    def admit(spec: Any) -> None:
+        if inspect.isawaitable(spec):
+            if policy.retry is not None:
+                if inspect.iscoroutine(spec):
+                    spec.close()
+                raise MisuseError(
+                    "Policy(retry=...) can't await one coroutine twice; "
+                    "yield functions of no arguments: functools.partial(fetch, url)"
+                )
+        elif not callable(spec):
+            raise MisuseError(
+                f"fan_out() was given a {type(spec).__name__}, {spec!r:.80}; "
+                "yield the awaitable itself, not its result: fan_out(fetch(url) for url in urls)"
+            )
+
+    return admit
+
+
 async def _await_spec(handle: Handle[T]) -> T:
-    if not inspect.isawaitable(handle.spec):
-        raise MisuseError(
-            f"fan_out() was given a {type(handle.spec).__name__}, {handle.spec!r:.80}; "
-            "yield awaitables, for example coroutines: fan_out(fetch(url) for url in urls)"
-        )
-    return cast("T", await handle.spec)
+    spec = handle.spec
+    return cast("T", await (spec if inspect.isawaitable(spec) else spec()))
 
 
-_NO_WORK: Final = Skipped("cancelled")
+def _outcome(handle: Handle[T]) -> Outcome[T] | None:
+    return handle.outcome_now
 
 
 class _Kernel(Generic[T]):
     """State and work side of one fan-out; see the module's theory of operation."""
 
     __slots__ = (
+        "_admit",
         "_consumer",
         "_context",
         "_failures",
@@ -263,6 +259,7 @@ class _Kernel(Generic[T]):
         "_idle",
         "_in_flight",
         "_next",
+        "_parent",
         "_pending",
         "_reorder",
         "_run",
@@ -281,7 +278,11 @@ class _Kernel(Generic[T]):
     )
 
     def __init__(
-        self, source: Callable[[], Any], run: Callable[[Handle[T]], Coroutine[Any, Any, T]], policy: Policy
+        self,
+        source: Callable[[], Any],
+        run: Callable[[Handle[T]], Coroutine[Any, Any, T]],
+        policy: Policy,
+        admit: Callable[[Any], object],
     ) -> None:
         self.policy = policy
         #: ended subtasks that the reducer may take
@@ -291,6 +292,7 @@ class _Kernel(Generic[T]):
         self.failed = 0
         self._source = source
         self._run = run
+        self._admit = admit
         self._scope = anyio.CancelScope()
         self._pending: deque[Handle[T]] = deque()
         self._reorder: dict[int, Handle[T]] | None = {} if policy.order == "submitted" else None
@@ -304,6 +306,7 @@ class _Kernel(Generic[T]):
         self._group: TaskGroup | None = None
         #: the caller's contextvars, of which every subtask gets a copy
         self._context: Context = copy_context()
+        self._parent = current_handle.get()
 
     # -- consumer side ---------------------------------------------------------------------------
 
@@ -317,9 +320,20 @@ class _Kernel(Generic[T]):
         return handle
 
     async def wait_ready(self) -> None:
-        """Wait until a result is ready or the work has ended."""
+        """Wait until a result is ready or the work has ended.
+
+        :raises MisuseError: if another task waits for the same results.
+        """
+        if self._consumer is not None:
+            raise MisuseError(
+                "two tasks read the same results, and each would miss what the other gets; read them in one task, "
+                "or combine several reducers over one reading"
+            )
         self._consumer = anyio.Event()
-        await self._consumer.wait()
+        try:
+            await self._consumer.wait()
+        finally:
+            self._consumer = None
 
     def raise_failures(self) -> None:
         """Raise what failed, if anything did: one error as itself, several as a group."""
@@ -354,6 +368,8 @@ class _Kernel(Generic[T]):
 
     async def work(self) -> None:
         """Host the source and run the workers until both have ended."""
+        if self.policy.deadline is not None:
+            self._scope.deadline = anyio.current_time() + self.policy.deadline
         try:
             with self._scope:
                 async with anyio.create_task_group() as self._group:
@@ -362,11 +378,16 @@ class _Kernel(Generic[T]):
                     while self._idle:
                         self._idle.pop().set()
         finally:
-            for handle in self._pending:
-                handle._set(_NO_WORK)
+            while self._pending:
+                handle = self._pending.popleft()
                 if inspect.iscoroutine(handle.spec):
                     handle.spec.close()
-            self._pending.clear()
+                self._skip(handle)
+            if self._past_deadline():
+                log.info("fan_out.deadline_passed", seconds=self.policy.deadline, **self.statistics()._asdict())
+                if self._reorder:  # what the cancelled ones held back, in its order
+                    self.ready.extend(handle for _, handle in sorted(self._reorder.items()))
+                    self._reorder.clear()
             self.ended = True
             self._wake_consumer()
 
@@ -383,11 +404,15 @@ class _Kernel(Generic[T]):
             send = getattr(source, "asend", None)
             handle: Handle[T] | None = None
             try:
-                while True:
+                while True:  # noqa: ASYNC913 - a real checkpoint every BUDGET items
                     if self._in_flight >= self.policy.limit:
                         await self._wait_slot()
                         budget = BUDGET
                     spec = await (send(handle) if send is not None else source.__anext__())
+                    try:
+                        self._admit(spec)
+                    except MisuseError as misuse:
+                        spec = await self._refuse(source, misuse)
                     handle = self._submit(spec)
                     budget -= 1
                     if not budget:
@@ -402,9 +427,18 @@ class _Kernel(Generic[T]):
                 scope.shield = True
                 scope.deadline = anyio.current_time() + GRACE
                 try:
-                    await close(source)
+                    await close(source)  # noqa: ASYNC102 - the scope around it is shielded now
                 except Exception as exc:  # noqa: BLE001 - travels in-band to the consumer
                     self._fail(exc)
+
+    async def _refuse(self, source: AsyncIterator[Any], misuse: MisuseError) -> Any:
+        """Raise at the source's own ``yield``, where it has one; a source that goes on gets another try."""
+        throw = getattr(source, "athrow", None)
+        if throw is None:
+            raise misuse
+        spec = await throw(misuse)
+        self._admit(spec)
+        return spec
 
     async def _wait_slot(self) -> None:
         while self._in_flight >= self.policy.limit:
@@ -412,7 +446,7 @@ class _Kernel(Generic[T]):
             await self._slot.wait()
 
     def _submit(self, spec: Any) -> Handle[T]:
-        handle: Handle[T] = Handle(spec, self._submitted)
+        handle: Handle[T] = Handle(spec, self._submitted, self._parent)
         self._submitted += 1
         self._in_flight += 1
         self._pending.append(handle)
@@ -449,12 +483,23 @@ class _Kernel(Generic[T]):
                 return
 
     async def _run_one(self, handle: Handle[T]) -> None:
+        context = self._context.copy()
+        context.run(current_handle.set, handle)
+        suspended = False
+
+        def on_suspend() -> None:
+            nonlocal suspended
+            suspended = True
+            self._runnable -= 1
+            if self._pending and not self._runnable:
+                self._wake_worker()
+
         outcome: Outcome[T]
         try:
-            outcome = Ok(await self._isolate(self._run(handle)))
-        except anyio.get_cancelled_exc_class() as exc:
+            outcome = Ok(await in_context(context, self._run(handle), on_suspend))
+        except anyio.get_cancelled_exc_class() as exc:  # noqa: ASYNC103 - re-raised if it is a real cancellation
             if anyio.current_effective_deadline() == -math.inf:
-                handle._set(_NO_WORK)
+                self._skip(handle)
                 raise
             error = RuntimeError(f"{handle.label()} raised {type(exc).__name__} though nobody had cancelled it")
             outcome = Failed(error)
@@ -464,42 +509,16 @@ class _Kernel(Generic[T]):
             outcome = Failed(error)
         except Exception as exc:  # noqa: BLE001 - travels in-band to the consumer
             outcome = Failed(exc)
-        self._finish(handle, outcome)
-
-    @types.coroutine
-    def _isolate(self, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
-        # As hosting.in_context, and it tells the kernel when this worker is no longer free to go on.
-        run = self._context.copy().run
-        step: Callable[..., Any] = coroutine.send
-        argument: Any = None
-        suspended = False
-        try:
-            while True:
-                try:
-                    trap = run(step, argument)
-                except StopIteration as stop:
-                    return cast("T", stop.value)
-                if not suspended:
-                    suspended = True
-                    self._runnable -= 1
-                    if self._pending and not self._runnable:
-                        self._wake_worker()
-                try:
-                    argument = yield trap
-                    step = coroutine.send
-                except BaseException as exc:  # noqa: BLE001 - thrown on into the coroutine, cancellation included
-                    argument = exc
-                    step = coroutine.throw
         finally:
             if suspended:
                 self._runnable += 1
+        self._finish(handle, outcome)
 
-    def _finish(self, handle: Handle[T], outcome: Outcome[T]) -> None:
-        handle._set(outcome)
+    def _finish(self, handle: Handle[T], outcome: Ok[T] | Failed) -> None:
+        handle.end(outcome)
         if isinstance(outcome, Ok):
             self._succeeded += 1
         else:
-            assert isinstance(outcome, Failed)
             self.failed += 1
             if self.policy.on_error == "fail" or isinstance(outcome.error, MisuseError):
                 outcome.error.add_note(f"in {handle.label()}")
@@ -515,6 +534,21 @@ class _Kernel(Generic[T]):
                 self._next += 1
                 self.ready.append(following)
         self._wake_consumer()
+
+    def _skip(self, handle: Handle[T]) -> None:
+        """A subtask was cancelled, or never ran."""
+        if not self._past_deadline():
+            handle.end(Skipped("cancelled"))
+            return
+        handle.end(Skipped(f"the deadline of {self.policy.deadline:g} s had passed"))
+        if self.policy.on_error == "collect":
+            if self._reorder is None:
+                self.ready.append(handle)
+            else:
+                self._reorder[handle.ordinal] = handle
+
+    def _past_deadline(self) -> bool:
+        return self.policy.deadline is not None and anyio.current_time() >= self._scope.deadline
 
     def _fail(self, error: Exception) -> None:
         if not self._is_echo(error):
@@ -533,4 +567,3 @@ class _Kernel(Generic[T]):
     def _wake_consumer(self) -> None:
         if self._consumer is not None:
             self._consumer.set()
-            self._consumer = None

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import types
+import warnings
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterable
 from contextvars import Context, copy_context
 from typing import Any, Final, TypeVar
@@ -23,7 +24,10 @@ import anyio
 import anyio.lowlevel
 import structlog
 
-__all__ = ("BUDGET", "GRACE", "as_async_iterator", "close", "drive", "in_context")
+from arun.errors import AbandonedWork
+from arun.frames import user_line
+
+__all__ = ("BUDGET", "GRACE", "SWALLOWED", "as_async_iterator", "close", "drive", "in_context")
 
 T = TypeVar("T")
 log = structlog.get_logger("arun.hosting")
@@ -32,24 +36,75 @@ log = structlog.get_logger("arun.hosting")
 BUDGET: Final = 64
 #: Seconds that a generator's clean-up may take once it is being closed.
 GRACE: Final = 5.0
+#: Cancellations that a coroutine swallows before that is reported; shielded clean-up swallows at most one.
+SWALLOWED: Final = 100
 
 
 @types.coroutine
-def in_context(context: Context, coroutine: Coroutine[Any, Any, T]) -> Generator[Any, Any, T]:
-    """Await ``coroutine`` in the current task, but in ``context``."""
-    step: Callable[..., Any] = coroutine.send
+def in_context(
+    context: Context, driven_coroutine: Coroutine[Any, Any, T], on_suspend: Callable[[], object] | None = None
+) -> Generator[Any, Any, T]:
+    """Await a coroutine in the current task, but in ``context``.
+
+    A coroutine that swallows its cancellation is reported, and left behind ``GRACE`` seconds after the first one.
+
+    :param on_suspend: called once, when the coroutine first waits for something.
+    """
+    run = context.run
+    step: Callable[..., Any] = driven_coroutine.send
     argument: Any = None
+    swallowed: _Swallowed | None = None
     while True:
         try:
-            trap = context.run(step, argument)
+            trap = run(step, argument)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]  # the coroutine's result
+        if on_suspend is not None:
+            on_suspend()
+            on_suspend = None
         try:
             argument = yield trap
-            step = coroutine.send
-        except BaseException as exc:  # noqa: BLE001 - thrown on into the coroutine, cancellation included
+            step = driven_coroutine.send
+        except BaseException as exc:  # noqa: ASYNC103 - thrown on into the coroutine, cancellation included
             argument = exc
-            step = coroutine.throw
+            step = driven_coroutine.throw
+            if isinstance(exc, anyio.get_cancelled_exc_class()):
+                swallowed = swallowed or _Swallowed(anyio.current_time())
+                if swallowed.once_more(driven_coroutine):
+                    run(_leave, driven_coroutine)
+                    raise
+
+
+class _Swallowed:
+    """Counts the cancellations that one coroutine was told of. A clean-up in a shielded scope is told of none."""
+
+    __slots__ = ("_count", "_since")
+
+    def __init__(self, now: float) -> None:
+        self._since = now
+        self._count = 0
+
+    def once_more(self, coroutine: Coroutine[Any, Any, Any]) -> bool:
+        """Count one more; tells whether to give up."""
+        self._count += 1
+        if self._count == SWALLOWED:
+            log.error("cancellation.swallowed", where=user_line(coroutine), times=self._count)
+        if self._count < SWALLOWED or anyio.current_time() < self._since + GRACE:
+            return False
+        abandoned = AbandonedWork(
+            f"{user_line(coroutine)} swallowed its cancellation {self._count} times in {GRACE:g} s and was left "
+            "behind; catch Exception there, not BaseException, or re-raise anyio.get_cancelled_exc_class()"
+        )
+        log.error("work.abandoned", where=user_line(coroutine), times=self._count)
+        warnings.warn(abandoned, stacklevel=2)
+        return True
+
+
+def _leave(coroutine: Coroutine[Any, Any, Any]) -> None:
+    try:
+        coroutine.close()
+    except RuntimeError:  # it ignored GeneratorExit, too
+        pass
 
 
 async def drive(
@@ -70,7 +125,7 @@ async def drive(
     failure: BaseException | None = None
     with anyio.CancelScope() as scope:
         try:
-            while True:
+            while True:  # noqa: ASYNC913 - a real checkpoint every BUDGET items
                 try:
                     item = await in_context(context, _step(generator))
                 except StopAsyncIteration:
@@ -88,7 +143,7 @@ async def drive(
         finally:
             scope.shield = True
             scope.deadline = anyio.current_time() + GRACE
-            await in_context(context, close(generator))
+            await in_context(context, close(generator))  # noqa: ASYNC102 - the scope around it is shielded now
     if scope.cancelled_caught:  # the clean-up outlasted GRACE, and its cancellation has replaced what went on before
         log.warning("generator.cleanup_abandoned", generator=repr(generator), seconds=GRACE)
         if failure is not None:
@@ -127,6 +182,11 @@ class _PlainIterator:
     def __init__(self, iterable: Iterable[Any]) -> None:
         self._iterator = iter(iterable)
 
+    @property
+    def gi_frame(self) -> Any:
+        """Where the generator inside stands, for error messages."""
+        return getattr(self._iterator, "gi_frame", None)
+
     def __aiter__(self) -> AsyncIterator[Any]:
         return self
 
@@ -136,7 +196,7 @@ class _PlainIterator:
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        await close(self._iterator)  # pyright: ignore[reportArgumentType]
+        await close(self._iterator)  # pyright: ignore[reportArgumentType] - an iterator may be a generator
 
 
 async def _step(generator: AsyncIterator[Any]) -> Any:

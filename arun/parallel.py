@@ -22,11 +22,14 @@ import anyio.lowlevel
 import msgspec
 
 from arun.actions import Action, Collector, as_action, perform, take_step
+from arun.attempts import run_attempts
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
-from arun.events import SubtaskFinished, SubtaskStarted
-from arun.fanout import Handle, run_fan_out
+from arun.events import SubtaskFinished, SubtaskRetried, SubtaskStarted
+from arun.fanout import run_fan_out
+from arun.frames import line_of
 from arun.graph import Graph, GraphBuilder, check_entrypoint
+from arun.handles import Handle
 from arun.hosting import BUDGET, as_async_iterator, close, drive, in_context
 from arun.outcomes import Ok
 from arun.policies import Policy
@@ -55,6 +58,8 @@ class RunnableGraph(Action):
     :param halt_after: names or ``"@tag:x"`` selectors of the actions that it ends with.
     :raises MisuseError: for names that the graph does not have.
     """
+
+    leaf = False
 
     def __init__(self, graph: Graph, entrypoint: str, halt_after: str | Sequence[str] = ()) -> None:
         check_entrypoint(graph, entrypoint)
@@ -163,6 +168,7 @@ class TaskBasedParallelAction(Action):
 
     policy: Policy = _DEFAULT_POLICY
     executor: Executor | msgspec.UnsetType | None = msgspec.UNSET
+    leaf = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -202,28 +208,30 @@ class TaskBasedParallelAction(Action):
         given = {**inputs, **self._bound}
         if self.executor is not msgspec.UNSET:
             context = context.with_executor(self.executor)
+        policy = self.policy
         collector = Collector(self.display_name, context)
         taken_keys: set[str] = set()
 
-        async def run_subtask(handle: Handle[State]) -> State:
-            task = handle.spec
+        def admit(task: Any) -> None:
             if not isinstance(task, SubGraphTask):
-                raise MisuseError(
-                    f"{self.display_name}.tasks yielded a {type(task).__name__}, {task!r:.80}; "
-                    "yield SubGraphTask(graph=..., state=...)"
-                )
-            handle.label = task.describe
+                raise MisuseError(_not_a_task(self, task))
             if task.key is not None:
                 if task.key in taken_keys:
                     raise MisuseError(
                         f"two subtasks of {self.display_name!r} have the key {task.key!r}; keys are unique"
                     )
                 taken_keys.add(task.key)
+
+        async def run_subtask(handle: Handle[State]) -> State:
+            task: SubGraphTask = handle.spec
+            handle.describe = task.describe
             branch = task.key if task.key is not None else f"{task.action.display_name}[{handle.ordinal}]"
             below = context.child(task.action.display_name, self.display_name, branch, inputs=given)
-            if not context.run.listening:
-                return await _final_state(task, below)
-            return await _observed(task, handle, below)
+            if policy.capacity is not None:
+                below.capacities = (*below.capacities, policy.capacity)
+            if context.run.listening:
+                return await _observed(task, handle, below, policy)
+            return await _under_policy(task, handle, below, policy)
 
         async def consume(states: AsyncIterator[Any]) -> None:
             reduced: Any = self.reduce(state, states)
@@ -236,7 +244,9 @@ class TaskBasedParallelAction(Action):
             lambda: self.tasks(state, context, {**context.inputs, **given}),
             run_subtask,
             consume,
-            self.policy,
+            policy,
+            name=self.display_name,
+            admit=admit,
             result=self._present,
         )
         return collector.performed()
@@ -282,9 +292,9 @@ class MapStates(TaskBasedParallelAction):
         states = await _iterate(self.states(state, context, inputs), self, "states")
         try:
             async for one in states:
-                yield SubGraphTask(action, _as_state(one, self, "states"))
+                yield SubGraphTask(action, _as_state(one, states, self, "states"))
         finally:
-            await close(states)
+            await close(states)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
 
 class MapActions(TaskBasedParallelAction):
@@ -302,13 +312,13 @@ class MapActions(TaskBasedParallelAction):
         self, state: State, context: ApplicationContext, inputs: dict[str, Any]
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask an action."""
-        shared = _as_state(await _maybe_await(self.state(state, inputs)), self, "state")
+        shared = _as_state(await _maybe_await(self.state(state, inputs)), None, self, "state")
         actions = await _iterate(self.actions(state, context, inputs), self, "actions")
         try:
             async for action in actions:
                 yield SubGraphTask(action, shared)
         finally:
-            await close(actions)
+            await close(actions)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
 
 class MapActionsAndStates(TaskBasedParallelAction):
@@ -332,11 +342,11 @@ class MapActionsAndStates(TaskBasedParallelAction):
                 states = await _iterate(self.states(state, context, inputs), self, "states")
                 try:
                     async for one in states:
-                        yield SubGraphTask(action, _as_state(one, self, "states"))
+                        yield SubGraphTask(action, _as_state(one, states, self, "states"))
                 finally:
-                    await close(states)
+                    await close(states)  # noqa: ASYNC102 - the host that closes this generator has shielded it
         finally:
-            await close(actions)
+            await close(actions)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
 
 async def _final_state(task: SubGraphTask, context: ApplicationContext) -> State:
@@ -351,15 +361,36 @@ async def _final_state(task: SubGraphTask, context: ApplicationContext) -> State
     return task.state.absorb(changes).with_origin(task.action.display_name)
 
 
-async def _observed(task: SubGraphTask, handle: Handle[State], context: ApplicationContext) -> State:
+async def _under_policy(
+    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy
+) -> State:
+    if policy.plain:
+        return await _final_state(task, context)
+    beats = context.beats
+
+    async def attempt(handle: Handle[State]) -> State:
+        context.attempt = handle.attempt
+        context.beats = beats if handle.beat is None else (*beats, handle.beat)
+        return await _final_state(task, context)
+
+    async def told(handle: Handle[State], error: Exception, wait: float) -> None:
+        if context.run.listening:
+            await context.emit(
+                SubtaskRetried, label=handle.label(), ordinal=handle.ordinal, error=_shown(error), wait=wait
+            )
+
+    return await run_attempts(handle, attempt, policy, told)
+
+
+async def _observed(task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy) -> State:
     label = handle.label()
     await context.emit(SubtaskStarted, label=label, ordinal=handle.ordinal)
     started = time.perf_counter()
     try:
-        state = await _final_state(task, context)
+        state = await _under_policy(task, handle, context, policy)
     except Exception as exc:
-        seconds, error = time.perf_counter() - started, f"{type(exc).__qualname__}: {exc}"
-        await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, error=error)
+        seconds = time.perf_counter() - started
+        await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, error=_shown(exc))
         raise
     seconds = time.perf_counter() - started
     await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds)
@@ -373,17 +404,31 @@ def _uses_arguments(method: Any) -> bool:
     return any(instruction.argval in arguments for instruction in dis.get_instructions(code))
 
 
+def _shown(error: Exception) -> str:
+    return f"{type(error).__qualname__}: {error}"
+
+
+def _not_a_task(owner: Action, task: Any) -> str:
+    said = f"{owner.display_name}.tasks yielded a {type(task).__name__}, {task!r:.80}; "
+    if isinstance(task, State):
+        return said + "yield the task itself, `handle = yield SubGraphTask(...)`, and not what awaiting it gave"
+    if isinstance(task, Action):
+        return said + "yield SubGraphTask(graph=<the action>, state=<its State>)"
+    return said + "yield SubGraphTask(graph=..., state=...)"
+
+
 def _reduced(name: str, reduced: Any) -> State:
     if not isinstance(reduced, State):
         raise MisuseError(f"{name}.reduce returned {reduced!r:.80}; it returns the new State: state.update(...)")
     return reduced
 
 
-def _as_state(candidate: Any, owner: Action, method: str) -> State:
+def _as_state(candidate: Any, source: Any, owner: Action, method: str) -> State:
     if not isinstance(candidate, State):
+        at = line_of(source)
         raise MisuseError(
-            f"{type(owner).__qualname__}.{method} gave a {type(candidate).__name__}, {candidate!r:.80}; "
-            "it gives States: yield state.update(...)"
+            f"{type(owner).__qualname__}.{method} gave a {type(candidate).__name__}, {candidate!r:.80}"
+            f"{f' ({at})' if at else ''}; it gives States: yield state.update(...)"
         )
     return candidate
 

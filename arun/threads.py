@@ -25,6 +25,7 @@ import structlog
 from anyio.lowlevel import RunVar
 
 from arun.errors import AbandonedWork
+from arun.frames import line_of
 from arun.hosting import GRACE
 
 __all__ = ("Threads", "run_in_thread", "step_in_thread")
@@ -206,15 +207,14 @@ def _poster() -> Callable[[Callable[[], object]], object]:
 
 
 def _report(label: str, thread: int, seconds: float) -> None:
-    frame = sys._current_frames().get(thread)
-    line = "unknown" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+    line = line_of(sys._current_frames().get(thread)) or "an unknown line"
     abandoned = AbandonedWork(
         f"{label or 'a plain function'} was cancelled and its thread still runs after {seconds:g} s, at {line}; the "
         "run goes on without it. Make the function return sooner, or run it with a ProcessExecutor, which kills",
         label=label,
         line=line,
     )
-    log.warning("work.abandoned", label=label, line=line, seconds=seconds)
+    log.error("work.abandoned", where=line, label=label, seconds=seconds)
     try:
         warnings.warn(abandoned, stacklevel=2)
     except AbandonedWork:

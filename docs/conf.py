@@ -24,6 +24,7 @@ REFERENCE = {
         "arun",
         "arun.fanout",
         "arun.executors",
+        "arun.reducers",
         "arun.channel",
         "arun.data",
         "arun.store",

@@ -25,10 +25,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FLOORS: dict[str, int] = {
     name: floor
     for floor, names in enumerate((
-        "errors",
+        "errors frames",
         "events guards outcomes policies registry runtime state",
-        "codec conditions context hosting threads",
-        "fanout signatures stream",
+        "codec conditions context handles hosting threads",
+        "attempts reductions signatures stream",
+        "fanout",
         "actions channel data reducers",
         "graph",
         "parallel",

@@ -13,6 +13,7 @@ __all__ = (
     "PREPARE",
     "RUN",
     "Answer",
+    "Beat",
     "ByName",
     "ConditionOrder",
     "Emitted",
@@ -107,7 +108,9 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     :ivar inputs: of the subtask.
     :ivar run_inputs: of the run, as far as the action takes them.
     :ivar resources: names of the resources that stay behind.
+    :ivar attempt: which one of the subtask it is, 1 for the first.
     :ivar listening: whether anybody wants the events.
+    :ivar beating: whether anybody wants to know that something was yielded.
     """
 
     action: Reference
@@ -120,7 +123,9 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     sequence_id: int
     action_name: str
     path: tuple[str, ...]
+    attempt: int
     listening: bool
+    beating: bool
 
 
 class Emitted(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -133,7 +138,12 @@ class Emitted(msgspec.Struct, frozen=True, tag=True, array_like=True):
     kind: str
     action: str
     path: tuple[str, ...]
+    attempt: int
     fields: bytes
+
+
+class Beat(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """The subtask has yielded something."""
 
 
 class Success(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -163,4 +173,4 @@ class Failure(msgspec.Struct, frozen=True, tag=True, array_like=True):
     cause: Failure | None
 
 
-Answer: TypeAlias = Emitted | Success | Failure
+Answer: TypeAlias = Emitted | Beat | Success | Failure

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final, Self, get_args
 
 import anyio
 from anyio.lowlevel import RunVar
 
-from arun.actions import Action, FunctionAction
+from arun.actions import Action, FunctionAction, within
 from arun.channel import Stream
 from arun.codec import decode
 from arun.context import ApplicationContext
@@ -17,7 +18,7 @@ from arun.errors import ChannelLost, MisuseError, RemoteError
 from arun.events import Event
 from arun.executors.failures import raise_failure
 from arun.executors.local import function_of
-from arun.executors.messages import Answer, Emitted, Failure, Order, Success
+from arun.executors.messages import Answer, Beat, Emitted, Failure, Order, Success
 from arun.executors.pool import Pool, Worker
 from arun.executors.references import encode_values, refer_to
 from arun.hosting import GRACE
@@ -82,16 +83,10 @@ class ProcessExecutor:
         :raises MisuseError: the action or a value that it needs can't cross; says which, and what to do.
         :raises WorkerDied: its process ended.
         """
-        order = _order(action, state, inputs, context)
-        pool = self._current_pool()
-        worker = await pool.take()
-        try:
-            success = await self._follow(pool, worker, order, context)
-        finally:
-            pool.give_back(worker)
-        result = decode(success.result)["result"]
-        changes = state.scoped(None).merge(decode(success.written))
-        return result, changes.wipe(delete=success.deleted) if success.deleted else changes
+        if context.capacities:  # an action that is more than a leaf counts as one, too: it has a process of its own
+            call = partial(self._run, action, state, inputs, context)
+            return await within(context.capacities, action, call)
+        return await self._run(action, state, inputs, context)
 
     async def aclose(self) -> None:
         """End all processes of this event loop, and wait for that. It can't be used again."""
@@ -105,6 +100,20 @@ class ProcessExecutor:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.aclose()
+
+    async def _run(
+        self, action: Action, state: State, inputs: Mapping[str, Any], context: ApplicationContext
+    ) -> tuple[Any, State]:
+        order = _order(action, state, inputs, context)
+        pool = self._current_pool()
+        worker = await pool.take()
+        try:
+            success = await self._follow(pool, worker, order, context)
+        finally:
+            pool.give_back(worker)
+        result = decode(success.result)["result"]
+        changes = state.scoped(None).merge(decode(success.written))
+        return result, changes.wipe(delete=success.deleted) if success.deleted else changes
 
     def _current_pool(self) -> Pool:
         if self._closed:
@@ -123,8 +132,16 @@ class ProcessExecutor:
             stream = worker.open(order)
             async for answer in stream:
                 if isinstance(answer, Emitted):
-                    fields = decode(answer.fields)
-                    await context.run.emit(_EVENTS[answer.kind], action=answer.action, path=answer.path, **fields)
+                    await context.run.emit(
+                        _EVENTS[answer.kind],
+                        action=answer.action,
+                        path=answer.path,
+                        attempt=answer.attempt,
+                        **decode(answer.fields),
+                    )
+                elif isinstance(answer, Beat):
+                    for beat in context.beats:
+                        beat()
                 else:
                     final = answer
         except ChannelLost as exc:
@@ -179,7 +196,9 @@ def _order(action: Action, state: State, inputs: Mapping[str, Any], context: App
         context.sequence_id,
         context.action_name,
         context.path,
+        context.attempt,
         context.run.listening,
+        bool(context.beats),
     )
 
 

@@ -37,7 +37,7 @@ from arun.context import ApplicationContext, Run
 from arun.errors import MisuseError, RemoteError
 from arun.events import Event
 from arun.executors.failures import failure_of
-from arun.executors.messages import LIMITS, PREPARE, Answer, Emitted, Order, Preparation, Success
+from arun.executors.messages import LIMITS, PREPARE, Answer, Beat, Emitted, Order, Preparation, Success
 from arun.executors.references import MAIN, action_of, encode_values
 from arun.runtime import Background, Runtime
 from arun.state import State
@@ -45,7 +45,10 @@ from arun.threads import Threads
 
 __all__ = ("main",)
 
-_COMMON: Final = frozenset({"run_id", "seq", "time", "action", "path"})
+_COMMON: Final = frozenset({"run_id", "seq", "time", "action", "path", "attempt"})
+
+
+_BEAT: Final = Beat()
 
 
 class _Worker:
@@ -139,8 +142,10 @@ class _Execution:
             inputs=decode(order.run_inputs),
             resources=_LeftBehind(order.resources),
             run=Run(self._answers if order.listening else None),
-            threads=self._threads,
         )
+        context.threads, context.attempt = self._threads, order.attempt
+        if order.beating:
+            context.beats = (self._answers.beat,)
         state = State(decode(order.state)).scoped(None)
         result, changes = await perform(action, state, decode(order.inputs), context)
         name, delta = action.display_name, changes.delta
@@ -197,7 +202,13 @@ class _Answers:
             kind = type(event).__name__
             what = f"what action {event.action!r} yielded"
             data = encode_values(fields, lambda name: f"{what} ({kind}.{name})")
-            self._waiting.append(Emitted(kind, event.action, event.path, data))
+            self._waiting.append(Emitted(kind, event.action, event.path, event.attempt, data))
+            self._wake()
+
+    def beat(self) -> None:
+        """Tell that something was yielded; one that waits already tells it."""
+        if not self._ended and not (self._waiting and isinstance(self._waiting[-1], Beat)):
+            self._waiting.append(_BEAT)
             self._wake()
 
     def end(self, last: Answer | None = None) -> None:

@@ -1,0 +1,177 @@
+"""EchoEngine: the Engine protocol without a model, for tests.
+
+It answers with the words of the prompt, a token a word, always the same for the same prompt, as fast or as slowly
+as it is told, and fails on demand. Needs no vLLM, torch or Ray, and runs on asyncio and on trio.
+
+>>> spec = EngineSpec(model="echo", engine="echo", engine_args={"token_seconds": 0.01, "fail_on": "poison"})
+>>> async with cluster.engines(spec) as pool:
+...     (await pool.complete("to be or not", max_tokens=3)).text
+'to be or'
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from typing import TYPE_CHECKING, Annotated
+
+import anyio
+import msgspec
+
+from actors.engine import (
+    Delta,
+    EngineLoad,
+    EngineSpec,
+    GenerateRequest,
+    Outcome,
+    Prompt,
+    Sampling,
+    Tally,
+    Usage,
+    is_chat,
+)
+from arun.errors import EngineDead, EngineError, MisuseError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+__all__ = ("EchoEngine", "EchoOptions")
+
+_Seconds = Annotated[float, msgspec.Meta(ge=0)]
+
+
+class EchoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What ``EngineSpec.engine_args`` may hold for the echo engine.
+
+    :ivar start_seconds: how long the start takes.
+    :ivar first_token_seconds: before the first token of each answer.
+    :ivar token_seconds: before every further token.
+    :ivar fail_start: the start fails with this message.
+    :ivar fail_on: a prompt that contains this text is refused with RequestError.
+    :ivar hang_on: a prompt that contains this text is never answered.
+    :ivar die_after: tokens after which the engine is dead, for this and every other request.
+    """
+
+    start_seconds: _Seconds = 0.0
+    first_token_seconds: _Seconds = 0.0
+    token_seconds: _Seconds = 0.0
+    fail_start: str | None = None
+    fail_on: str | None = None
+    hang_on: str | None = None
+    die_after: Annotated[int, msgspec.Meta(ge=0)] | None = None
+
+
+class EchoEngine:
+    """Answers with the words of the prompt, and begins again until ``max_tokens`` with ``ignore_eos``.
+
+    Of a chat it repeats the last user message, of token ids the ids themselves, written as numbers.
+
+    :param spec: its ``engine_args`` are :class:`EchoOptions`; ``max_model_len`` is counted in words.
+    :raises MisuseError: an unknown option, or a value of the wrong type.
+    """
+
+    def __init__(self, spec: EngineSpec) -> None:
+        try:
+            self._options = msgspec.convert(spec.engine_args, EchoOptions)
+        except msgspec.ValidationError as exc:
+            known = ", ".join(EchoOptions.__struct_fields__)
+            raise MisuseError(f"engine_args of the echo engine: {exc}; known are {known}") from None
+        self._max_model_len = spec.max_model_len
+        self._tally = Tally()
+        self._died: str | None = None
+
+    async def start(self) -> None:
+        await anyio.sleep(self._options.start_seconds)
+        if self._options.fail_start is not None:
+            raise EngineError(self._options.fail_start)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        self._tally.begin()
+        outcome: Outcome = "aborted"
+        try:
+            await self.check_health()
+            text = _spoken(request.prompt)
+            words = self._admit(text)
+            if self._options.hang_on is not None and self._options.hang_on in text:
+                await anyio.sleep_forever()
+            pieces, finish_reason = _answer(words, request.sampling)
+            await anyio.sleep(self._options.first_token_seconds)
+            for piece in pieces[:-1]:
+                self._count_token()
+                yield Delta(piece, [_token_id(piece)])
+                await anyio.sleep(self._options.token_seconds)
+            last = pieces[-1:]  # none when the answer begins with a stop string
+            for _ in last:
+                self._count_token()
+            outcome = "finished"
+            usage = Usage(prompt_tokens=len(words), completion_tokens=len(pieces))
+            yield Delta("".join(last), [_token_id(piece) for piece in last], finish_reason=finish_reason, usage=usage)
+        except EngineError:
+            outcome = "failed"
+            raise
+        finally:
+            self._tally.end(outcome)
+
+    async def check_health(self) -> None:
+        if self._died is not None:
+            raise EngineDead(self._died)
+
+    def load(self) -> EngineLoad:
+        return self._tally.load()
+
+    async def stop(self) -> None:
+        self._died = self._died or "the echo engine was stopped"
+
+    def _admit(self, text: str) -> list[str]:
+        if self._options.fail_on is not None and self._options.fail_on in text:
+            raise RequestError(f"the echo engine refuses prompts with {self._options.fail_on!r}, as it was told to")
+        words = _words(text)
+        if not words:
+            raise RequestError("the prompt is empty")
+        if self._max_model_len is not None and len(words) >= self._max_model_len:
+            raise RequestError(
+                f"the prompt has {len(words)} tokens, which leaves no room for an answer: "
+                f"max_model_len is {self._max_model_len}"
+            )
+        return words
+
+    def _count_token(self) -> None:
+        if self._died is None and self._options.die_after is not None and self._tally.tokens >= self._options.die_after:
+            self._died = f"the echo engine died after {self._tally.tokens} tokens, as it was told to"
+        if self._died is not None:
+            raise EngineDead(self._died)
+        self._tally.tokens += 1
+
+
+def _spoken(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    if is_chat(prompt):
+        return next((message.content for message in reversed(prompt) if message.role == "user"), "")
+    return " ".join(str(token) for token in prompt)
+
+
+def _words(text: str) -> list[str]:
+    """The words, each with the white space before it: joined, they are the text again."""
+    return re.findall(r"\s*\S+", text)
+
+
+def _answer(words: list[str], sampling: Sampling) -> tuple[list[str], str]:
+    """The tokens to answer with, and why they end there."""
+    if sampling.ignore_eos:
+        spaced = " ".join(word.strip() for word in words)
+        repeats = -(-sampling.max_tokens // len(words))
+        words = _words(" ".join([spaced] * repeats))
+    text = "".join(words)
+    stops = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop or []
+    cuts = [(at, stop) for stop in stops if (at := text.find(stop)) >= 0]
+    if cuts:
+        at, stop = min(cuts)
+        words = _words(text[: at + len(stop)] if sampling.include_stop_str_in_output else text[:at])
+    if len(words) > sampling.max_tokens or (sampling.ignore_eos and not cuts):
+        return words[: sampling.max_tokens], "length"
+    return words, "stop"
+
+
+def _token_id(piece: str) -> int:
+    return zlib.crc32(piece.encode())

@@ -1,0 +1,229 @@
+"""What an actor class offers to its callers: methods and their types, read from its annotations.
+
+The same ``Interface`` serves both ends. A handle binds arguments with it before anything is sent, and the actor
+decodes them by the parameter annotations; so a wrong call fails where it is written.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import structlog
+
+from arun.errors import MisuseError
+
+__all__ = ("ActorSpec", "Interface", "Method", "describe", "specify")
+
+log = structlog.get_logger("actors.interface")
+
+LIFECYCLE = ("on_start", "on_stop")
+_ASYNC_ITERATORS = (AsyncIterator, AsyncGenerator, AsyncIterable)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One method that callers may use.
+
+    :ivar label: ``Class.method``, for messages.
+    :ivar signature: without ``self``; annotations resolved where they can be.
+    :ivar streaming: whether it is an async generator.
+    :ivar argument_types: per parameter the type that its values are decoded to.
+    :ivar item_type: type of the result, or of each item of a stream.
+    """
+
+    name: str
+    label: str
+    signature: inspect.Signature
+    streaming: bool
+    argument_types: Mapping[str, Any]
+    item_type: Any
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Match arguments to parameters, as a call would.
+
+        :returns: values by parameter name, without those that take their default.
+        :raises TypeError: the method does not take these; the message has its signature.
+        """
+        try:
+            return self.signature.bind(*args, **kwargs).arguments
+        except TypeError as exc:
+            raise TypeError(f"{self.label}: {exc}; its signature is {self.label}{self.signature}") from None
+
+    def __str__(self) -> str:
+        return f"{self.label}{self.signature}"
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """The methods of an actor class and how many messages it takes at a time."""
+
+    class_name: str
+    methods: Mapping[str, Method]
+    concurrency: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActorSpec:
+    """One actor to be: its class, the constructor's arguments, what it offers."""
+
+    name: str
+    cls: type
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    interface: Interface
+
+
+def specify(
+    name: str, cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, concurrency: int | None
+) -> ActorSpec:
+    """Check an actor to be as far as that is possible without starting it.
+
+    :raises MisuseError: the class is no actor.
+    :raises TypeError: the constructor does not take these arguments.
+    """
+    interface = describe(cls, concurrency=concurrency)
+    try:
+        signature = inspect.signature(cls)
+    except ValueError:  # a constructor written in C shows no signature; it will judge for itself
+        return ActorSpec(name, cls, args, kwargs, interface)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as exc:
+        hint = "".join(
+            f" ({option}= is an option of spawn(); give the constructor's {option} by position)"
+            for option in ("name", "concurrency", "group", "env")
+            if option in signature.parameters and option not in kwargs
+        )
+        raise TypeError(f"{cls.__qualname__}: {exc}; its signature is {cls.__qualname__}{signature}{hint}") from None
+    return ActorSpec(name, cls, args, kwargs, interface)
+
+
+def describe(cls: type, *, concurrency: int | None = None) -> Interface:
+    """Read the interface of an actor class: its public async methods, inherited ones included.
+
+    :param concurrency: instead of what ``@actor(concurrency=)`` says.
+    :raises MisuseError: not a class, no method, a method that is no ``async def``, a type that can't be sent.
+    """
+    if not inspect.isclass(cls):
+        raise MisuseError(f"{cls!r} is no class; spawn(Counter, 3) builds the object itself, in the actor's process")
+    at_once: int = getattr(cls, "__arun_concurrency__", 1) if concurrency is None else concurrency
+    if at_once < 1:
+        raise MisuseError(f"{cls.__qualname__}: concurrency is {at_once}; it must be at least 1")
+    methods = {
+        name: _method(cls, name, function)
+        for name, function in _functions(cls).items()
+        if not name.startswith("_") and name not in LIFECYCLE
+    }
+    for name in LIFECYCLE:
+        hook = inspect.getattr_static(cls, name, None)
+        if hook is not None and not inspect.iscoroutinefunction(hook):
+            raise MisuseError(f"{cls.__qualname__}.{name} is not async; write `async def {name}(self) -> None:`")
+    if not methods:
+        raise MisuseError(
+            f"{cls.__qualname__} has no public method, so nobody could talk to it; an actor is a class with "
+            "`async def` methods"
+        )
+    return Interface(cls.__qualname__, methods, at_once)
+
+
+def _functions(cls: type) -> dict[str, Callable[..., Any]]:
+    """The functions that instances of a class have as methods, base classes first, in order of definition."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__):
+        found |= vars(base)
+    return {name: value for name, value in found.items() if inspect.isfunction(value)}
+
+
+def _method(cls: type, name: str, function: Callable[..., Any]) -> Method:
+    label = f"{cls.__qualname__}.{name}"
+    streaming = inspect.isasyncgenfunction(function)
+    if not streaming and not inspect.iscoroutinefunction(function):
+        kind, spelling = (
+            ("a plain generator", f"`async def {name}(...)` with `yield`")
+            if inspect.isgeneratorfunction(function)
+            else ("a plain function", f"`async def {name}(...)`")
+        )
+        raise MisuseError(
+            f"{label} is {kind}, so a call would stall every other message of the actor; write {spelling}, "
+            f"or call it `_{name}` if only the actor itself uses it"
+        )
+    signature = inspect.signature(function)
+    parameters = [
+        parameter.replace(annotation=_resolve(function, parameter.annotation))
+        for parameter in list(signature.parameters.values())[1:]
+    ]
+    result = _resolve(function, signature.return_annotation)
+    item_type = _item_type(label, result, streaming=streaming)
+    argument_types = {parameter.name: _decodable(label, parameter.name, parameter) for parameter in parameters}
+    return Method(
+        name=name,
+        label=label,
+        signature=signature.replace(parameters=parameters, return_annotation=result),
+        streaming=streaming,
+        argument_types=argument_types,
+        item_type=item_type,
+    )
+
+
+def _resolve(function: Callable[..., Any], annotation: Any) -> Any:
+    """One annotation as a type, or Any where a name in it is not known at run time.
+
+    One at a time, so that a name known only to type checkers costs no other its type.
+    """
+    if annotation is inspect.Parameter.empty:
+        return annotation
+    names = getattr(inspect.unwrap(function), "__globals__", {})
+    holder = types.SimpleNamespace(__annotations__={"it": annotation})
+    # Linters move what only annotations use under TYPE_CHECKING, these first of all.
+    familiar = {kind.__name__: kind for kind in _ASYNC_ITERATORS if kind.__name__ not in names}
+    try:
+        return typing.get_type_hints(holder, names, familiar, include_extras=True)["it"]
+    except Exception as exc:  # noqa: BLE001  # evaluating somebody's annotation may raise anything
+        log.warning(
+            "actor.annotation_unresolved", method=function.__qualname__, annotation=str(annotation), error=repr(exc)
+        )
+        return Any
+
+
+def _item_type(label: str, result: Any, *, streaming: bool) -> Any:
+    if result is inspect.Signature.empty:
+        return Any
+    iterates = typing.get_origin(result) in _ASYNC_ITERATORS or result in _ASYNC_ITERATORS
+    if streaming:
+        arguments = typing.get_args(result)
+        item = arguments[0] if iterates and arguments else Any
+    elif iterates:
+        raise MisuseError(
+            f"{label} returns an async iterator, which can't be sent; make it an async generator by yielding in it "
+            "(`async for item in ...: yield item`)"
+        )
+    else:
+        item = result
+    return _checked(item, f"{label}: what it {'yields' if streaming else 'returns'}")
+
+
+def _decodable(label: str, name: str, parameter: inspect.Parameter) -> Any:
+    if parameter.annotation is inspect.Parameter.empty:
+        return Any
+    checked = _checked(parameter.annotation, f"{label}: its parameter {name}")
+    match parameter.kind:
+        case inspect.Parameter.VAR_POSITIONAL:
+            return list[checked]  # type: ignore[valid-type]  # a type made at run time
+        case inspect.Parameter.VAR_KEYWORD:
+            return dict[str, checked]  # type: ignore[valid-type]  # as above
+        case _:
+            return checked
+
+
+def _checked(annotation: Any, what: str) -> Any:
+    try:
+        msgspec.msgpack.Decoder(annotation)
+    except TypeError as exc:
+        raise MisuseError(f"{what} has the type {annotation}, which can't be sent: {exc}") from exc
+    return annotation

@@ -1,0 +1,339 @@
+"""RayCluster: actors placed, started and killed by Ray; their messages go over channels of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import sys
+import threading
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.to_thread
+
+from actors.bundles import Group, Placement, Reservation, Strategy
+from actors.cluster import ActorInfo, ClusterResources, NodeResources
+from actors.finish import finish
+from actors.ray_host import RayBody, import_ray
+from actors.roster import Roster
+from arun.errors import MissingExtraError, MisuseError, PlacementError
+from arun.runtime import Background, Runtime
+
+if TYPE_CHECKING:
+    import builtins
+    from collections.abc import Generator, Mapping
+    from types import TracebackType
+    from typing import Self
+
+    from actors.actor import ActorHandle
+    from actors.engine import EngineSpec
+    from actors.interface import ActorSpec
+    from actors.pool import EnginePool
+
+__all__ = ("RayCluster",)
+
+_NO_NEWS = {
+    # Off the main thread Ray leaves the SIGTERM handler alone, which is what we want.
+    "ray._private.worker": "SIGTERM handler is not set",
+    # Ray's default for a cluster that it starts here, and ours.
+    "ray._private.authentication.authentication_token_setup": "Token authentication is enabled",
+}
+"""Per logger of Ray's, the beginning of a warning that each start would give and that asks nobody to do anything."""
+
+
+class RayCluster:
+    """A Ray cluster: one that runs already, or one of this machine, started and stopped with the block.
+
+    >>> async with RayCluster.connect() as cluster:
+    ...     counter = await cluster.spawn(Counter, start=3)
+
+    Make it with :meth:`connect`. Actors end with this process, since Ray ends a dead driver's actors.
+    """
+
+    def __init__(
+        self, address: str | None, options: Mapping[str, Any], *, placement_timeout: float, grace: float
+    ) -> None:
+        self._placement_timeout = placement_timeout
+        self._roster = Roster(grace=grace)
+        self._reservations: list[Reservation] = []
+        self._session = _RaySession(address, options)
+        self._opening: Background[None] | None = None
+        self._closing: Background[None] | None = None
+
+    @classmethod
+    def connect(
+        cls,
+        address: str | None = None,
+        *,
+        placement_timeout: float = 10.0,
+        grace: float = 5.0,
+        **ray_init_options: Any,
+    ) -> RayCluster:
+        """A cluster to be entered with ``async with``; nothing starts before.
+
+        :param address: of a running cluster ("auto", "host:port"); by default Ray is started on this machine,
+            without a dashboard, with token authentication (Ray's default; RAY_AUTH_MODE decides). A process that is
+            connected to Ray already uses that connection, and leaves it as it is.
+        :param placement_timeout: seconds that :meth:`reserve` waits for resources that others hold now.
+        :param grace: seconds that ``on_stop`` gets before a process is killed.
+        :param ray_init_options: for ``ray.init``, for example ``num_cpus=8``.
+        :raises MissingExtraError: Ray is not installed.
+        :raises MisuseError: the address is a ``ray://`` one.
+        """
+        if importlib.util.find_spec("ray") is None:
+            raise MissingExtraError("RayCluster", extra="ray", package="ray")
+        if address is not None and address.startswith("ray://"):
+            raise MisuseError(
+                f"RayCluster can't use {address}: a Ray client is outside of the cluster, out of reach of the actors' "
+                "sockets; run this program on a node of the cluster with address='auto', or submit it as a Ray job"
+            )
+        return cls(address, ray_init_options, placement_timeout=placement_timeout, grace=grace)
+
+    async def start(self) -> None:
+        """Connect, as ``async with`` does. Ray is started in a thread, so the event loop goes on."""
+        if self._roster.closed:
+            raise MisuseError("this cluster is closed; connect() again")
+        if self._opening is None:
+            self._opening = Runtime.current().start(self._session.open, name="start of RayCluster")
+        try:
+            await finish(self._opening)
+        except BaseException:
+            await self.aclose()
+            raise
+
+    async def spawn(
+        self,
+        cls: type,
+        /,
+        *args: Any,
+        name: str | None = None,
+        concurrency: int | None = None,
+        group: Group | None = None,
+        env: Mapping[str, str] = {},
+        **kwargs: Any,
+    ) -> ActorHandle:
+        """Start an actor; see :meth:`actors.cluster.Cluster.spawn`."""
+        self._require_open()
+
+        def launch(spec: ActorSpec) -> RayBody:
+            return RayBody(spec, group=group, env=env)
+
+        return await self._roster.spawn(
+            cls, args, kwargs, name=name, concurrency=concurrency, group=group, launch=launch
+        )
+
+    async def stop(self, actor: ActorHandle) -> None:
+        """End an actor; see :meth:`actors.cluster.Cluster.stop`."""
+        await self._roster.stop(actor)
+
+    async def get(self, name: str) -> ActorHandle:
+        """The handle of a running actor of this cluster object."""
+        return self._roster.get(name)
+
+    async def reserve(self, placement: Placement) -> Reservation:
+        """Reserve one placement group a replica.
+
+        :raises PlacementError: the cluster is too small for it, told at once; or others hold what it needs for longer
+            than ``placement_timeout``.
+        """
+        ray = import_ray()
+        self._require_open()
+        refusal = placement.refusal(await self.resources(), idle=True)
+        if refusal is not None:
+            raise PlacementError(refusal)
+        # Nothing is awaited from the first group to the reservation that owns them all.
+        groups = [
+            Group(replica, bundles, ray.util.placement_group(bundles, strategy=placement.strategy))
+            for replica, bundles in enumerate(placement.bundles())
+        ]
+        reservation = Reservation(placement, groups, self._give_back)
+        self._reservations.append(reservation)
+        try:
+            await self._wait_ready(placement, groups)
+        except BaseException:
+            await reservation.release()
+            raise
+        return reservation
+
+    def engines(
+        self,
+        spec: EngineSpec,
+        *,
+        replicas: int = 1,
+        name: str | None = None,
+        cpus: float = 1.0,
+        strategy: Strategy = "STRICT_PACK",
+    ) -> EnginePool:
+        """A pool of engines in this cluster; see :meth:`actors.cluster.Cluster.engines`."""
+        from actors.pool import EnginePool
+
+        return EnginePool(self, spec, replicas=replicas, name=name, cpus=cpus, strategy=strategy)
+
+    async def resources(self) -> ClusterResources:
+        """CPUs and GPUs of every node, in all and free. What actors freed a moment ago may still count as taken."""
+        self._require_open()
+        return await anyio.to_thread.run_sync(_resources)
+
+    async def aclose(self) -> None:
+        """Stop every actor, then what :meth:`start` started; see :meth:`actors.cluster.Cluster.aclose`."""
+        self._roster.closed = True
+        if self._closing is None:
+            self._closing = Runtime.current().start(self._close, name="close of RayCluster")
+        await finish(self._closing)
+
+    def list(self) -> builtins.list[ActorInfo]:
+        """Every actor that was not stopped, in order of start."""
+        return self._roster.infos()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _close(self) -> None:
+        await self._roster.stop_all()
+        for reservation in reversed(tuple(self._reservations)):
+            await reservation.release()
+        await self._session.close()
+
+    async def _wait_ready(self, placement: Placement, groups: builtins.list[Group]) -> None:
+        try:
+            with anyio.fail_after(self._placement_timeout):
+                for group in groups:
+                    native: Any = group.native
+                    await native.ready()
+        except TimeoutError:
+            now = placement.explain(await self.resources())
+            raise PlacementError(
+                f"others hold what this placement needs; it did not come free in {self._placement_timeout:g} s. As it "
+                f"stands now:\n{now}\nEnd what holds it, ask for less, or wait longer: "
+                "RayCluster.connect(placement_timeout=seconds)"
+            ) from None
+
+    async def _give_back(self, reservation: Reservation) -> None:
+        ray = import_ray()
+        # Actors first: who calls an actor whose group is removed under it may wait for ever (ray#57726).
+        await self._roster.stop_all(reservation.groups)
+        for group in reservation.groups:
+            ray.util.remove_placement_group(group.native)
+        self._reservations.remove(reservation)
+
+    def _require_open(self) -> None:
+        if self._roster.closed:
+            raise MisuseError("this cluster is closed; connect() again")
+        if self._opening is None or not self._opening.done:
+            raise MisuseError("this cluster is not connected yet: write `async with RayCluster.connect() as cluster:`")
+
+
+class _RaySession:
+    """A connection to Ray, held by a thread of its own for as long as it lasts.
+
+    Starting and stopping Ray takes seconds, so the event loop's thread won't do. Nor will a worker thread that may be
+    retired: Ray asks the kernel to kill its servers when the thread that started them ends (PR_SET_PDEATHSIG).
+    """
+
+    def __init__(self, address: str | None, options: Mapping[str, Any]) -> None:
+        self._address = address
+        self._options = options
+        self._opened: Future[None] = Future()
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._hold, name="Ray session", daemon=True)
+
+    async def open(self) -> None:
+        self._thread.start()
+        await anyio.to_thread.run_sync(self._opened.result)
+
+    async def close(self) -> None:
+        self._leave.set()
+        if self._thread.is_alive():
+            await anyio.to_thread.run_sync(self._thread.join)
+
+    def _hold(self) -> None:
+        try:
+            with _connected(self._address, self._options):
+                self._opened.set_result(None)
+                self._leave.wait()
+        except BaseException as exc:
+            if self._opened.done():
+                raise
+            self._opened.set_exception(exc)
+
+
+@contextlib.contextmanager
+def _connected(address: str | None, options: Mapping[str, Any]) -> Generator[None]:
+    """Be connected to Ray; ends only what it began. Blocks for seconds."""
+    ray = import_ray()
+    if ray.is_initialized():
+        if address is not None or options:
+            raise MisuseError(
+                "this process is connected to Ray already, so RayCluster.connect() takes that connection and neither "
+                f"address nor options can have an effect: address={address!r}, {dict(options)}"
+            )
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_stdout_is_the_programs())
+        quiet = {"include_dashboard": False} if address is None else {}
+        with _without_no_news():
+            ray.init(
+                address="local" if address is None else address,
+                **{"log_to_driver": False, "logging_level": logging.WARNING, **quiet, **options},
+            )
+        stack.callback(ray.shutdown)
+        yield
+
+
+@contextlib.contextmanager
+def _stdout_is_the_programs() -> Generator[None]:
+    """Send to stderr what Ray prints: a worker's death and, with log_to_driver, its output. It has no such option."""
+    worker = import_ray()._private.worker
+    original = worker.print_worker_logs
+
+    def print_to_stderr(data: Any, print_file: Any, *args: Any, **kwargs: Any) -> None:
+        original(data, sys.stderr, *args, **kwargs)
+
+    worker.print_worker_logs = print_to_stderr
+    try:
+        yield
+    finally:
+        worker.print_worker_logs = original
+
+
+@contextlib.contextmanager
+def _without_no_news() -> Generator[None]:
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_NO_NEWS[record.name])
+
+    loggers = [logging.getLogger(name) for name in _NO_NEWS]
+    for logger in loggers:
+        logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_news)
+
+
+def _resources() -> ClusterResources:
+    """Ask Ray; a round trip to its head node."""
+    ray = import_ray()
+    free: dict[str, dict[str, float]] = ray._private.state.available_resources_per_node()
+    nodes: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]
+    return ClusterResources(
+        tuple(
+            NodeResources(
+                name=f"{node['NodeName']} ({node['NodeID'][:8]})",  # one machine may have several nodes
+                cpus=node["Resources"].get("CPU", 0),
+                cpus_free=free.get(node["NodeID"], {}).get("CPU", 0),
+                gpus=node["Resources"].get("GPU", 0),
+                gpus_free=free.get(node["NodeID"], {}).get("GPU", 0),
+            )
+            for node in nodes
+        )
+    )

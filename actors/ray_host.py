@@ -1,0 +1,179 @@
+"""An actor in a process of Ray's: both of its ends.
+
+Ray is the control plane: it starts, places and kills the process and carries class, arguments and token to it. Messages
+go over a TCP channel to the address that the process listens on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import structlog
+
+from actors import pickling
+from actors.host import Host
+from arun.channel import Connection, connect_tcp, serve_tcp
+from arun.errors import ChannelLost
+from arun.runtime import Runtime
+from arun.telemetry import configure_logging_as_parent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from actors.bundles import Group
+    from actors.interface import ActorSpec
+
+__all__ = ("RayBody", "RayHost", "import_ray")
+
+log = structlog.get_logger("actors.ray_host")
+
+_KILL_TIMEOUT = 5.0
+"""Seconds that a killed process may take to be gone."""
+
+
+def import_ray() -> Any:
+    """Ray, imported when first needed, and without its types, which are partly missing and partly wrong."""
+    import ray
+
+    return ray
+
+
+class RayHost:
+    """The class that Ray makes an actor of: a thin shell around the same :class:`~actors.host.Host` as everywhere."""
+
+    def __init__(self, blob: bytes) -> None:
+        configure_logging_as_parent()
+        self._blob = blob
+        self._host: Host | None = None
+
+    async def listen(self, token: bytes) -> tuple[str, int, int, str]:
+        """Listen on the node's address; the object is started over the channel.
+
+        :returns: host, port, pid, Ray's id of the node.
+        """
+        ray = import_ray()
+        host = ray.util.get_node_ip_address()
+        self._host = Host(lambda: pickling.loads(self._blob))
+        server = await serve_tcp(self._host.handle, token=token, host=host)
+        self._host.begin(server.aclose)
+        return host, int(server.address[1]), os.getpid(), ray.get_runtime_context().get_node_id()
+
+    async def wait_dead(self) -> None:
+        """Never returns: the call fails when the process is gone."""
+        await asyncio.Event().wait()
+
+    async def stop(self) -> None:
+        """End the object, ``on_stop`` included."""
+        if self._host is not None:
+            self._host.stop()
+            await self._host.wait_ended()
+
+
+class RayBody:
+    """The owner's view of one :class:`RayHost`.
+
+    :param env: environment variables of its process.
+    :param group: placement group whose first bundle takes it; by default anywhere, without claim to a CPU.
+    """
+
+    def __init__(self, spec: ActorSpec, *, group: Group | None, env: Mapping[str, str]) -> None:
+        ray = import_ray()
+        # A restarted process would begin without its state, and a retried call might run twice.
+        options: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": 0}
+        if env:
+            options["runtime_env"] = {"env_vars": dict(env)}
+        if group is not None:
+            options |= _placed(group)
+        self._name = spec.name
+        self._actor: Any = ray.remote(RayHost).options(**options).remote(pickling.dumps(spec))
+        self._where: tuple[str, int] | None = None
+        self._pid: int | None = None
+        self._pidfd: int | None = None
+        self._end = Runtime.current().start(self._watch_end, name=f"Ray actor {spec.name}")
+
+    @property
+    def pid(self) -> int | None:
+        return self._pid
+
+    @property
+    def address(self) -> str:
+        return "" if self._where is None else "{}:{}".format(*self._where)
+
+    async def connect(self) -> Connection:
+        ray = import_ray()
+        token = secrets.token_bytes(32)
+        try:
+            host, port, pid, node = await self._actor.listen.remote(token)
+        except ray.exceptions.RayActorError as exc:
+            raise ChannelLost(f"Ray could not start the actor {self._name!r}: {exc}") from exc
+        self._where, self._pid = (host, port), pid
+        if node == ray.get_runtime_context().get_node_id():
+            with contextlib.suppress(ProcessLookupError):
+                self._pidfd = os.pidfd_open(pid)
+        return await connect_tcp(host, port, token=token)
+
+    async def wait_ended(self) -> str:
+        return await self._end.wait()
+
+    async def stop(self, grace: float) -> None:
+        ray = import_ray()
+        if self._where is not None and not self._end.done:
+            with anyio.move_on_after(grace):
+                try:
+                    await self._actor.stop.remote()
+                except ray.exceptions.RayActorError:
+                    pass  # it is dead already
+                except Exception:
+                    log.exception("actor.stop_failed", actor=self._name)
+        ray.kill(self._actor, no_restart=True)
+        with anyio.move_on_after(_KILL_TIMEOUT) as scope:
+            await self._end.wait()
+            if self._pidfd is not None:
+                await anyio.wait_readable(self._pidfd)
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+        if scope.cancelled_caught:
+            log.warning("actor.outlives_kill", actor=self._name, pid=self._pid, seconds=_KILL_TIMEOUT)
+
+    async def _watch_end(self) -> str:
+        ray = import_ray()
+        try:
+            await self._actor.wait_dead.remote()
+        except ray.exceptions.RayError as exc:
+            # Also when Ray only can't reach it any more: then this makes true what callers are told.
+            ray.kill(self._actor, no_restart=True)
+            return _phrase(str(exc))
+        return "ended"
+
+
+def _placed(group: Group) -> dict[str, Any]:
+    """Ray's options that put an actor into a group's first bundle and whatever it starts into the others."""
+    first = group.bundles[0]
+    options: dict[str, Any] = {
+        "scheduling_strategy": import_ray().util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+            placement_group=group.native,
+            placement_group_bundle_index=0,
+            placement_group_capture_child_tasks=True,
+        ),
+        "num_cpus": first.get("CPU", 0),
+    }
+    if len(group.bundles) == 1:  # with more, each worker takes the GPU of its own bundle
+        options["num_gpus"] = first.get("GPU", 0)
+    return options
+
+
+def _phrase(told: str) -> str:
+    """What Ray tells about a death, continuing "the actor", without its advice."""
+    detail = re.search(
+        r"Worker exit type: (\w+) Worker exit detail: (.*?\.)(?= Some common causes|\s*$)", told, re.DOTALL
+    )
+    if detail is not None:
+        return f"died: {detail[2]} (Ray's exit type: {detail[1]})"
+    return f"died. Ray says: {told}"

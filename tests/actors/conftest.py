@@ -1,0 +1,49 @@
+"""Clusters of every kind, for the one suite that all of them must pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_asyncio
+
+from actors.local_cluster import LocalCluster
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from actors.cluster import Cluster
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for every test that needs one."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(
+    params=["process", "task", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(120)])],
+)
+def kind(request: pytest.FixtureRequest) -> str:
+    """What kind of cluster."""
+    if request.param == "ray":
+        request.getfixturevalue("ray_session")
+    return str(request.param)
+
+
+@pytest_asyncio.fixture
+async def cluster(kind: str) -> AsyncIterator[Cluster]:
+    async with make_cluster(kind) as cluster:
+        yield cluster
+
+
+def make_cluster(kind: str) -> Cluster:
+    if kind == "ray":
+        from actors.ray_cluster import RayCluster
+
+        return RayCluster.connect()
+    return LocalCluster(isolation="task" if kind == "task" else "process", cpus=4, gpus=2)

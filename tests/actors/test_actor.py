@@ -1,0 +1,146 @@
+"""What an actor class must be, told when it is spawned and before anything starts."""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+
+from actors.actor import actor
+from actors.interface import describe
+from actors.local_cluster import LocalCluster
+from arun.errors import MisuseError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from decimal import Overflow as OnlyForTypeCheckers
+
+
+class Plain:
+    def incr(self) -> int:
+        return 1
+
+
+class PlainGenerator:
+    def items(self) -> Iterator[int]:
+        yield 1
+
+
+class PlainStart:
+    def on_start(self) -> None: ...
+
+    async def ping(self) -> None: ...
+
+
+class Mute:
+    async def _hidden(self) -> None: ...
+
+
+class ReturnsAnIterator:
+    async def items(self) -> AsyncIterator[int]:
+        return self._items()
+
+    async def _items(self) -> AsyncIterator[int]:
+        yield 1
+
+
+class One(msgspec.Struct): ...
+
+
+class Other(msgspec.Struct): ...
+
+
+class TakesTheImpossible:
+    async def put(self, value: One | Other) -> None: ...
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (Plain, r"Plain\.incr is a plain function, .* write `async def incr\(\.\.\.\)`, or call it `_incr`"),
+        (PlainGenerator, r"PlainGenerator\.items is a plain generator, .* `async def items\(\.\.\.\)` with `yield`"),
+        (PlainStart, r"PlainStart\.on_start is not async; write `async def on_start"),
+        (Mute, "Mute has no public method"),
+        (ReturnsAnIterator, r"ReturnsAnIterator\.items returns an async iterator.*yielding in it"),
+        (TakesTheImpossible, r"TakesTheImpossible\.put: its parameter value has the type .* can't be sent"),
+        (Plain(), "is no class"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+async def test_a_class_that_is_no_actor_is_refused_with_the_spelling(cls: Any, message: str) -> None:
+    async with LocalCluster(isolation="task") as cluster:
+        with pytest.raises(MisuseError, match=message):
+            await cluster.spawn(cls)
+        assert cluster.list() == []
+
+
+def test_methods_are_the_public_async_ones_of_the_class_and_its_bases() -> None:
+    class Base:
+        async def inherited(self) -> int: ...
+
+        def _private(self) -> None: ...
+
+    class Actor(Base):
+        limit = 3
+
+        async def own(self, text: str) -> AsyncIterator[str]:
+            yield text
+
+        async def on_start(self) -> None: ...
+
+        async def on_stop(self) -> None: ...
+
+        @property
+        def shape(self) -> str: ...
+
+        @staticmethod
+        def helper() -> None: ...
+
+    methods = describe(Actor).methods
+    assert list(methods) == ["inherited", "own"]
+    assert methods["own"].streaming
+    assert methods["own"].item_type is str
+    assert methods["inherited"].item_type is int
+
+
+def test_a_type_that_cannot_be_resolved_counts_as_any_and_costs_no_other_its_type() -> None:
+    class Half:
+        async def put(self, known: int, unknown: OnlyForTypeCheckers, bare, *rest: str) -> NoSuchName: ...  # type: ignore[no-untyped-def, name-defined]  # noqa: F821
+
+    put = describe(Half).methods["put"]
+    assert put.argument_types == {"known": int, "unknown": Any, "bare": Any, "rest": list[str]}
+    assert put.item_type is Any
+
+
+def test_concurrency_below_one_is_refused() -> None:
+    with pytest.raises(MisuseError, match="at least 1"):
+        actor(concurrency=0)
+    with pytest.raises(MisuseError, match="at least 1"):
+        describe(Mute, concurrency=0)
+
+
+class Pair:
+    def __init__(self, name: str) -> None: ...
+
+    async def ping(self) -> None: ...
+
+
+@pytest.mark.asyncio
+async def test_a_constructor_parameter_that_is_also_an_option_of_spawn_is_pointed_out() -> None:
+    async with LocalCluster(isolation="task") as cluster:
+        with pytest.raises(
+            TypeError, match="name= is an option of spawn\\(\\); give the constructor's name by position"
+        ):
+            await cluster.spawn(Pair, name="x")
+        await cluster.spawn(Pair, "x", name="y")
+
+
+@pytest.mark.asyncio
+async def test_a_handle_says_why_it_cannot_be_pickled() -> None:
+    async with LocalCluster(isolation="task") as cluster:
+        handle = await cluster.spawn(Pair, "x", name="y")
+        with pytest.raises(TypeError, match="Send the actor's name"):
+            pickle.dumps(handle)

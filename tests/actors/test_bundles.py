@@ -1,0 +1,134 @@
+"""Placement: what it needs, where it goes, what it says when it does not fit."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.bundles import Placement, fit
+from actors.cluster import ClusterResources, NodeResources
+from arun.errors import MisuseError
+
+
+def cluster(*cpus: float, gpus: float = 0, taken: float = 0) -> ClusterResources:
+    return ClusterResources(
+        tuple(
+            NodeResources(name=f"n{i}", cpus=count, cpus_free=count - taken, gpus=gpus, gpus_free=gpus)
+            for i, count in enumerate(cpus)
+        )
+    )
+
+
+def test_a_replica_has_a_bundle_for_each_worker() -> None:
+    placement = Placement(tensor_parallel=2, pipeline_parallel=2, replicas=3, cpus=0.5, gpus=1)
+    assert placement.bundles() == [[{"CPU": 0.5, "GPU": 1}] * 4] * 3
+
+
+def test_a_bundle_names_no_resource_that_it_does_not_need() -> None:
+    assert Placement(cpus=1).bundles() == [[{"CPU": 1}]]
+    assert Placement(cpus=0, gpus=1).bundles() == [[{"GPU": 1}]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"replicas": 0}, {"tensor_parallel": 0}, {"cpus": -1}, {"cpus": 0}, {"strategy": "STRICT"}],
+    ids=str,
+)
+def test_impossible_numbers_are_refused_where_they_are_written(wrong: dict[str, object]) -> None:
+    with pytest.raises(MisuseError, match=next(iter(wrong))):
+        Placement(**wrong)  # type: ignore[arg-type]  # wrong on purpose
+
+
+@pytest.mark.parametrize(
+    ("strategy", "nodes", "expected"),
+    [
+        ("STRICT_PACK", (1, 2), (("n1", "n1"),)),
+        ("STRICT_PACK", (1, 1), (None,)),
+        ("PACK", (1, 2), (("n1", "n1"),)),
+        ("PACK", (1, 1), (("n0", "n1"),)),
+        ("PACK", (1,), (None,)),
+        ("SPREAD", (2, 2), (("n0", "n1"),)),
+        ("SPREAD", (2,), (("n0", "n0"),)),
+        ("SPREAD", (1,), (None,)),
+        ("STRICT_SPREAD", (2, 2), (("n0", "n1"),)),
+        ("STRICT_SPREAD", (2,), (None,)),
+    ],
+)
+def test_the_strategy_decides_on_which_nodes_two_workers_lie(
+    strategy: str, nodes: tuple[int, ...], expected: tuple[tuple[str, ...] | None, ...]
+) -> None:
+    placement = Placement(tensor_parallel=2, strategy=strategy)  # type: ignore[arg-type]  # a Literal from parametrize
+    assert fit(placement, cluster(*nodes)).nodes == expected
+
+
+def test_what_is_taken_does_not_count_unless_the_cluster_is_judged_idle() -> None:
+    busy = cluster(4, taken=3)
+    placement = Placement(tensor_parallel=2)
+    assert not fit(placement, busy).fits
+    assert fit(placement, busy, idle=True).fits
+
+
+def test_fractions_add_up() -> None:
+    assert fit(Placement(replicas=10, cpus=0.1), cluster(1)).fits
+    assert not fit(Placement(replicas=11, cpus=0.1), cluster(1)).fits
+
+
+def test_explain_shows_each_replica_on_its_nodes() -> None:
+    text = Placement(tensor_parallel=2, replicas=3, cpus=1, gpus=1).explain(cluster(4, 2, gpus=4))
+    assert text == (
+        "needs    3 replicas of 2 workers (tensor_parallel 2 x pipeline_parallel 1) with 1 CPU and 1 GPU each, "
+        "STRICT_PACK; 6 CPU and 6 GPU in all\n"
+        "cluster  2 nodes, 6 of 6 CPU free, 8 of 8 GPU free\n"
+        "  node n0: 4 of 4 CPU free, 4 of 4 GPU free\n"
+        "  node n1: 2 of 2 CPU free, 4 of 4 GPU free\n"
+        "replica 0  bundles 0, 1 on node n0\n"
+        "replica 1  bundles 0, 1 on node n0\n"
+        "replica 2  bundles 0, 1 on node n1\n"
+        "it fits"
+    )
+
+
+def test_a_refusal_has_both_sides_numbers_and_the_way_out() -> None:
+    refusal = Placement(tensor_parallel=2, replicas=2).refusal(cluster(3))
+    assert refusal is not None
+    assert "2 replicas of 2 workers" in refusal
+    assert "\n" not in refusal
+    assert "4 CPU in all" in refusal
+    assert "3 of 3 CPU free" in refusal
+    assert "room for 1 of 2; each needs 2 workers on one node" in refusal
+    assert "Ask for fewer replicas" in refusal
+
+
+STRATEGIES = ["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
+
+
+@given(
+    nodes=st.lists(st.integers(0, 6), max_size=5),
+    workers=st.integers(1, 4),
+    replicas=st.integers(1, 4),
+    strategy=st.sampled_from(STRATEGIES),
+)
+def test_a_fit_keeps_the_strategy_and_gives_no_node_more_than_it_has(
+    nodes: list[int], workers: int, replicas: int, strategy: str
+) -> None:
+    placement = Placement(tensor_parallel=workers, replicas=replicas, strategy=strategy)  # type: ignore[arg-type]
+    found = fit(placement, cluster(*nodes))
+    placed = [where for where in found.nodes if where is not None]
+    used = [node for where in placed for node in where]
+    assert all(used.count(f"n{i}") <= has for i, has in enumerate(nodes))
+    for where in placed:
+        assert len(where) == workers
+        if strategy == "STRICT_PACK":
+            assert len(set(where)) == 1
+        if strategy == "STRICT_SPREAD":
+            assert len(set(where)) == workers
+    # No replica is turned away that the numbers leave room for.
+    match strategy:
+        case "STRICT_PACK":
+            possible = sum(has // workers for has in nodes) >= replicas
+        case "STRICT_SPREAD":
+            possible = sum(min(has, replicas) for has in nodes) >= replicas * workers
+        case _:
+            possible = sum(nodes) >= replicas * workers
+    assert found.fits == possible

@@ -1,0 +1,285 @@
+"""EnginePool on LocalCluster, with EchoEngine: no model, real actors and real channels."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import pickle
+import signal
+
+import anyio
+import pytest
+
+from actors.engine import EngineSpec, Usage
+from actors.local_cluster import LocalCluster
+from actors.pool import EnginePool
+from arun.errors import EngineDead, EngineError, MisuseError, PlacementError, RequestError
+from arun.runtime import Runtime
+
+pytestmark = pytest.mark.anyio
+
+LONG = "word " * 10_000
+
+
+def echo(max_model_len=None, **options):
+    return EngineSpec(model="echo", engine="echo", max_model_len=max_model_len, engine_args=options)
+
+
+@contextlib.asynccontextmanager
+async def open_pool(spec=None, *, isolation="task", cpus=8, **options):
+    async with (
+        Runtime(),
+        LocalCluster(isolation=isolation, cpus=cpus) as cluster,
+        EnginePool(cluster, spec or echo(), **options) as pool,
+    ):
+        yield pool
+
+
+async def engine_load(pool):
+    [info] = await pool.info()
+    return info.load
+
+
+async def test_an_answer_streams_as_deltas():
+    async with open_pool() as pool:
+        deltas = [delta async for delta in pool.generate("to be or not", max_tokens=10)]
+    assert [delta.text for delta in deltas] == ["to", " be", " or", " not"]
+    assert deltas[-1].finish_reason == "stop"
+    assert deltas[-1].usage == Usage(4, 4)
+    assert all(delta.usage is None for delta in deltas[:-1])
+
+
+async def test_a_completion_has_the_whole_answer():
+    async with open_pool() as pool:
+        done = await pool.complete([{"role": "user", "content": "to be"}], max_tokens=10, request_id="mine")
+    assert (done.text, done.finish_reason, done.usage, done.request_id) == ("to be", "stop", Usage(2, 2), "mine")
+    assert len(done.token_ids) == 2
+    assert done.time_to_first_token is not None
+
+
+async def test_requests_spread_over_the_replicas():
+    async with open_pool(replicas=3) as pool:
+        streams = [pool.generate("a b") for _ in range(6)]
+        assert [stream.replica for stream in streams] == [0, 1, 2, 0, 1, 2]
+        for stream in streams:
+            assert [delta.text async for delta in stream] == ["a", " b"]
+        stats = pool.stats()
+    assert [(each.state, each.in_flight, each.finished, each.tokens) for each in stats.replicas] == [
+        ("ready", 0, 2, 4),
+    ] * 3
+
+
+async def test_requests_beyond_the_limit_wait_in_order_of_arrival():
+    async with open_pool(max_in_flight=1) as pool:
+        first, second, third = (pool.generate("a b") for _ in range(3))
+        assert (pool.stats().waiting, second.replica) == (2, None)
+        assert [delta.text async for delta in first] == ["a", " b"]
+        assert (pool.stats().waiting, second.replica, third.replica) == (1, 0, None)
+        assert [delta.text async for delta in second] == ["a", " b"]
+        assert [delta.text async for delta in third] == ["a", " b"]
+
+
+async def test_a_waiting_request_that_is_closed_makes_way():
+    async with open_pool(max_in_flight=1) as pool:
+        first, second, third = (pool.generate("a b") for _ in range(3))
+        await second.aclose()
+        assert [delta async for delta in second] == []
+        assert len([delta async for delta in first]) == 2
+        assert len([delta async for delta in third]) == 2
+
+
+async def test_closing_a_stream_aborts_its_request_before_it_returns():
+    async with open_pool() as pool:
+        stream = pool.generate(LONG, max_tokens=10_000)
+        await anext(stream)
+        await stream.aclose()
+        load = await engine_load(pool)
+        assert (load.in_flight, load.aborted) == (0, 1)
+        assert pool.stats().replicas[0].aborted == 1
+        assert [delta async for delta in stream] == []
+
+
+async def test_cancelling_the_consumer_aborts_its_request():
+    async def consume(pool, started):
+        async for _ in pool.generate(LONG, max_tokens=10_000):
+            started.set()
+
+    async with open_pool() as pool:
+        started = anyio.Event()
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(consume, pool, started)
+            await started.wait()
+            tasks.cancel_scope.cancel()
+        load = await engine_load(pool)
+        assert (load.in_flight, load.aborted) == (0, 1)
+
+
+async def test_a_cancelled_complete_aborts_a_request_that_hangs():
+    async with open_pool(echo(hang_on="tar")) as pool:
+        with anyio.move_on_after(0.05) as scope:
+            await pool.complete("tar pit")
+        assert scope.cancelled_caught
+        load = await engine_load(pool)
+        assert (load.in_flight, load.aborted) == (0, 1)
+
+
+async def test_a_dropped_stream_aborts_its_request_also_from_another_thread():
+    async with open_pool(echo(hang_on="tar"), max_in_flight=1) as pool:
+        streams = [pool.generate("tar pit")]
+        waiting = pool.generate("water")
+
+        def drop():
+            streams.clear()
+            gc.collect()
+
+        await anyio.to_thread.run_sync(drop)
+        assert [delta.text async for delta in waiting] == ["water"]
+        assert pool.stats().replicas[0].aborted == 1
+
+
+async def test_a_refused_request_raises_request_error_and_the_replica_goes_on():
+    async with open_pool(echo(fail_on="poison", max_model_len=4)) as pool:
+        with pytest.raises(RequestError, match="poison"):
+            await pool.complete("poison")
+        with pytest.raises(RequestError, match="5 tokens"):
+            await pool.complete("a b c d e")
+        assert (await pool.complete("water")).text == "water"
+        assert (pool.stats().replicas[0].failed, pool.stats().replicas[0].state) == (2, "ready")
+
+
+async def test_a_dead_engine_fails_all_its_requests_and_gets_no_more():
+    async with open_pool(echo(die_after=3), replicas=2) as pool:
+        doomed = pool.generate("a b c d e", max_tokens=10)
+        with pytest.raises(EngineDead, match=r"replica 0 of pool .* 1 requests in flight: .*after 3 tokens"):
+            async for _ in doomed:
+                pass
+        assert [each.state for each in pool.stats().replicas] == ["dead", "ready"]
+        assert (await pool.complete("a b")).text == "a b"
+        with pytest.raises(EngineDead, match="replica 1"):
+            await pool.complete("a b c")
+        with pytest.raises(EngineDead, match=r"no replica left. replica 0: .*; replica 1: "):
+            await pool.complete("a")
+
+
+async def test_an_unknown_parameter_is_refused_by_the_call_itself():
+    async with open_pool() as pool:
+        with pytest.raises(RequestError, match="did you mean 'frequency_penalty'"):
+            pool.generate("a", frequency_penality=1.0)
+        assert pool.stats().replicas[0].started == 0
+
+
+async def test_a_request_id_can_not_be_in_flight_twice():
+    async with open_pool() as pool:
+        stream = pool.generate("a", request_id="x")
+        with pytest.raises(RequestError, match="'x'"):
+            pool.generate("a", request_id="x")
+        await stream.aclose()
+        assert (await pool.complete("a", request_id="x")).text == "a"
+
+
+async def test_closing_the_pool_fails_what_is_in_flight():
+    async with open_pool(echo(hang_on="tar"), max_in_flight=1) as pool:
+        streams = [pool.generate("tar pit"), pool.generate("water")]
+
+        async def consume(stream):
+            with pytest.raises(EngineError, match="was closed before the answer was complete"):
+                async for _ in stream:
+                    pass
+
+        async with anyio.create_task_group() as tasks:
+            for stream in streams:
+                tasks.start_soon(consume, stream)
+            await anyio.wait_all_tasks_blocked()
+            await pool.aclose()
+        with pytest.raises(MisuseError, match="not open"):
+            pool.generate("a")
+
+
+async def test_closing_releases_everything_and_may_be_repeated():
+    async with Runtime(), LocalCluster(isolation="task", cpus=2) as cluster:
+        async with cluster.engines(echo(), replicas=2) as pool:
+            assert (await cluster.resources()).cpus_free == 0
+        await pool.aclose()
+        assert (await cluster.resources()).cpus_free == 2
+        assert cluster.list() == []
+
+
+async def test_a_start_that_fails_releases_everything_and_raises_the_cause():
+    async with Runtime(), LocalCluster(isolation="task", cpus=2) as cluster:
+        with pytest.raises(EngineError) as caught:
+            async with cluster.engines(echo(fail_start="out of memory"), replicas=2):
+                pytest.fail("the pool must not open")
+        assert str(caught.value) == "out of memory"
+        assert (await cluster.resources()).cpus_free == 2
+        assert cluster.list() == []
+
+
+async def test_a_start_that_is_cancelled_releases_everything():
+    async with Runtime(), LocalCluster(isolation="task", cpus=2) as cluster:
+        with anyio.move_on_after(0.05):
+            async with cluster.engines(echo(start_seconds=3600), replicas=2):
+                pytest.fail("the pool must not open")
+        assert (await cluster.resources()).cpus_free == 2
+        assert cluster.list() == []
+
+
+async def test_too_many_replicas_are_refused_with_the_numbers():
+    async with Runtime(), LocalCluster(isolation="task", cpus=2) as cluster:
+        with pytest.raises(PlacementError, match="room for 2 of 3"):
+            async with cluster.engines(echo(), replicas=3):
+                pytest.fail("the pool must not open")
+
+
+async def test_progress_is_told_while_replicas_start():
+    told = []
+    async with open_pool(replicas=2, on_progress=told.append):
+        pass
+    assert sorted((progress.replica, progress.state) for progress in told) == [
+        (0, "loading model"),
+        (0, "ready"),
+        (1, "loading model"),
+        (1, "ready"),
+    ]
+    assert all(progress.seconds >= 0 for progress in told)
+
+
+async def test_a_pool_refuses_to_be_pickled_and_to_be_used_before_its_start():
+    async with Runtime(), LocalCluster(isolation="task") as cluster:
+        pool = cluster.engines(echo(), name="chat")
+        with pytest.raises(MisuseError, match="'chat' can't be pickled"):
+            pickle.dumps(pool)
+        with pytest.raises(MisuseError, match="not open"):
+            pool.generate("a")
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_killed_replica_fails_its_requests_by_name_and_the_others_go_on():
+    async with open_pool(echo(hang_on="tar"), isolation="process", replicas=2, name="chat") as pool:
+        pid = pool.stats().replicas[0].pid
+        assert pid != os.getpid()
+        doomed = pool.generate("tar pit")
+        assert doomed.replica == 0
+
+        async def kill():
+            await anyio.wait_all_tasks_blocked()
+            os.kill(pid, signal.SIGKILL)
+
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(kill)
+            with pytest.raises(EngineDead, match=rf"replica 0 of pool 'chat' \(pid {pid}\).*SIGKILL"):
+                await anext(doomed)
+        assert (await pool.complete("water")).text == "water"
+        assert [each.state for each in pool.stats().replicas] == ["dead", "ready"]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_process_per_replica_and_none_is_left():
+    async with open_pool(isolation="process", replicas=2) as pool:
+        pids = {each.pid for each in pool.stats().replicas}
+        assert len(pids) == 2
+        done = [await pool.complete("a b c", max_tokens=2) for _ in range(4)]
+        assert {each.text for each in done} == {"a b"}
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
