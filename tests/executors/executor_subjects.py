@@ -396,6 +396,22 @@ def give_object_item(state: State) -> Iterator[Any]:
     yield state.update(out=1)
 
 
+@action(reads=["folder", "own_process"], writes=["out"])
+def flaky(state: State) -> Iterator[Any]:
+    """Fail twice, the second time with the whole process where it has one of its own."""
+    marks = Path(state["folder"]) / "attempts"
+    attempt = len(marks.read_text()) + 1 if marks.exists() else 1
+    marks.write_text("x" * attempt)
+    yield attempt
+    if attempt == 1:
+        raise ConnectionError("for now")
+    if attempt == 2:
+        if state["own_process"]:
+            os._exit(1)
+        raise ConnectionError("again")
+    yield state.update(out=attempt)
+
+
 # -- graphs ----------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ import pytest
 from executor_fan import Fan, app_of, outs_of
 
 from arun import (
+    Capacity,
     Failed,
     Item,
     MisuseError,
@@ -27,10 +28,12 @@ from arun import (
     Partial,
     Policy,
     ProcessExecutor,
+    Retry,
     RunnableGraph,
     State,
     SubGraphTask,
     ThreadExecutor,
+    WorkerDied,
 )
 from arun.context import ApplicationContext, Run
 from arun.errors import RemoteError
@@ -73,6 +76,29 @@ VALUES: list[Any] = [
 ]
 
 
+class Everything:
+    """A sink that has room for all events."""
+
+    full = False
+
+    async def room(self, kind: object) -> None: ...
+
+    def put(self, event: object) -> None: ...
+
+
+def context_of(run: Run) -> ApplicationContext:
+    return ApplicationContext(
+        app_id="a",
+        partition_key=None,
+        sequence_id=0,
+        action_name="x",
+        path=(),
+        inputs={},
+        resources={},
+        run=run,
+    )
+
+
 def same(left: Any, right: Any) -> bool:
     if type(left) is not type(right):
         return False
@@ -107,18 +133,8 @@ async def test_arrays_arrive_with_their_type_and_shape(executor: Executor) -> No
 
 async def test_what_run_returns_is_what_perform_returns(executor: Executor, kind: str) -> None:
     """The protocol itself: the result, and a State whose delta is what the action wrote."""
-    context = ApplicationContext(
-        app_id="a",
-        partition_key=None,
-        sequence_id=0,
-        action_name="x",
-        path=(),
-        inputs={},
-        resources={},
-        run=Run(),
-    )
     state = State({"value": (1, 2), "unrelated": object()})
-    result, changes = await executor.run(subjects.ECHO[kind], state, {}, context)
+    result, changes = await executor.run(subjects.ECHO[kind], state, {}, context_of(Run()))
     assert result == ({"result": (1, 2)} if kind == "coroutine" else None)
     assert changes.delta.written == {"out": ((1, 2), None)}
     assert changes.delta.deleted == frozenset()
@@ -322,6 +338,37 @@ async def test_many_subtasks_run_over_few_workers_and_keep_to_the_limit(executor
     assert max(most for _, most in outs) <= (1 if isinstance(executor, ProcessExecutor) else 7)
     if isinstance(executor, ProcessExecutor):
         assert len({pid for pid, _ in outs}) == 2
+
+
+async def test_a_capacity_is_held_while_a_subtask_runs(executor: Executor) -> None:
+    subjects.reset_count()
+    tasks = [SubGraphTask(subjects.count_at_once, State({"value": n})) for n in range(20)]
+    outs = await outs_of(executor, *tasks, policy=Policy(capacity=Capacity(1)))
+    assert {most for _, most in outs} == {1}
+
+
+async def test_a_failed_attempt_is_retried_also_after_the_death_of_its_process(
+    executor: Executor, folder: Path
+) -> None:
+    own_process = isinstance(executor, ProcessExecutor)
+    task = SubGraphTask(subjects.flaky, State({"folder": str(folder), "own_process": own_process}))
+    retry = Retry(attempts=3, on=(ConnectionError, WorkerDied), initial=0)
+    stream = app_of(executor, Fan(task, policy=Policy(retry=retry))).astream()
+    seen = [(event.attempt, event.values) async for event in stream if isinstance(event, Item)]
+    assert stream.result.state["outs"] == [3]
+    # What a process yields right before it dies may be lost with it; SubtaskRetried voids it anyway.
+    assert [item for item in seen if item[0] != 2] == [(1, [1]), (3, [3])]
+
+
+async def test_what_is_yielded_counts_as_progress_whether_or_not_anybody_listens(
+    executor: Executor, streaming: str
+) -> None:
+    for run in (Run(), Run(Everything())):
+        beats: list[None] = []
+        context = context_of(run)
+        context.beats = (lambda beats=beats: beats.append(None),)
+        await executor.run(subjects.ECHO[streaming], State({"value": 1}), {}, context)
+        assert 1 <= len(beats) <= 3
 
 
 async def test_contextvars_reach_a_subtask_of_this_process_and_never_leak_back(executor: Executor) -> None:
