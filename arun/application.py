@@ -280,10 +280,13 @@ class Application:
         return following is not None and following.display_name in before
 
     async def _step(self, run: Run, inputs: Mapping[str, Any]) -> tuple[Action, Any, State] | None:
-        action = await self.next_action()
-        if action is None:
+        if self._next is _UNKNOWN:
+            assert self._position is not None
+            self._next = await self.graph.following(self._position, self._state)
+        name = self._next
+        if name is None:
             return None
-        name = action.display_name
+        action = self.graph.actions[name]
         if self._position is None:
             self._check_keys()
         context = ApplicationContext(

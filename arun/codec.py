@@ -330,7 +330,7 @@ class _Reader:
 
     def state(self, data: memoryview) -> State:
         fields, action = self.read(data)
-        return State(fields) if action is None else State(fields).with_origin(action)
+        return State(fields) if action is None else State(fields).finished(State(), action)
 
 
 # -- the table of kinds --------------------------------------------------------------------------------------

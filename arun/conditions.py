@@ -12,13 +12,12 @@ import builtins
 import inspect
 import operator
 from collections.abc import Awaitable, Callable, Sequence
-from types import CodeType
 from typing import Any, Final, cast
 
 from arun.errors import MisuseError
 from arun.state import State
 
-__all__ = ("Condition", "as_condition", "default", "expr", "when")
+__all__ = ("Condition", "as_condition", "default", "expr", "truth", "when")
 
 
 class Condition:
@@ -66,8 +65,7 @@ class Condition:
 
     async def holds(self, state: State) -> bool:
         """Evaluate on a State."""
-        holds = self.resolver(state)
-        return bool(await holds) if inspect.isawaitable(holds) else bool(holds)
+        return await truth(self.resolver(state))
 
     def __invert__(self) -> Condition:
         async def negated(state: State) -> bool:
@@ -95,6 +93,11 @@ class Condition:
 
     def __repr__(self) -> str:
         return f"<Condition {self.name}>"
+
+
+async def truth(holds: Any) -> bool:
+    """Whether what a resolver returned is true; awaits it where it can be awaited."""
+    return bool(await holds) if inspect.isawaitable(holds) else bool(holds)
 
 
 default: Final = Condition((), lambda _: True, "default", recipe=("default",))
@@ -164,12 +167,10 @@ def expr(source: str) -> Condition:
 
     :raises MisuseError: for anything else, naming it and its column.
     """
-    code, keys = _compile(source)
+    function, keys = _compile(source)
 
     def evaluate(state: State) -> bool:
-        # The syntax is allow-listed and there are no builtins, so this evaluates an expression and nothing more.
-        names = {"__builtins__": {}, **_FUNCTIONS, **{key: state[key] for key in keys}}
-        return cast("bool", eval(code, names))
+        return function(*[state[key] for key in keys])
 
     return Condition(keys, evaluate, source, recipe=("expr", source))
 
@@ -184,7 +185,8 @@ def as_condition(candidate: Any) -> Condition:
     raise MisuseError(f"{candidate!r} is not a condition{hint}")
 
 
-def _compile(source: str) -> tuple[CodeType, list[str]]:
+def _compile(source: str) -> tuple[Callable[..., bool], list[str]]:
+    """The expression as a function of the State's fields that it names, and these names."""
     try:
         tree = ast.parse(source.strip(), mode="eval")
     except SyntaxError as exc:
@@ -208,4 +210,10 @@ def _compile(source: str) -> tuple[CodeType, list[str]]:
             called.add(node.func)
         elif isinstance(node, ast.Name) and node not in called and node.id not in keys:
             keys.append(node.id)
-    return compile(tree, "<expr>", "eval"), keys
+    arguments = ast.arguments(
+        posonlyargs=[], args=[ast.arg(key) for key in keys], kwonlyargs=[], kw_defaults=[], defaults=[]
+    )
+    function = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, tree.body)))
+    # The syntax is allow-listed and there are no builtins, so this makes a function of an expression and nothing more.
+    made = eval(compile(function, "<expr>", "eval"), {"__builtins__": {}, **_FUNCTIONS})
+    return cast("Callable[..., bool]", made), keys

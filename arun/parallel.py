@@ -358,7 +358,7 @@ async def _final_state(task: SubGraphTask, context: ApplicationContext) -> State
         _, changes = await perform(task.action, task.state, task.inputs, context)
     else:
         _, changes = await executor.run(task.action, task.state, task.inputs, context)
-    return task.state.absorb(changes).with_origin(task.action.display_name)
+    return task.state.finished(changes, task.action.display_name)
 
 
 async def _under_policy(

@@ -154,7 +154,7 @@ async def test_a_killed_engine_core_is_engine_dead(descendants):
     ):
         commands = descendants(pool.stats().replicas[0].pid).commands
         [core] = [pid for pid, command in commands.items() if "EngineCore" in command]
-        stream = pool.generate("a", max_tokens=200, ignore_eos=True)
+        stream = pool.generate([5], max_tokens=200, ignore_eos=True)  # one token: see VLLMEngine._warm_up
         await anext(stream)
         os.kill(core, signal.SIGKILL)
         with pytest.raises(EngineDead, match="replica 0 of pool 'solo'"):
@@ -174,6 +174,14 @@ async def test_weights_that_are_missing_are_named_by_the_error(tmp_path):
     assert str(model) in str(caught.value)
     assert "weights" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+async def test_a_hub_that_cannot_be_reached_is_model_not_found():
+    spec = EngineSpec(model="someone/nothing", env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"})
+    async with LocalCluster(cpus=8) as cluster:
+        with pytest.raises(ModelNotFound, match=r"'someone/nothing'.*couldn't connect.*Name a folder"):
+            async with cluster.engines(spec):
+                pytest.fail("the pool must not open")
 
 
 async def test_an_unknown_engine_argument_is_refused():

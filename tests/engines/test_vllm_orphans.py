@@ -18,7 +18,8 @@ from actors.engine import EngineSpec
 from actors.vllm_engine import VLLMEngine
 
 async def main():
-    await VLLMEngine(EngineSpec(model="tiny", max_model_len=256)).start()
+    engine = VLLMEngine(EngineSpec(model="tiny", max_model_len=256))
+    await engine.start()
     print("ready", flush=True)
     await asyncio.sleep(3600)
 
