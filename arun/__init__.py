@@ -10,6 +10,7 @@ from arun.application import Application, ApplicationBuilder, RunResult
 from arun.conditions import Condition, default, expr, when
 from arun.context import ApplicationContext
 from arun.errors import (
+    AbandonedWork,
     AlreadyFinishedError,
     ApplicationBusyError,
     ArunError,
@@ -20,6 +21,7 @@ from arun.errors import (
     StoreError,
     SubtaskFailed,
     SubtaskSkipped,
+    WorkerDied,
 )
 from arun.events import (
     ActionFinished,
@@ -35,6 +37,7 @@ from arun.events import (
     SubtaskRetried,
     SubtaskStarted,
 )
+from arun.executors import Executor, LocalExecutor, ProcessExecutor, ThreadExecutor
 from arun.fanout import FanOut, FanOutStatistics, fan_out
 from arun.graph import Graph, GraphBuilder
 from arun.handles import Handle
@@ -57,6 +60,7 @@ from arun.stream import RunStream
 __version__ = "0.1.0"
 
 __all__ = (
+    "AbandonedWork",
     "Action",
     "ActionFinished",
     "ActionStarted",
@@ -70,6 +74,7 @@ __all__ = (
     "CodecError",
     "Condition",
     "Event",
+    "Executor",
     "Failed",
     "FanOut",
     "FanOutStatistics",
@@ -80,6 +85,7 @@ __all__ = (
     "Handle",
     "Input",
     "Item",
+    "LocalExecutor",
     "MapActions",
     "MapActionsAndStates",
     "MapStates",
@@ -89,6 +95,7 @@ __all__ = (
     "Outcome",
     "Partial",
     "Policy",
+    "ProcessExecutor",
     "Rate",
     "Result",
     "Retry",
@@ -115,6 +122,8 @@ __all__ = (
     "SubtaskSkipped",
     "SubtaskStarted",
     "TaskBasedParallelAction",
+    "ThreadExecutor",
+    "WorkerDied",
     "action",
     "default",
     "expr",

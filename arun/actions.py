@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeAlias, TypeVar, cast
 
 from arun.context import ApplicationContext
@@ -40,6 +40,7 @@ __all__ = (
     "as_action",
     "perform",
     "take_step",
+    "within",
 )
 
 A = TypeVar("A", bound="Action")
@@ -127,6 +128,11 @@ class Action:
     def allowed_writes(self) -> frozenset[str]:
         """What it may write."""
         return frozenset(self.writes)
+
+    @property
+    def parts(self) -> Iterable[Action]:
+        """The actions that it consists of, where it consists of some."""
+        return ()
 
     @property
     def required_writes(self) -> frozenset[str]:
@@ -237,7 +243,7 @@ class FunctionAction(Action):
         kwargs = parameters.resolve(self.display_name, self._bound, inputs, context) if parameters.any else {}
         if self.kind == "coroutine":
             return _result(await self.function(state, **kwargs), self.display_name)
-        if self.kind == "function" and not self.blocking:
+        if self.kind == "function" and not self.blocking and (context.threads is None or not context.threads.always):
             return _result(self.function(state, **kwargs), self.display_name)
         return await _execute(self.function, self.kind, self.display_name, state, kwargs, context)
 
@@ -300,7 +306,9 @@ async def perform(
     :raises MisuseError: if the action read or wrote an undeclared key, or left a declared one unwritten.
     """
     if context.capacities and what.leaf:
-        result, changes = await _execute_within(context.capacities, what, state, inputs, context)
+        result, changes = await within(
+            context.capacities, what, functools.partial(what.execute, state.scoped(what.scope), inputs, context)
+        )
     else:
         result, changes = await what.execute(state.scoped(what.scope), inputs, context)
     written, allowed = changes.written_keys(), what.allowed_writes
@@ -322,19 +330,16 @@ async def perform(
     return result, changes
 
 
-async def _execute_within(
-    capacities: tuple[Capacity, ...],
-    what: Action,
-    state: State,
-    inputs: Mapping[str, Any],
-    context: ApplicationContext,
+async def within(
+    capacities: tuple[Capacity, ...], what: Action, execute: Callable[[], Coroutine[Any, Any, Performed]]
 ) -> Performed:
+    """Run an action while holding one unit of each capacity."""
     held: list[Capacity] = []
     try:
         for capacity in capacities:  # outermost first, everywhere: two actions never wait for each other's
             await capacity.acquire(f"action {what.display_name!r}")
             held.append(capacity)
-        return await what.execute(state.scoped(what.scope), inputs, context)
+        return await execute()
     finally:
         for capacity in reversed(held):
             capacity.release()
@@ -478,13 +483,16 @@ async def _call(
     """Call a function of any kind; of a generator, feed the collector and return its result."""
     if kind == "coroutine":
         return await function(state, **kwargs)
+    context = collector.context
     if kind == "function":
-        return await run_in_thread(functools.partial(function, state, **kwargs))
+        call = functools.partial(function, state, **kwargs)
+        return await run_in_thread(call, label=context.label, threads=context.threads)
     if kind == "async generator":
         await drive(cast("AsyncIterator[Any]", function(state, **kwargs)), collector.take)
         return collector.result
 
-    await step_in_thread(functools.partial(function, state, **kwargs), collector.take)
+    iterate = functools.partial(function, state, **kwargs)
+    await step_in_thread(iterate, collector.take, label=context.label, threads=context.threads)
     return collector.result
 
 

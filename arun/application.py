@@ -20,7 +20,7 @@ import uuid
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
-from typing import Any, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import anyio
 import anyio.lowlevel
@@ -34,10 +34,14 @@ from arun.graph import Graph, GraphBuilder, check_entrypoint
 from arun.hosting import BUDGET, GRACE, in_context
 from arun.journal import OnFinished, Store
 from arun.keys import graph_hash
+from arun.parallel import TaskBasedParallelAction
 from arun.resume import Resumable, Resumed
 from arun.runtime import Background
 from arun.state import State
 from arun.stream import Deliver, RunStream
+
+if TYPE_CHECKING:
+    from arun.executors import Executor
 
 __all__ = ("Application", "ApplicationBuilder", "RunResult")
 
@@ -67,6 +71,7 @@ class _Wiring(msgspec.Struct, frozen=True):
     store: Store | None = None
     on_finished: OnFinished = "raise"
     graph_hash: str = ""
+    executor: Executor | None = None
 
 
 class Application:
@@ -326,6 +331,7 @@ class Application:
         if self._resumable is not None:
             context.ledger = self._resumable.ledger(name)
             commit = partial(self._resumable.commit, self._sequence_id, name)
+        context.executor = self._wiring.executor
         try:
             result, changes = await in_context(copy_context(), take_step(action, self._state, context, commit))
         except Exception as exc:
@@ -406,6 +412,7 @@ class ApplicationBuilder:
         self._entrypoint: str | None = None
         self._state = State()
         self._resources: dict[str, Any] = {}
+        self._executor: Executor | None = None
         self._app_id: str | None = None
         self._partition_key: str | None = None
         self._sequence_id = 0
@@ -453,6 +460,15 @@ class ApplicationBuilder:
         self._resources.update(resources)
         return self
 
+    def with_executor(self, executor: Executor | None) -> Self:
+        """Say where the subtasks of parallel actions run: by default here, in this event loop.
+
+        It reaches everything below; a parallel action's ``executor`` or a ``SubGraphTask``'s overrides it, and None
+        there turns it off. The application's own steps, reducers, hooks and stores stay here in any case.
+        """
+        self._executor = executor
+        return self
+
     def with_identifiers(
         self, app_id: str | None = None, partition_key: str | None = None, sequence_id: int | None = None
     ) -> Self:
@@ -480,7 +496,8 @@ class ApplicationBuilder:
     def build(self) -> Application:
         """Validate everything and make the Application.
 
-        :raises MisuseError: for names that don't exist, actions that can't be reached, a missing entrypoint.
+        :raises MisuseError: for names that don't exist, actions that can't be reached, a missing entrypoint, and
+            subtasks that their executor can't run, as far as they are known already.
         """
         graph = self._graph.build()
         entrypoint = self._entrypoint
@@ -491,6 +508,7 @@ class ApplicationBuilder:
         check_entrypoint(graph, entrypoint)
         if self._store is not None and self._sequence_id:
             raise MisuseError("with_identifiers(sequence_id=...) and with_store(...): the store knows the sequence_id")
+        _check_executors(graph.actions.values(), self._executor)
         wiring = _Wiring(
             graph=graph,
             entrypoint=entrypoint,
@@ -501,6 +519,7 @@ class ApplicationBuilder:
             store=self._store,
             on_finished=self._on_finished,
             graph_hash=graph_hash(graph, entrypoint) if self._store is not None else "",
+            executor=self._executor,
         )
         return Application(wiring, self._app_id or uuid.uuid4().hex, wiring.initial, self._sequence_id)
 
@@ -509,3 +528,16 @@ class ApplicationBuilder:
         app = self.build()
         await app.load()
         return app
+
+
+def _check_executors(actions: Iterable[Action], executor: Executor | None) -> None:
+    for action in actions:
+        if isinstance(action, TaskBasedParallelAction):
+            chosen = executor if action.executor is msgspec.UNSET else action.executor
+            subtasks = list(action.known_subtasks)
+            for subtask in subtasks:
+                if chosen is not None and not isinstance(subtask, TaskBasedParallelAction):
+                    chosen.check(subtask)
+            _check_executors((s for s in subtasks if isinstance(s, TaskBasedParallelAction)), chosen)
+        else:
+            _check_executors(action.parts, executor)

@@ -25,21 +25,43 @@ class Condition:
 
     :param keys: the keys that it reads; empty where they aren't known.
     :param resolver: ``State -> bool``, or a coroutine function of that.
+    :ivar recipe: how it was made, so that another process can make it again: ``("when", fields)``,
+        ``("expr", source)``, ``("not", condition)`` and so on; ``("function",)`` for any other resolver.
     """
 
-    __slots__ = ("keys", "name", "resolver")
+    __slots__ = ("keys", "name", "recipe", "resolver")
 
     def __init__(
-        self, keys: Sequence[str], resolver: Callable[[State], bool | Awaitable[bool]], name: str | None = None
+        self,
+        keys: Sequence[str],
+        resolver: Callable[[State], bool | Awaitable[bool]],
+        name: str | None = None,
+        *,
+        recipe: tuple[Any, ...] = ("function",),
     ) -> None:
         self.keys = tuple(keys)
         self.resolver = resolver
         self.name = name or str(getattr(resolver, "__name__", resolver))
+        self.recipe = recipe
 
     @classmethod
     def lmda(cls, resolver: Callable[[State], bool | Awaitable[bool]], state_keys: Sequence[str]) -> Condition:
         """A Condition of any predicate (Burr's name for it)."""
         return cls(state_keys, resolver)
+
+    @property
+    def needed_keys(self) -> frozenset[str] | None:
+        """The keys that it can read; None where that can be any."""
+        kind, *operands = self.recipe
+        if kind not in {"not", "and", "or"}:
+            return frozenset(self.keys) if self.keys or kind != "function" else None
+        keys: frozenset[str] = frozenset()
+        for operand in operands:
+            needed = operand.needed_keys
+            if needed is None:
+                return None
+            keys |= needed
+        return keys
 
     async def holds(self, state: State) -> bool:
         """Evaluate on a State."""
@@ -49,7 +71,7 @@ class Condition:
         async def negated(state: State) -> bool:
             return not await self.holds(state)
 
-        return Condition(self.keys, negated, f"~({self.name})")
+        return Condition(self.keys, negated, f"~({self.name})", recipe=("not", self))
 
     def __and__(self, other: Condition) -> Condition:
         other = as_condition(other)
@@ -57,7 +79,8 @@ class Condition:
         async def both(state: State) -> bool:
             return await self.holds(state) and await other.holds(state)
 
-        return Condition((*self.keys, *other.keys), both, f"({self.name}) & ({other.name})")
+        name = f"({self.name}) & ({other.name})"
+        return Condition((*self.keys, *other.keys), both, name, recipe=("and", self, other))
 
     def __or__(self, other: Condition) -> Condition:
         other = as_condition(other)
@@ -65,7 +88,8 @@ class Condition:
         async def either(state: State) -> bool:
             return await self.holds(state) or await other.holds(state)
 
-        return Condition((*self.keys, *other.keys), either, f"({self.name}) | ({other.name})")
+        name = f"({self.name}) | ({other.name})"
+        return Condition((*self.keys, *other.keys), either, name, recipe=("or", self, other))
 
     def __repr__(self) -> str:
         return f"<Condition {self.name}>"
@@ -76,7 +100,7 @@ async def truth(holds: Any) -> bool:
     return bool(await holds) if inspect.isawaitable(holds) else bool(holds)
 
 
-default: Final = Condition((), lambda _: True, "default")
+default: Final = Condition((), lambda _: True, "default", recipe=("default",))
 
 
 def _not_in(value: Any, among: Any) -> bool:
@@ -119,7 +143,7 @@ def when(**expected: Any) -> Condition:
         return all(test(state[key], value) for key, test, value in tests)
 
     shown = ", ".join(f"{name}={_shown(value)}" for name, value in expected.items())
-    return Condition([key for key, _, _ in tests], all_hold, shown)
+    return Condition([key for key, _, _ in tests], all_hold, shown, recipe=("when", expected))
 
 
 def _shown(value: Any) -> str:
@@ -155,7 +179,7 @@ def expr(source: str) -> Condition:
     def evaluate(state: State) -> bool:
         return function(*[state[key] for key in keys])
 
-    return Condition(keys, evaluate, source)
+    return Condition(keys, evaluate, source, recipe=("expr", source))
 
 
 def as_condition(candidate: Any) -> Condition:

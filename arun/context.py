@@ -11,7 +11,9 @@ from arun.events import Event
 from arun.policies import Capacity
 
 if TYPE_CHECKING:
+    from arun.executors import Executor
     from arun.ledger import Ledger
+    from arun.threads import Threads
 
 __all__ = ("ApplicationContext", "Run", "Sink")
 
@@ -79,6 +81,7 @@ class ApplicationContext:
         "attempt",
         "beats",
         "capacities",
+        "executor",
         "inputs",
         "ledger",
         "partition_key",
@@ -86,6 +89,7 @@ class ApplicationContext:
         "resources",
         "run",
         "sequence_id",
+        "threads",
     )
 
     def __init__(
@@ -115,6 +119,15 @@ class ApplicationContext:
         self.beats: tuple[Callable[[], None], ...] = ()
         #: budgets that every leaf action below draws on
         self.capacities: tuple[Capacity, ...] = ()
+        #: where the subtasks below run; None: here
+        self.executor: Executor | None = None
+        #: how plain functions run in threads; None: as many at once as policies allow
+        self.threads: Threads | None = None
+
+    @property
+    def label(self) -> str:
+        """The action and the branches that lead to it, for people."""
+        return f"{self.action_name!r} in {'/'.join(self.path)}" if self.path else repr(self.action_name)
 
     def child(
         self, action_name: str, *branch: str, sequence_id: int | None = None, inputs: Mapping[str, Any] | None = None
@@ -137,7 +150,21 @@ class ApplicationContext:
         child.attempt = self.attempt
         child.beats = self.beats
         child.capacities = self.capacities
+        child.executor = self.executor
+        child.threads = self.threads
         return child
+
+    def with_executor(self, executor: Executor | None) -> ApplicationContext:
+        """This context with another executor for what is below."""
+        copy = self.child(self.action_name)
+        copy.executor, copy.threads = executor, None
+        return copy
+
+    def with_threads(self, threads: Threads) -> ApplicationContext:
+        """This context with another way to run plain functions."""
+        copy = self.child(self.action_name)
+        copy.threads = threads
+        return copy
 
     async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         """Send an event in the name of this action."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 __all__ = (
     "AbandonedWork",
     "ActorDied",
-    "AlreadyFinishedError",
     "ActorNotFound",
+    "AlreadyFinishedError",
     "ApplicationBusyError",
     "ArunError",
     "ChannelLost",
@@ -32,6 +32,7 @@ __all__ = (
     "StreamRefused",
     "SubtaskFailed",
     "SubtaskSkipped",
+    "WorkerDied",
 )
 
 
@@ -56,7 +57,29 @@ class SubtaskSkipped(ArunError):
 
 
 class AbandonedWork(ArunError, ResourceWarning):
-    """A warning: work that did not end when it was cancelled was left behind; the message names its line."""
+    """A warning: work that did not end when it was cancelled was left behind; the message names its line.
+
+    :ivar label: the action and the branches that lead to it, where that is known.
+    :ivar line: where it was, as ``function at file:line``.
+    """
+
+    def __init__(self, message: str, *, label: str = "", line: str = "") -> None:
+        super().__init__(message)
+        self.label = label
+        self.line = line
+
+
+class WorkerDied(ArunError):
+    """A worker process of a :class:`~arun.ProcessExecutor` ended while it ran a subtask.
+
+    :ivar pid: of the process.
+    :ivar signal: what killed it, None where it exited by itself.
+    """
+
+    def __init__(self, message: str, *, pid: int | None = None, signal: int | None = None) -> None:
+        super().__init__(message)
+        self.pid = pid
+        self.signal = signal
 
 
 class CodecError(ArunError):

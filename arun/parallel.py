@@ -10,14 +10,16 @@ listed up front: a subtask starts when it is yielded and a slot is free, so an e
 
 from __future__ import annotations
 
+import dis
 import inspect
 import time
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextvars import copy_context
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio.lowlevel
+import msgspec
 
 from arun.actions import Action, Collector, as_action, perform, take_step
 from arun.attempts import run_attempts
@@ -33,6 +35,9 @@ from arun.ledger import Entry
 from arun.outcomes import Ok
 from arun.policies import Policy
 from arun.state import State
+
+if TYPE_CHECKING:
+    from arun.executors import Executor
 
 __all__ = (
     "MapActions",
@@ -88,6 +93,11 @@ class RunnableGraph(Action):
         return any(inner.takes_any_input for inner in self.graph.actions.values())
 
     @property
+    def parts(self) -> Iterable[Action]:
+        """The actions in it."""
+        return self.graph.actions.values()
+
+    @property
     def required_writes(self) -> frozenset[str]:
         """None: which actions run depends on the State, and each is held to its own writes."""
         return frozenset()
@@ -129,9 +139,10 @@ class SubGraphTask:
     :param inputs: its inputs, on top of the run's own.
     :param key: a name of it that no sibling has; ``application_id`` is Burr's name for it.
     :param label: what a person calls it; by default the action's name and the fields that ``state`` was given.
+    :param executor: where it runs, instead of where the parallel action says; None: here.
     """
 
-    __slots__ = ("action", "inputs", "key", "label", "state")
+    __slots__ = ("action", "executor", "inputs", "key", "label", "state")
 
     def __init__(
         self,
@@ -141,6 +152,7 @@ class SubGraphTask:
         *,
         key: str | None = None,
         label: str | None = None,
+        executor: Executor | msgspec.UnsetType | None = msgspec.UNSET,
         application_id: str | None = None,
     ) -> None:
         if not isinstance(state, State):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
@@ -150,6 +162,7 @@ class SubGraphTask:
         self.inputs: Mapping[str, Any] = inputs or {}
         self.key = key if key is not None else application_id
         self.label = label
+        self.executor = executor
 
     def describe(self) -> str:
         """The label."""
@@ -164,9 +177,11 @@ class TaskBasedParallelAction(Action):
     """Runs the subtasks that ``tasks`` yields and reduces their final States as they end.
 
     :cvar policy: how many at once, in which order, what a failure does.
+    :cvar executor: where the subtasks run; by default where the application says. None: here.
     """
 
     policy: Policy = _DEFAULT_POLICY
+    executor: Executor | msgspec.UnsetType | None = msgspec.UNSET
     leaf = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -205,6 +220,8 @@ class TaskBasedParallelAction(Action):
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> tuple[Any, State]:
         given = {**inputs, **self._bound}
+        if self.executor is not msgspec.UNSET:
+            context = context.with_executor(self.executor)
         policy = self.policy
         collector = Collector(self.display_name, context)
         taken_keys: set[str] = set()
@@ -253,6 +270,11 @@ class TaskBasedParallelAction(Action):
         )
         return collector.performed()
 
+    @property
+    def known_subtasks(self) -> Iterable[Action]:
+        """The actions of its subtasks, as far as they are known without running it."""
+        return ()
+
     def _present(self, handle: Handle[State]) -> Any:
         outcome = handle.outcome_now
         return outcome.value if isinstance(outcome, Ok) and self.policy.on_error != "collect" else outcome
@@ -268,6 +290,18 @@ class MapStates(TaskBasedParallelAction):
     @abstractmethod
     def states(self, state: State, context: ApplicationContext, inputs: dict[str, Any]) -> Any:
         """The States to run it on, as an (async) generator or any (async) iterable."""
+
+    @property
+    def known_subtasks(self) -> Iterable[Action]:
+        """What ``action`` returns, where that depends on no State and no input."""
+        method = type(self).action
+        if inspect.iscoroutinefunction(method) or not inspect.isfunction(method) or _uses_arguments(method):
+            return ()
+        try:
+            action = self.action(State(), {})
+        except Exception:  # noqa: BLE001 - what it needs may not be there yet; if it never is, the run raises this
+            return ()
+        return (action,) if isinstance(action, Action) else ()
 
     async def tasks(
         self, state: State, context: ApplicationContext, inputs: dict[str, Any]
@@ -335,7 +369,14 @@ class MapActionsAndStates(TaskBasedParallelAction):
 
 
 async def _final_state(task: SubGraphTask, context: ApplicationContext, entry: Entry | None) -> State:
-    _, changes = await perform(task.action, task.state, task.inputs, context)
+    if task.executor is not msgspec.UNSET:
+        context = context.with_executor(task.executor)
+    executor = context.executor
+    # A parallel action stays here, with its reducer; it is its subtasks that the executor runs.
+    if executor is None or isinstance(task.action, TaskBasedParallelAction):
+        _, changes = await perform(task.action, task.state, task.inputs, context)
+    else:
+        _, changes = await executor.run(task.action, task.state, task.inputs, context)
     if entry is not None:
         entry.changes = changes
     return task.state.finished(changes, task.action.display_name)
@@ -390,6 +431,13 @@ async def _observed(
     restored = entry is not None and entry.restored is not None
     await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, restored=restored)
     return state
+
+
+def _uses_arguments(method: Any) -> bool:
+    """Whether the code of a method reads any argument but the first."""
+    code = method.__code__
+    arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    return any(instruction.argval in arguments for instruction in dis.get_instructions(code))
 
 
 def _shown(error: Exception) -> str:

@@ -115,7 +115,9 @@ def unregistered(kind: type[Any]) -> str:
 
 
 def _qualified(cls: type[Any]) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    # A worker process has the program's main module under the name that multiprocessing gives it.
+    module = "__main__" if cls.__module__ == "__mp_main__" else cls.__module__
+    return f"{module}.{cls.__qualname__}"
 
 
 _Forms = tuple[Callable[[Any], Any], Callable[[Any], Any]]
