@@ -91,6 +91,7 @@ class VLLMEngine:
         except Exception as exc:  # vLLM raises anything from OSError to pydantic's ValidationError here
             raise _start_failure(self._spec.model, exc, output.cause() or _sentence(exc)) from exc
         await self._warm_up()
+        self._guard.settled()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         vllm = self._vllm()

@@ -61,5 +61,11 @@ def _pids_and_parents() -> Iterator[tuple[int, int]]:
 
 
 @pytest.fixture
+def shared_memory() -> Callable[[], set[str]]:
+    """What of multiprocessing's and vLLM's there is in /dev/shm."""
+    return lambda: {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-", "vllm"))}
+
+
+@pytest.fixture
 def descendants() -> Callable[[int], Processes]:
     return Processes

@@ -129,7 +129,8 @@ async def test_64_requests_at_once_are_all_answered(pool):
     assert (await engine_load(pool)).in_flight == 0
 
 
-async def test_two_workers_share_a_model_and_end_with_a_killed_actor(descendants):
+async def test_two_workers_share_a_model_and_end_with_a_killed_actor(descendants, shared_memory):
+    before = shared_memory()
     async with LocalCluster(cpus=8) as cluster:
         spec = EngineSpec(model="tiny", max_model_len=256, tensor_parallel_size=2)
         async with cluster.engines(spec, name="pair") as pool:
@@ -145,9 +146,11 @@ async def test_two_workers_share_a_model_and_end_with_a_killed_actor(descendants
                 async for _ in stream:
                     pass
             assert await asyncio.to_thread(processes.wait_gone, 10) == []
+            assert shared_memory() == before
 
 
-async def test_a_killed_engine_core_is_engine_dead(descendants):
+async def test_a_killed_engine_core_is_engine_dead(descendants, shared_memory):
+    before = shared_memory()
     async with (
         LocalCluster(cpus=8) as cluster,
         cluster.engines(EngineSpec(model="tiny", max_model_len=256), name="solo") as pool,
@@ -160,6 +163,7 @@ async def test_a_killed_engine_core_is_engine_dead(descendants):
         with pytest.raises(EngineDead, match="replica 0 of pool 'solo'"):
             async for _ in stream:
                 pass
+    assert shared_memory() == before
 
 
 async def test_weights_that_are_missing_are_named_by_the_error(tmp_path):
