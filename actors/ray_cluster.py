@@ -23,14 +23,14 @@ from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping
     from types import TracebackType
     from typing import Self
 
     from actors.actor import ActorHandle
     from actors.engine import EngineSpec
     from actors.interface import ActorSpec
-    from actors.pool import EnginePool
+    from actors.pool import EnginePool, ReplicaProgress
 
 __all__ = ("RayCluster",)
 
@@ -165,11 +165,22 @@ class RayCluster:
         name: str | None = None,
         cpus: float = 1.0,
         strategy: Strategy = "STRICT_PACK",
+        max_in_flight: int = 256,
+        on_progress: Callable[[ReplicaProgress], object] | None = None,
     ) -> EnginePool:
         """A pool of engines in this cluster; see :meth:`actors.cluster.Cluster.engines`."""
         from actors.pool import EnginePool
 
-        return EnginePool(self, spec, replicas=replicas, name=name, cpus=cpus, strategy=strategy)
+        return EnginePool(
+            self,
+            spec,
+            replicas=replicas,
+            name=name,
+            cpus=cpus,
+            strategy=strategy,
+            max_in_flight=max_in_flight,
+            on_progress=on_progress,
+        )
 
     async def resources(self) -> ClusterResources:
         """CPUs and GPUs of every node, in all and free. What actors freed a moment ago may still count as taken."""
