@@ -9,7 +9,7 @@ from arun.actions import Action, FunctionAction, Input, Result, SingleStepAction
 from arun.application import Application, ApplicationBuilder, RunResult
 from arun.conditions import Condition, default, expr, when
 from arun.context import ApplicationContext
-from arun.errors import ApplicationBusyError, ArunError, MisuseError, SubtaskFailed, SubtaskSkipped
+from arun.errors import ApplicationBusyError, ArunError, MisuseError, MisuseWarning, SubtaskFailed, SubtaskSkipped
 from arun.events import (
     ActionFinished,
     ActionStarted,
@@ -24,9 +24,10 @@ from arun.events import (
     SubtaskRetried,
     SubtaskStarted,
 )
-from arun.fanout import FanOut, FanOutStatistics, fan_out
+from arun.fanout import FanOutStatistics
 from arun.graph import Graph, GraphBuilder
 from arun.handles import Handle
+from arun.outcome_stream import FanOut, fan_out
 from arun.outcomes import Failed, Ok, Outcome, Skipped
 from arun.parallel import (
     MapActions,
@@ -68,6 +69,7 @@ __all__ = (
     "MapActionsAndStates",
     "MapStates",
     "MisuseError",
+    "MisuseWarning",
     "Ok",
     "Outcome",
     "Partial",

@@ -18,11 +18,14 @@ import functools
 import inspect
 from abc import abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any, Self, TypeAlias, TypeVar, cast
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
+from typing import Any, Final, Self, TypeAlias, TypeVar, cast
 
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
 from arun.events import ActionFinished, ActionStarted, Item, Partial
+from arun.guards import Owner, Repeats, Watched, check_function, check_methods, close_unused, shown, spelling
+from arun.hosted import drive_hosted
 from arun.hosting import drive
 from arun.policies import Capacity
 from arun.signatures import Kind, Parameters, describe, kind_of, name_of, refuse_unknown, where
@@ -60,7 +63,13 @@ class Action:
     tags: Sequence[str] = ()
     #: whether it does work itself, and not only through actions below it
     leaf: bool = True
+    #: whether its async generator gets a task of its own, so that it may yield inside task groups and cancel scopes
+    hosted: bool = False
     _bound: Mapping[str, Any] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_methods(cls, hosted=cls.hosted)
 
     # -- what users override ---------------------------------------------------------------------------
 
@@ -139,7 +148,7 @@ class Action:
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         """Run once: ``(result, new State)``. Items and partial States go to ``context`` as events."""
         kwargs = self._arguments(self.run, inputs, context)
-        result = await _call(self.run, kind_of(self.run), state, kwargs, _ItemsOnly(context))
+        result = await _call(self.run, kind_of(self.run), state, kwargs, _ItemsOnly(context), hosted=self.hosted)
         new_state: Any = self.update(result, state)
         if inspect.isawaitable(new_state):
             new_state = await new_state
@@ -182,8 +191,9 @@ class SingleStepAction(Action):
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         kwargs = self._arguments(self.run_and_update, inputs, context)
+        function = self.run_and_update
         return await _execute(
-            self.run_and_update, kind_of(self.run_and_update), self.display_name, state, kwargs, context
+            function, kind_of(function), self.display_name, state, kwargs, context, hosted=self.hosted
         )
 
 
@@ -198,6 +208,7 @@ class FunctionAction(Action):
         tags: Sequence[str] = (),
         *,
         blocking: bool = True,
+        hosted: bool = False,
     ) -> None:
         self.function = function
         self.name = name_of(function)
@@ -206,12 +217,19 @@ class FunctionAction(Action):
         self.tags = list(tags)
         self.kind: Kind = kind_of(function)
         self.blocking = blocking
+        self.hosted = hosted
         self._parameters = Parameters.of(function)
         if not self._parameters.takes_state:
             raise MisuseError(
                 f"@action on {where(function)}: it takes no argument; an action's first parameter is the State: "
                 f"def {self.name}(state: State, ...)"
             )
+        if hosted and self.kind != "async generator":
+            raise MisuseError(
+                f"@action(hosted=True) on {where(function)}, which is a {self.kind}: hosting keeps scopes open across "
+                "the yields of an async generator; leave it out"
+            )
+        check_function(function, hosted=hosted)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **{**self._bound, **kwargs})
@@ -227,10 +245,10 @@ class FunctionAction(Action):
         parameters = self._parameters
         kwargs = parameters.resolve(self.display_name, self._bound, inputs, context) if parameters.any else {}
         if self.kind == "coroutine":
-            return _result(await self.function(state, **kwargs), self.display_name)
+            return _result(await self.function(state, **kwargs), self.display_name, self.function)
         if self.kind == "function" and not self.blocking:
-            return _result(self.function(state, **kwargs), self.display_name)
-        return await _execute(self.function, self.kind, self.display_name, state, kwargs, context)
+            return _result(self.function(state, **kwargs), self.display_name, self.function)
+        return await _execute(self.function, self.kind, self.display_name, state, kwargs, context, hosted=self.hosted)
 
     def _check_bind(self, inputs: Mapping[str, Any]) -> None:
         parameters = self._parameters
@@ -241,7 +259,12 @@ class FunctionAction(Action):
 
 
 def action(
-    reads: Sequence[str], writes: Sequence[str], tags: Sequence[str] = (), *, blocking: bool = True
+    reads: Sequence[str],
+    writes: Sequence[str],
+    tags: Sequence[str] = (),
+    *,
+    blocking: bool = True,
+    hosted: bool = False,
 ) -> Callable[[Callable[..., Any]], FunctionAction]:
     """Make an :class:`Action` of a function.
 
@@ -250,7 +273,10 @@ def action(
     :param tags: ``halt_before`` and ``halt_after`` take ``"@tag:name"``.
     :param blocking: for plain functions: True runs it in a worker thread, False inline, for functions that neither
         wait nor compute for long.
-    :raises MisuseError: on anything that is no function (a class, a call's result), at the decorator.
+    :param hosted: for async generators: True gives each a task of its own, so that it may yield inside task groups,
+        timeouts and cancel scopes. It costs two task switches an item.
+    :raises MisuseError: on anything that is no function (a class, a call's result), and on an async generator that
+        yields inside a scope and is not hosted, at the decorator.
 
     >>> @action(reads=["n"], writes=["n"])
     ... async def add(state: State, by: int = 1) -> State:
@@ -261,7 +287,7 @@ def action(
             raise MisuseError(f"@action({what}={keys!r}): a list of names is meant: {what}=[{keys!r}]")
 
     def decorate(function: Callable[..., Any]) -> FunctionAction:
-        return FunctionAction(function, reads, writes, tags, blocking=blocking)
+        return FunctionAction(function, reads, writes, tags, blocking=blocking, hosted=hosted)
 
     return decorate
 
@@ -273,6 +299,7 @@ def as_action(candidate: object, *, where: str) -> Action:
     if isinstance(candidate, type) and issubclass(candidate, Action):
         raise MisuseError(f"{where}: {candidate.__name__} is a class; pass an instance: {candidate.__name__}()")
     hint = "decorate the function with @action(reads=[...], writes=[...])" if callable(candidate) else "pass an Action"
+    close_unused(candidate)
     raise MisuseError(f"{where}: {describe(candidate)} is not an action; {hint}")
 
 
@@ -283,10 +310,18 @@ async def perform(
 
     :raises MisuseError: if the action read or wrote an undeclared key, or left a declared one unwritten.
     """
+    checks = context.checks
+    watched = Watched(_readable(what, state)) if checks is not None and checks.strict else None
     if context.capacities and what.leaf:
         result, changes = await _execute_within(context.capacities, what, state, inputs, context)
     else:
         result, changes = await what.execute(state.scoped(what.scope), inputs, context)
+    if watched is not None:
+        for key in watched.changed():
+            raise MisuseError(
+                f"state[{key!r}] was changed in place while action {what.display_name!r} ran; siblings and earlier "
+                f"States share that object: return state.append({key}=...) or state.update({key}=<a new object>)"
+            )
     written, allowed = changes.written_keys(), what.allowed_writes
     if not written <= allowed:
         # What merge() and the like wrote back as it was is no change.
@@ -304,6 +339,11 @@ async def perform(
                 f"it wrote: {', '.join(written) or 'nothing'}"
             )
     return result, changes
+
+
+def _readable(what: Action, state: State) -> dict[str, Any]:
+    readable = what.scope.readable
+    return {key: value for key, value in state.get_all().items() if key in readable}
 
 
 async def _execute_within(
@@ -373,17 +413,24 @@ class Result(SingleStepAction):
 
 
 class Collector:
-    """Takes what a generator yields: States are kept (and sent as Partials), everything else is sent as an Item."""
+    """Takes what a generator yields: States are kept (and sent as Partials), everything else is sent as an Item.
 
-    __slots__ = ("context", "name", "result", "state")
+    :param where: the generator function, for errors.
+    """
 
-    def __init__(self, name: str, context: ApplicationContext) -> None:
+    __slots__ = ("_repeats", "context", "name", "result", "state", "where")
+
+    def __init__(self, name: str, context: ApplicationContext, where: str) -> None:
         self.name = name
         self.context = context
+        self.where = where
         self.state: State | None = None
         self.result: Any = None
+        checks = context.checks
+        self._repeats = (Repeats(checks), Repeats(checks)) if checks is not None and checks.strict else None
 
     async def take(self, yielded: Any) -> None:
+        """:raises MisuseError: for something that can't be an item."""
         for beat in self.context.beats:
             beat()
         item, state = yielded, None
@@ -393,6 +440,10 @@ class Collector:
             item, state = yielded
             if state is not None:  # (result, State), as a function returns it: the result is no item
                 self.result, item = item, None
+        elif type(item) in _NO_ITEMS:
+            raise _no_item(self.where, item)
+        if self._repeats is not None:
+            self._refuse_repeated(item, state)
         listening = self.context.run.listening
         if item is not None and listening:
             await self.context.emit(Item, values=[item])
@@ -402,12 +453,44 @@ class Collector:
                 await self.context.emit(Partial, changed=state.changed_from(before))
 
     def performed(self) -> Performed:
+        """What the generator came to, after its end."""
         if self.state is None:
             raise MisuseError(
-                f"action {self.name!r} ended without yielding a State; a generator's last State is its result: "
-                "yield state.update(...)"
+                f"action {self.name!r} ({self.where}) ended without yielding a State; a generator's last State is its "
+                "result: yield state.update(...)"
             )
         return self.result, self.state
+
+    def _refuse_repeated(self, item: Any, state: State | None) -> None:
+        assert self._repeats is not None
+        items, states = self._repeats
+
+        def tell(name: str) -> tuple[str, str, int]:
+            what = f"state[{name!r}]" if name else f"the same {type(item).__name__}"
+            return (
+                (
+                    f"{self.where} yielded {what} a second time, changed in place meanwhile; whoever kept the first "
+                    "sees only the last: yield a copy, for example list(answers)"
+                ),
+                "",
+                0,
+            )
+
+        misuse = items.check({"": item}, tell) if item is not None else None
+        if misuse is None and state is not None:
+            misuse = states.check(state.delta.written, tell)
+        if misuse is not None:
+            raise misuse
+
+
+#: What is never meant as an item: it was not awaited, or not iterated over.
+_NO_ITEMS: Final = frozenset({CoroutineType, AsyncGeneratorType, GeneratorType})
+
+
+def _no_item(where: str, item: Any) -> MisuseError:
+    message = f"{where} yielded {shown(item)}; {spelling(item)}"
+    close_unused(item)
+    return MisuseError(message)
 
 
 class _ItemsOnly:
@@ -420,6 +503,8 @@ class _ItemsOnly:
         self.result: Any = None
 
     async def take(self, item: Any) -> None:
+        if type(item) in _NO_ITEMS:
+            raise _no_item(self.context.label(), item)
         self.result = item
         for beat in self.context.beats:
             beat()
@@ -434,10 +519,12 @@ async def _execute(
     state: State,
     kwargs: Mapping[str, Any],
     context: ApplicationContext,
+    *,
+    hosted: bool,
 ) -> Performed:
-    collector = Collector(name, context)
-    returned = await _call(function, kind, state, kwargs, collector)
-    return collector.performed() if kind in {"async generator", "generator"} else _result(returned, name)
+    collector = Collector(name, context, where(function))
+    returned = await _call(function, kind, state, kwargs, collector, hosted=hosted)
+    return collector.performed() if kind in {"async generator", "generator"} else _result(returned, name, function)
 
 
 async def _call(
@@ -446,6 +533,8 @@ async def _call(
     state: State,
     kwargs: Mapping[str, Any],
     collector: Collector | _ItemsOnly,
+    *,
+    hosted: bool,
 ) -> Any:
     """Call a function of any kind; of a generator, feed the collector and return its result."""
     if kind == "coroutine":
@@ -453,24 +542,28 @@ async def _call(
     if kind == "function":
         return await run_in_thread(functools.partial(function, state, **kwargs))
     if kind == "async generator":
-        await drive(cast("AsyncIterator[Any]", function(state, **kwargs)), collector.take)
+        context = collector.context
+        owner = Owner(context, context.checks) if context.checks is not None else None
+        host = drive_hosted if hosted else drive
+        await host(cast("AsyncIterator[Any]", function(state, **kwargs)), collector.take, None, owner)
         return collector.result
 
     await step_in_thread(functools.partial(function, state, **kwargs), collector.take)
     return collector.result
 
 
-def _result(returned: Any, name: str) -> Performed:
+def _result(returned: Any, name: str, function: Callable[..., Any]) -> Performed:
     if isinstance(returned, State):
         return None, returned
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], State):
         return cast("Performed", returned)
-    if inspect.iscoroutine(returned):
-        returned.close()
-    raise MisuseError(
-        f"action {name!r} returned {describe(returned)}; an action returns or yields a State: "
-        "return state.update(...), or (result, state)"
+    hint = spelling(returned)
+    message = (
+        f"action {name!r} ({where(function)}) returned {shown(returned)}; {hint + '; ' if hint else ''}"
+        "an action returns or yields a State: return state.update(...), or (result, state)"
     )
+    close_unused(returned)
+    raise MisuseError(message)
 
 
 def _is_burr_pair(yielded: Any) -> bool:

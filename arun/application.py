@@ -16,6 +16,7 @@ and a failing sibling in the caller's task group reach everything that it has st
 
 from __future__ import annotations
 
+import inspect
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from contextvars import copy_context
@@ -30,7 +31,21 @@ from arun.context import ApplicationContext, Run
 from arun.errors import ApplicationBusyError, MisuseError
 from arun.events import RunCancelled, RunFailed, RunFinished, RunStarted
 from arun.graph import Graph, GraphBuilder, check_entrypoint
-from arun.hosting import BUDGET, in_context
+from arun.guards import (
+    BLOCKED_AFTER,
+    Checks,
+    Level,
+    Owner,
+    Seat,
+    begin_run,
+    checks_of,
+    close_unused,
+    default_level,
+    end_run,
+    shown,
+    spelling,
+)
+from arun.hosting import BUDGET, run_owned
 from arun.runtime import Background
 from arun.state import State
 from arun.stream import Deliver, RunStream
@@ -60,6 +75,7 @@ class _Wiring(msgspec.Struct, frozen=True):
     needed_keys: Mapping[str, str]
     initial: State
     partition_key: str | None
+    checks: Checks | None
 
 
 class Application:
@@ -77,6 +93,7 @@ class Application:
         self._position: str | None = None
         self._next: Any = wiring.entrypoint
         self._busy = False
+        self._seat: Seat | None = None
         #: the background work of the run that is going on; None where that runs in its caller's task
         self._owner: Background[Any] | None = None
 
@@ -169,7 +186,7 @@ class Application:
         try:
             return await self._step(Run(), inputs or {})
         finally:
-            self._busy = False
+            self._release()
 
     async def aiterate(
         self,
@@ -245,7 +262,7 @@ class Application:
                 await run.emit(RunCancelled)
             raise
         finally:
-            self._busy = False
+            self._release()
         return result
 
     async def _run_until(
@@ -291,8 +308,10 @@ class Application:
             resources=self._wiring.resources,
             run=run,
         )
+        context.checks = checks = self._wiring.checks
+        owner = Owner(context, checks) if checks is not None else None
         try:
-            result, changes = await in_context(copy_context(), take_step(action, self._state, context))
+            result, changes = await run_owned(copy_context(), take_step(action, self._state, context), owner)
         except Exception as exc:
             exc.add_note(f"in action {name!r} of application {self.uid!r}, step {self._sequence_id}")
             raise
@@ -306,6 +325,14 @@ class Application:
             await self._owner.ended()
         self._refuse_busy()
         self._busy, self._owner = True, owner
+        if self._wiring.checks is not None:
+            self._seat = begin_run(self._wiring.checks)
+
+    def _release(self) -> None:
+        self._busy = False
+        if self._seat is not None:
+            end_run(self._seat)
+            self._seat = None
 
     def _refuse_busy(self) -> None:
         if self._busy:
@@ -349,6 +376,8 @@ class ApplicationBuilder:
         self._app_id: str | None = None
         self._partition_key: str | None = None
         self._sequence_id = 0
+        self._check: Level | None = None
+        self._blocked_after = BLOCKED_AFTER
 
     def with_actions(self, *actions: Any, **named: Any) -> Self:
         """Add actions; a keyword gives the name. See :meth:`arun.GraphBuilder.with_actions`."""
@@ -387,7 +416,14 @@ class ApplicationBuilder:
         """Inject objects (engines, clients, pools) into the actions' parameters of these names.
 
         They reach everything below, are never part of the State and never stored.
+
+        :raises MisuseError: for a coroutine or an async generator, which no action could use twice.
         """
+        for name, resource in resources.items():
+            if inspect.iscoroutine(resource) or inspect.isasyncgen(resource):
+                message = f"with_resources({name}=...) was given {shown(resource)}; {spelling(resource)}"
+                close_unused(resource)
+                raise MisuseError(message)
         self._resources.update(resources)
         return self
 
@@ -398,6 +434,17 @@ class ApplicationBuilder:
         self._app_id = app_id
         self._partition_key = partition_key
         self._sequence_id = sequence_id or 0
+        return self
+
+    def with_check(self, level: Level, *, blocked_after: float = BLOCKED_AFTER) -> Self:
+        """Set how severely the guard-rails look; by default the level of ``ARUN_CHECK``, else "error".
+
+        :param level: "off", "warn" (a warning instead of an error), "error" or "strict" (also what takes copies to
+            find). See docs/concepts/guard-rails.md.
+        :param blocked_after: seconds that an action may hold the event loop before the watchdog names it in the log.
+        """
+        checks_of(level, blocked_after)  # refused here rather than in build()
+        self._check, self._blocked_after = level, blocked_after
         return self
 
     def build(self) -> Application:
@@ -419,6 +466,7 @@ class ApplicationBuilder:
             needed_keys=graph.unwritten_reads(entrypoint),
             initial=self._state.scoped(None),
             partition_key=self._partition_key,
+            checks=checks_of(self._check or default_level(), self._blocked_after),
         )
         return Application(wiring, self._app_id or uuid.uuid4().hex, wiring.initial, self._sequence_id)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from arun.events import Event
+from arun.guards import Checks
 from arun.policies import Capacity
 
 __all__ = ("ApplicationContext", "Run", "Sink")
@@ -75,6 +76,7 @@ class ApplicationContext:
         "attempt",
         "beats",
         "capacities",
+        "checks",
         "inputs",
         "partition_key",
         "path",
@@ -109,6 +111,8 @@ class ApplicationContext:
         self.beats: tuple[Callable[[], None], ...] = ()
         #: budgets that every leaf action below draws on
         self.capacities: tuple[Capacity, ...] = ()
+        #: what the guard-rails look for; None for nothing
+        self.checks: Checks | None = None
 
     def child(
         self, action_name: str, *branch: str, sequence_id: int | None = None, inputs: Mapping[str, Any] | None = None
@@ -130,7 +134,12 @@ class ApplicationContext:
         child.attempt = self.attempt
         child.beats = self.beats
         child.capacities = self.capacities
+        child.checks = self.checks
         return child
+
+    def label(self) -> str:
+        """What a person calls the action that runs."""
+        return f"action {self.action_name!r}"
 
     async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         """Send an event in the name of this action."""

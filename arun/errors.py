@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 __all__ = (
+    "AbandonedGenerator",
     "AbandonedWork",
     "ActorDied",
     "ActorNotFound",
@@ -16,6 +17,7 @@ __all__ = (
     "EngineDead",
     "EngineError",
     "MisuseError",
+    "MisuseWarning",
     "MissingExtraError",
     "ModelNotFound",
     "PayloadError",
@@ -38,6 +40,10 @@ class MisuseError(ArunError):
     """The program uses arun in a way that cannot work; the message names the line and the fix."""
 
 
+class MisuseWarning(UserWarning):
+    """A MisuseError at check level "warn": the program goes on, at its own risk."""
+
+
 class ApplicationBusyError(MisuseError):
     """Two runs of one Application at once. Use ``app.session()`` for a fresh one per run."""
 
@@ -52,6 +58,10 @@ class SubtaskSkipped(ArunError):
 
 class AbandonedWork(ArunError, ResourceWarning):
     """A warning: work that did not end when it was cancelled was left behind; the message names its line."""
+
+
+class AbandonedGenerator(ArunError, ResourceWarning):
+    """A warning: an action dropped an async generator without closing it, which arun then did; names its line."""
 
 
 class MissingExtraError(ArunError, ImportError):

@@ -11,9 +11,11 @@ listed up front: a subtask starts when it is yielded and a slot is free, so an e
 from __future__ import annotations
 
 import inspect
+import itertools
+import sys
 import time
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
 from contextvars import copy_context
 from typing import Any, cast
 
@@ -22,13 +24,14 @@ import anyio.lowlevel
 from arun.actions import Action, Collector, as_action, perform, take_step
 from arun.attempts import run_attempts
 from arun.context import ApplicationContext
-from arun.errors import MisuseError
+from arun.errors import MisuseError, MisuseWarning
 from arun.events import SubtaskFinished, SubtaskRetried, SubtaskStarted
 from arun.fanout import run_fan_out
-from arun.frames import line_of
 from arun.graph import Graph, GraphBuilder, check_entrypoint
+from arun.guards import Checks, Owner, Yields, close_unused, here, shown, spelling, warn_at
 from arun.handles import Handle
-from arun.hosting import BUDGET, as_async_iterator, close, drive, in_context
+from arun.hosted import drive_hosted
+from arun.hosting import BUDGET, as_async_iterator, close, drive, refuse, run_owned
 from arun.outcomes import Ok
 from arun.policies import Policy
 from arun.state import State
@@ -117,7 +120,7 @@ class SubGraphTask:
     :param label: what a person calls it; by default the action's name and the fields that ``state`` was given.
     """
 
-    __slots__ = ("action", "inputs", "key", "label", "state")
+    __slots__ = ("_number", "action", "inputs", "key", "label", "state")
 
     def __init__(
         self,
@@ -136,6 +139,14 @@ class SubGraphTask:
         self.inputs: Mapping[str, Any] = inputs or {}
         self.key = key if key is not None else application_id
         self.label = label
+        owner = here.seat.owner
+        self._number = 0 if owner is None else _note_made(owner)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        raise MisuseError(
+            f"{self.describe()} was awaited, but it has not been started; yield it first, from `tasks`: "
+            "`handle = yield SubGraphTask(...)`, then `await handle`"
+        )
 
     def describe(self) -> str:
         """The label."""
@@ -150,6 +161,8 @@ class TaskBasedParallelAction(Action):
     """Runs the subtasks that ``tasks`` yields and reduces their final States as they end.
 
     :cvar policy: how many at once, in which order, what a failure does.
+    :cvar hosted: True gives the generator of ``reduce`` a task of its own, so that it may yield inside task groups,
+        timeouts and cancel scopes. Sources may not: do in the subtasks' actions what needs a scope.
     """
 
     policy: Policy = _DEFAULT_POLICY
@@ -192,10 +205,14 @@ class TaskBasedParallelAction(Action):
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> tuple[Any, State]:
         given = {**inputs, **self._bound}
         policy = self.policy
-        collector = Collector(self.display_name, context)
+        collector = Collector(self.display_name, context, f"{type(self).__qualname__}.reduce")
+        checks = context.checks
         taken_keys: set[str] = set()
 
         def admit(task: Any) -> None:
+            owner = here.seat.owner
+            if owner is not None and owner.unyielded:
+                owner.unyielded.pop(getattr(task, "_number", 0), None)
             if not isinstance(task, SubGraphTask):
                 raise MisuseError(_not_a_task(self, task))
             if task.key is not None:
@@ -218,10 +235,12 @@ class TaskBasedParallelAction(Action):
 
         async def consume(states: AsyncIterator[Any]) -> None:
             reduced: Any = self.reduce(state, states)
+            owner = Owner(context, checks) if checks is not None else None
             if isinstance(reduced, AsyncGenerator):
-                await drive(cast("AsyncGenerator[Any, None]", reduced), collector.take)
+                host = drive_hosted if self.hosted else drive
+                await host(cast("AsyncGenerator[Any, None]", reduced), collector.take, None, owner)
             else:
-                collector.state = _reduced(self.display_name, await in_context(copy_context(), reduced))
+                collector.state = _reduced(self, await run_owned(copy_context(), reduced, owner))
 
         await run_fan_out(
             lambda: self.tasks(state, context, {**context.inputs, **given}),
@@ -231,6 +250,8 @@ class TaskBasedParallelAction(Action):
             name=self.display_name,
             admit=admit,
             result=self._present,
+            checks=checks,
+            source_ended=_warn_of_unyielded,
         )
         return collector.performed()
 
@@ -255,10 +276,10 @@ class MapStates(TaskBasedParallelAction):
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask a State."""
         action = await _maybe_await(self.action(state, inputs))
-        states = await _iterate(self.states(state, context, inputs), self, "states")
+        states = await _iterate(self.states(state, context, inputs), self, "states", context.checks)
         try:
             async for one in states:
-                yield SubGraphTask(action, _as_state(one, states, self, "states"))
+                yield SubGraphTask(action, one)
         finally:
             await close(states)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
@@ -278,8 +299,10 @@ class MapActions(TaskBasedParallelAction):
         self, state: State, context: ApplicationContext, inputs: dict[str, Any]
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask an action."""
-        shared = _as_state(await _maybe_await(self.state(state, inputs)), None, self, "state")
-        actions = await _iterate(self.actions(state, context, inputs), self, "actions")
+        shared = await _maybe_await(self.state(state, inputs))
+        if (misuse := _refusal(shared, self, "state")) is not None:
+            raise misuse
+        actions = await _iterate(self.actions(state, context, inputs), self, "actions", context.checks)
         try:
             async for action in actions:
                 yield SubGraphTask(action, shared)
@@ -302,13 +325,13 @@ class MapActionsAndStates(TaskBasedParallelAction):
         self, state: State, context: ApplicationContext, inputs: dict[str, Any]
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask for every pair."""
-        actions = await _iterate(self.actions(state, context, inputs), self, "actions")
+        actions = await _iterate(self.actions(state, context, inputs), self, "actions", context.checks)
         try:
             async for action in actions:
-                states = await _iterate(self.states(state, context, inputs), self, "states")
+                states = await _iterate(self.states(state, context, inputs), self, "states", context.checks)
                 try:
                     async for one in states:
-                        yield SubGraphTask(action, _as_state(one, states, self, "states"))
+                        yield SubGraphTask(action, one)
                 finally:
                     await close(states)  # noqa: ASYNC102 - the host that closes this generator has shielded it
         finally:
@@ -361,7 +384,8 @@ def _shown(error: Exception) -> str:
 
 
 def _not_a_task(owner: Action, task: Any) -> str:
-    said = f"{owner.display_name}.tasks yielded a {type(task).__name__}, {task!r:.80}; "
+    said = f"{type(owner).__qualname__}.tasks yielded {shown(task)}; "
+    close_unused(task)
     if isinstance(task, State):
         return said + "yield the task itself, `handle = yield SubGraphTask(...)`, and not what awaiting it gave"
     if isinstance(task, Action):
@@ -369,34 +393,103 @@ def _not_a_task(owner: Action, task: Any) -> str:
     return said + "yield SubGraphTask(graph=..., state=...)"
 
 
-def _reduced(name: str, reduced: Any) -> State:
+def _reduced(owner: Action, reduced: Any) -> State:
     if not isinstance(reduced, State):
-        raise MisuseError(f"{name}.reduce returned {reduced!r:.80}; it returns the new State: state.update(...)")
+        hint = spelling(reduced)
+        message = (
+            f"{type(owner).__qualname__}.reduce returned {shown(reduced)}; {hint + '; ' if hint else ''}"
+            "it returns the new State: state.update(...)"
+        )
+        close_unused(reduced)
+        raise MisuseError(message)
     return reduced
 
 
-def _as_state(candidate: Any, source: Any, owner: Action, method: str) -> State:
-    if not isinstance(candidate, State):
-        at = line_of(source)
-        raise MisuseError(
-            f"{type(owner).__qualname__}.{method} gave a {type(candidate).__name__}, {candidate!r:.80}"
-            f"{f' ({at})' if at else ''}; it gives States: yield state.update(...)"
-        )
-    return candidate
+def _refusal(candidate: Any, owner: Action, method: str) -> MisuseError | None:
+    """What is wrong with something that ``states``, ``state`` or ``actions`` gave."""
+    if method == "actions":
+        try:
+            as_action(candidate, where=f"{type(owner).__qualname__}.actions")
+        except MisuseError as misuse:
+            return misuse
+        return None
+    if isinstance(candidate, State):
+        return None
+    hint = spelling(candidate)
+    close_unused(candidate)
+    return MisuseError(
+        f"{type(owner).__qualname__}.{method} gave {shown(candidate)}; {hint + '; ' if hint else ''}"
+        "it gives States: yield state.update(...)"
+    )
 
 
 async def _maybe_await(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-async def _iterate(produced: Any, owner: Action, method: str) -> AsyncIterator[Any]:
-    iterator = await as_async_iterator(produced)
+async def _iterate(produced: Any, owner: Action, method: str, checks: Checks | None) -> AsyncIterator[Any]:
+    iterator = None if isinstance(produced, Mapping) else await as_async_iterator(produced)
     if iterator is None:
-        raise MisuseError(
-            f"{type(owner).__qualname__}.{method} gave {produced!r:.80}, which can't be iterated over; "
-            f"make it a generator: async def {method}(...): yield ..."
+        hint = spelling(produced) or f"make it a generator: async def {method}(...): yield ..."
+        message = (
+            f"{type(owner).__qualname__}.{method} gave {shown(produced)}, which is no iterable of {method}; {hint}"
         )
-    return iterator
+        close_unused(produced)
+        raise MisuseError(message)
+    return _Checked(iterator, owner, method, checks)
+
+
+class _Checked:
+    """What ``states`` or ``actions`` gave, one by one; what is no State or action is refused at its own ``yield``."""
+
+    __slots__ = ("_iterator", "_method", "_owner", "_yields")
+
+    def __init__(self, iterator: AsyncIterator[Any], owner: Action, method: str, checks: Checks | None) -> None:
+        self._iterator = iterator
+        self._owner = owner
+        self._method = method
+        self._yields = Yields.of(iterator, checks)
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        one = await self._iterator.__anext__()
+        while True:
+            misuse = self._yields.look() if self._yields is not None else None
+            misuse = misuse or _refusal(one, self._owner, self._method)
+            if misuse is None:
+                return one
+            one = await refuse(self._iterator, misuse)
+
+    async def aclose(self) -> None:
+        await close(self._iterator)
+
+
+def _note_made(owner: Owner) -> int:
+    """Remember the line that makes a subtask, until it is yielded. Its number; 0 if nobody will ask."""
+    made = owner.unyielded
+    if made is None:
+        made = owner.unyielded = {}
+    if len(made) >= _MADE_AT_MOST:
+        return 0
+    frame = sys._getframe(2)
+    if frame.f_globals.get("__name__") == __name__:  # made here, and yielded at once
+        return 0
+    number = next(_numbers)
+    made[number] = (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
+    return number
+
+
+_numbers = itertools.count(1)
+#: Made and not yielded, after which no more are noted.
+_MADE_AT_MOST = 100
+
+
+def _warn_of_unyielded(owner: Owner) -> None:
+    for filename, line, name in (owner.unyielded or {}).values():
+        told = f"a SubGraphTask made in {name} at {filename}:{line} was never yielded, so it has not run: yield it"
+        warn_at(MisuseWarning(told), filename, line)
 
 
 def _short(value: Any) -> str:

@@ -23,6 +23,7 @@ REFERENCE = {
     "reference/arun": [
         "arun",
         "arun.fanout",
+        "arun.outcome_stream",
         "arun.channel",
         "arun.data",
         "arun.store",

@@ -27,10 +27,10 @@ FLOORS: dict[str, int] = {
     for floor, names in enumerate((
         "errors frames",
         "events guards outcomes policies runtime state",
-        "conditions context handles hosting threads",
+        "conditions context handles hosted hosting threads",
         "attempts signatures stream",
         "fanout",
-        "actions channel data executors reducers",
+        "actions channel data executors outcome_stream reducers",
         "graph",
         "parallel",
         "application",
