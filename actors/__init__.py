@@ -1,1 +1,62 @@
-"""Long-lived actors and where they live."""
+"""Long-lived actors and where they live: clusters, placements, engines and pools of them.
+
+Importing this imports neither Ray nor vLLM nor torch; what needs them imports them when it is used.
+"""
+
+from __future__ import annotations
+
+from actors.actor import ActorHandle, ActorStream, actor
+from actors.bundles import Group, Placement, Reservation
+from actors.cluster import ActorInfo, Cluster, ClusterResources, NodeResources
+from actors.echo_engine import EchoEngine
+from actors.engine import (
+    ChatMessage,
+    Completion,
+    Delta,
+    Engine,
+    EngineInfo,
+    EngineLoad,
+    EngineSpec,
+    GenerateRequest,
+    Sampling,
+    Usage,
+)
+from actors.local_cluster import LocalCluster
+from actors.models import demo_model, tiny_model
+from actors.pool import DeltaStream, EnginePool, PoolStats, ReplicaProgress, ReplicaStats
+from actors.ray_cluster import RayCluster
+from actors.vllm_engine import VLLMEngine
+
+__all__ = (
+    "ActorHandle",
+    "ActorInfo",
+    "ActorStream",
+    "ChatMessage",
+    "Cluster",
+    "ClusterResources",
+    "Completion",
+    "Delta",
+    "DeltaStream",
+    "EchoEngine",
+    "Engine",
+    "EngineInfo",
+    "EngineLoad",
+    "EnginePool",
+    "EngineSpec",
+    "GenerateRequest",
+    "Group",
+    "LocalCluster",
+    "NodeResources",
+    "Placement",
+    "PoolStats",
+    "RayCluster",
+    "ReplicaProgress",
+    "ReplicaStats",
+    "Reservation",
+    "Sampling",
+    "Usage",
+    "VLLMEngine",
+    "actor",
+    "demo_model",
+    "tiny_model",
+)

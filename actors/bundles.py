@@ -87,10 +87,10 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
         if found.fits:
             return None
         return (
-            f"the cluster can't hold {_replicas(self)} ({self.strategy}): {_missing(self, found)}.\n"
-            f"{_explain(self, resources, found)}\n"
-            "Ask for fewer replicas, a smaller tensor_parallel or pipeline_parallel, fewer cpus or gpus per worker, "
-            "another strategy, or give the cluster more."
+            f"the cluster can't hold {_replicas(self)} ({self.strategy}), {_amounts(*_total(self))} in all: "
+            f"{_missing(self, found)}. The cluster has {resources.describe()}. Ask for fewer replicas, a smaller "
+            "tensor_parallel or pipeline_parallel, fewer cpus or gpus per worker, or another strategy, or give the "
+            "cluster more; Placement.explain() shows what would go where"
         )
 
     def _bundle(self) -> Bundle:
@@ -217,9 +217,9 @@ def _explain(placement: Placement, resources: ClusterResources, found: Fit) -> s
     ]
     lines += [f"  node {node.name}: {node.describe()}" for node in resources.nodes]
     for replica, nodes in enumerate(found.nodes):
-        if nodes is None:
-            lines.append(f"replica {replica}  no room")
-            continue
+        if nodes is None:  # all bundles being equal, none of the replicas that follow has room either
+            lines.append(f"replicas {replica} to {placement.replicas - 1}  no room")
+            break
         for node in dict.fromkeys(nodes):
             on_node = [str(bundle) for bundle, where in enumerate(nodes) if where == node]
             plural = "bundle " if len(on_node) == 1 else "bundles"

@@ -1,6 +1,6 @@
 """The actor's side: one object, its messages, its life. The same code in a process of ours, in Ray's, and in a task.
 
-``python -m actors.host`` is what LocalCluster starts. The process reads a :class:`HostOrder` from stdin, listens on a
+``main()`` in a process of its own is what LocalCluster starts. The process reads a :class:`HostOrder` from stdin, listens on a
 Unix socket and writes one line to the status pipe when it does. From then on stdin says one thing only: at its end the
 actor is to stop, because its owner let go of it or died. Everything else, the outcome of the start included, goes
 over the channel.
@@ -28,6 +28,7 @@ from actors import pickling
 from arun.channel import serve_unix
 from arun.errors import MisuseError
 from arun.runtime import Background, Runtime
+from arun.telemetry import configure_logging_as_parent
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -224,6 +225,7 @@ class HostOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 def main() -> None:
     """Live as the process of one actor."""
+    configure_logging_as_parent()
     try:
         order = HostOrder.read(sys.stdin.fileno())
     except EOFError:  # the owner died, or gave up, before it said what to do
@@ -311,7 +313,3 @@ def _set_or_unset(variable: str, value: str | None) -> None:
         os.environ.pop(variable, None)
     else:
         os.environ[variable] = value
-
-
-if __name__ == "__main__":
-    main()

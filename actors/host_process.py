@@ -32,7 +32,7 @@ _KILL_MARGIN = 1.0
 
 
 class HostProcess:
-    """A ``python -m actors.host``, started at once.
+    """A process that runs :func:`actors.host.main`, started at once.
 
     It leads a session of its own, so Ctrl-C does not reach it, and everything it started in that session is killed when
     it ends. Its stdout goes to this process's stderr: stdout belongs to the program.
@@ -63,7 +63,7 @@ class HostProcess:
         self._order = memoryview(order.write())
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "actors.host"],
+                [sys.executable, "-P", "-c", "from actors.host import main; main()"],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=2,

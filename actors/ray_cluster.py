@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
-import os
 import sys
+import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -33,7 +34,13 @@ if TYPE_CHECKING:
 
 __all__ = ("RayCluster",)
 
-_AUTH_MODE = "RAY_AUTH_MODE"
+_NO_NEWS = {
+    # Off the main thread Ray leaves the SIGTERM handler alone, which is what we want.
+    "ray._private.worker": "SIGTERM handler is not set",
+    # Ray's default for a cluster that it starts here, and ours.
+    "ray._private.authentication.authentication_token_setup": "Token authentication is enabled",
+}
+"""Per logger of Ray's, the beginning of a warning that each start would give and that asks nobody to do anything."""
 
 
 class RayCluster:
@@ -48,12 +55,10 @@ class RayCluster:
     def __init__(
         self, address: str | None, options: Mapping[str, Any], *, placement_timeout: float, grace: float
     ) -> None:
-        self._address = address
-        self._options = options
         self._placement_timeout = placement_timeout
         self._roster = Roster(grace=grace)
         self._reservations: list[Reservation] = []
-        self._session = contextlib.ExitStack()
+        self._session = _RaySession(address, options)
         self._opening: Background[None] | None = None
         self._closing: Background[None] | None = None
 
@@ -69,7 +74,7 @@ class RayCluster:
         """A cluster to be entered with ``async with``; nothing starts before.
 
         :param address: of a running cluster ("auto", "host:port"); by default Ray is started on this machine,
-            without a dashboard, with token authentication unless RAY_AUTH_MODE says otherwise. A process that is
+            without a dashboard, with token authentication (Ray's default; RAY_AUTH_MODE decides). A process that is
             connected to Ray already uses that connection, and leaves it as it is.
         :param placement_timeout: seconds that :meth:`reserve` waits for resources that others hold now.
         :param grace: seconds that ``on_stop`` gets before a process is killed.
@@ -81,7 +86,7 @@ class RayCluster:
             raise MissingExtraError("RayCluster", extra="ray", package="ray")
         if address is not None and address.startswith("ray://"):
             raise MisuseError(
-                f"RayCluster can't use {address}: a Ray client is outside of the cluster, where nobody reaches the actors' "
+                f"RayCluster can't use {address}: a Ray client is outside of the cluster, out of reach of the actors' "
                 "sockets; run this program on a node of the cluster with address='auto', or submit it as a Ray job"
             )
         return cls(address, ray_init_options, placement_timeout=placement_timeout, grace=grace)
@@ -91,7 +96,7 @@ class RayCluster:
         if self._roster.closed:
             raise MisuseError("this cluster is closed; connect() again")
         if self._opening is None:
-            self._opening = Runtime.current().start(self._open, name="start of RayCluster")
+            self._opening = Runtime.current().start(self._session.open, name="start of RayCluster")
         try:
             await finish(self._opening)
         except BaseException:
@@ -191,15 +196,11 @@ class RayCluster:
     ) -> None:
         await self.aclose()
 
-    async def _open(self) -> None:
-        # Off the main thread ray.init also leaves the SIGTERM handler alone, which it would replace for good.
-        await anyio.to_thread.run_sync(lambda: self._session.enter_context(_ray_session(self._address, self._options)))
-
     async def _close(self) -> None:
         await self._roster.stop_all()
         for reservation in reversed(tuple(self._reservations)):
             await reservation.release()
-        await anyio.to_thread.run_sync(self._session.close)
+        await self._session.close()
 
     async def _wait_ready(self, placement: Placement, groups: builtins.list[Group]) -> None:
         try:
@@ -230,8 +231,42 @@ class RayCluster:
             raise MisuseError("this cluster is not connected yet: write `async with RayCluster.connect() as cluster:`")
 
 
+class _RaySession:
+    """A connection to Ray, held by a thread of its own for as long as it lasts.
+
+    Starting and stopping Ray takes seconds, so the event loop's thread won't do. Nor will a worker thread that may be
+    retired: Ray asks the kernel to kill its servers when the thread that started them ends (PR_SET_PDEATHSIG).
+    """
+
+    def __init__(self, address: str | None, options: Mapping[str, Any]) -> None:
+        self._address = address
+        self._options = options
+        self._opened: Future[None] = Future()
+        self._leave = threading.Event()
+        self._thread = threading.Thread(target=self._hold, name="Ray session", daemon=True)
+
+    async def open(self) -> None:
+        self._thread.start()
+        await anyio.to_thread.run_sync(self._opened.result)
+
+    async def close(self) -> None:
+        self._leave.set()
+        if self._thread.is_alive():
+            await anyio.to_thread.run_sync(self._thread.join)
+
+    def _hold(self) -> None:
+        try:
+            with _connected(self._address, self._options):
+                self._opened.set_result(None)
+                self._leave.wait()
+        except BaseException as exc:
+            if self._opened.done():
+                raise
+            self._opened.set_exception(exc)
+
+
 @contextlib.contextmanager
-def _ray_session(address: str | None, options: Mapping[str, Any]) -> Generator[None]:
+def _connected(address: str | None, options: Mapping[str, Any]) -> Generator[None]:
     """Be connected to Ray; ends only what it began. Blocks for seconds."""
     ray = import_ray()
     if ray.is_initialized():
@@ -243,12 +278,9 @@ def _ray_session(address: str | None, options: Mapping[str, Any]) -> Generator[N
         yield
         return
     with contextlib.ExitStack() as stack:
-        if address is None and _AUTH_MODE not in os.environ:
-            os.environ[_AUTH_MODE] = "token"  # Ray's processes and its own library read it there only
-            stack.callback(os.environ.pop, _AUTH_MODE, None)
         stack.enter_context(_stdout_is_the_programs())
         quiet = {"include_dashboard": False} if address is None else {}
-        with _no_word_about_sigterm():
+        with _without_no_news():
             ray.init(
                 address="local" if address is None else address,
                 **{"log_to_driver": False, "logging_level": logging.WARNING, **quiet, **options},
@@ -274,18 +306,18 @@ def _stdout_is_the_programs() -> Generator[None]:
 
 
 @contextlib.contextmanager
-def _no_word_about_sigterm() -> Generator[None]:
-    """Drop ray.init's warning that it leaves the SIGTERM handler alone, which is what we want."""
-
+def _without_no_news() -> Generator[None]:
     def is_news(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("SIGTERM handler is not set")
+        return not record.getMessage().startswith(_NO_NEWS[record.name])
 
-    logger = logging.getLogger("ray._private.worker")
-    logger.addFilter(is_news)
+    loggers = [logging.getLogger(name) for name in _NO_NEWS]
+    for logger in loggers:
+        logger.addFilter(is_news)
     try:
         yield
     finally:
-        logger.removeFilter(is_news)
+        for logger in loggers:
+            logger.removeFilter(is_news)
 
 
 def _resources() -> ClusterResources:

@@ -21,6 +21,7 @@ from actors.host import Host
 from arun.channel import Connection, connect_tcp, serve_tcp
 from arun.errors import ChannelLost
 from arun.runtime import Runtime
+from arun.telemetry import configure_logging_as_parent
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,6 +48,7 @@ class RayHost:
     """The class that Ray makes an actor of: a thin shell around the same :class:`~actors.host.Host` as everywhere."""
 
     def __init__(self, blob: bytes) -> None:
+        configure_logging_as_parent()
         self._blob = blob
         self._host: Host | None = None
 

@@ -323,7 +323,7 @@ class _PlainIterator:
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        await close(self._iterator)  # pyright: ignore[reportArgumentType]
+        await close(self._iterator)  # pyright: ignore[reportArgumentType] - an iterator may be a generator
 
 
 async def _step(generator: AsyncIterator[Any]) -> Any:

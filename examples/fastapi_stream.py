@@ -67,7 +67,10 @@ def build(pool: EnginePool) -> Application:
 @asynccontextmanager
 async def lifespan(web: FastAPI) -> AsyncIterator[None]:
     model = os.environ.get("MODEL", "echo")
-    spec = EngineSpec(model=model, engine="echo") if model == "echo" else EngineSpec(model=model)
+    if model == "echo":
+        spec = EngineSpec(model=model, engine="echo", engine_args={"token_seconds": 0.05})
+    else:
+        spec = EngineSpec(model=model, max_model_len=512)
     cluster = RayCluster.connect() if os.environ.get("CLUSTER") == "ray" else LocalCluster()
     async with cluster, cluster.engines(spec, replicas=int(os.environ.get("REPLICAS", "1"))) as pool:
         web.state.pool = pool

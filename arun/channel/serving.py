@@ -110,13 +110,13 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
 
 
 async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncIterator[object]) -> None:
-    session = connection.session
-    limit = session.allowed.message_bytes
+    send = connection.session.send
+    limit = connection.session.allowed.message_bytes
     what = f"item of {outbound.method!r}"
     streak = 0
     async for item in iterator:
         payload = encode_payload(item, what, limit)
-        while not session.send(outbound, payload):
+        while not send(outbound, payload):
             if outbound.state != "open":  # closed, but the iterator went on
                 return
             await connection.wait(outbound)

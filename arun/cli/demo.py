@@ -51,13 +51,7 @@ class DemoOptions(msgspec.Struct, frozen=True, kw_only=True):
 @action(reads=["source", "limit"], writes=["rows"])
 def load_rows(state: State) -> State:
     """Read the first ``limit`` rows of the CSV file ``source``."""
-    csv = _pyarrow("csv")
-    table = csv.read_csv(state["source"])
-    if table.num_rows < state["limit"]:
-        raise ArunError(
-            f"--rows {state['limit']} asks for more rows than the file has: {state['source']} has {table.num_rows}"
-        )
-    return state.update(rows=table.slice(0, state["limit"]).to_pylist())
+    return state.update(rows=read_rows(state["source"], state["limit"]))
 
 
 @action(reads=["row", "max_tokens"], writes=["answer", "tokens", "row", "style"])
@@ -119,6 +113,18 @@ def build(engine: Any, options: DemoOptions) -> Application:
     )
 
 
+def read_rows(source: str, limit: int) -> list[dict[str, Any]]:
+    """The first ``limit`` rows of a CSV file.
+
+    :raises ArunError: if it has fewer.
+    """
+    table = _pyarrow("csv").read_csv(source)
+    if table.num_rows < limit:
+        raise ArunError(f"--rows {limit} asks for more rows than the file has: {source} has {table.num_rows}")
+    rows: list[dict[str, Any]] = table.slice(0, limit).to_pylist()
+    return rows
+
+
 class Summary:
     """Running totals over the answers."""
 
@@ -157,14 +163,15 @@ async def run_demo(options: DemoOptions) -> None:
     """Start the engines, run the application, show it, and stop everything again."""
     from actors import EngineSpec, LocalCluster, RayCluster
 
-    airports()  # tells what is missing before anything is started
+    read_rows(str(airports()), options.rows)  # tells what is wrong before anything is started
     display: Display = TerminalDisplay(options.model) if is_terminal() and not options.json else JsonDisplay()
     spec = EngineSpec(model=options.model, tensor_parallel_size=options.tensor_parallel, max_model_len=_MODEL_LENGTH)
     with display:
         display.note(f"starting {options.replicas} engine(s) of {options.model} on {_where(options)}")
         cluster = LocalCluster() if options.local else RayCluster.connect()
         async with cluster:
-            pool = cluster.engines(spec, replicas=options.replicas, name="demo", on_progress=display.replica)
+            pool = cluster.engines(spec, replicas=options.replicas, name="demo")
+            pool.on_progress = display.replica
             async with pool, build(pool, options).astream(deliver=0.1) as stream:
                 async for event in stream:
                     display.event(event)

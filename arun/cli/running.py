@@ -11,6 +11,7 @@ from typing import TypeVar
 import typer
 
 from arun.errors import ArunError
+from arun.telemetry import configure_logging
 
 __all__ = ("run_command",)
 
@@ -25,6 +26,7 @@ def run_command(command: Callable[[T], Awaitable[None]], options: T) -> None:
 
     :raises typer.Exit: with 1 after an ArunError, 130 after a signal.
     """
+    configure_logging("warning")
     try:
         interrupted = asyncio.run(_until_signal(command, options))
     except ArunError as exc:

@@ -9,17 +9,17 @@ import asyncio
 import os
 import signal
 import sys
-from pathlib import Path
 
 import structlog
 
 from actors.bundles import Placement
 from actors.ray_cluster import RayCluster
+from tests.actors.programs import children
 from tests.actors.samples import Diary, Wide
 
 
 async def main(how: str, diary: str) -> None:
-    before = signal.getsignal(signal.SIGTERM), dict(os.environ), sys.stdout
+    before = signal.getsignal(signal.SIGTERM)
     async with RayCluster.connect(num_cpus=2) as cluster:
         assert os.environ["RAY_AUTH_MODE"] == "token"
         reservation = await cluster.reserve(Placement())
@@ -32,14 +32,13 @@ async def main(how: str, diary: str) -> None:
         while "hanging" not in await wide.notes():
             pass
         actors = [info.pid for info in cluster.list() if info.alive]
-        servers = [int(word) for word in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+        servers = children(os.getpid())
         print(*actors, *servers, flush=True)
         if how == "return":
             call.cancel()
         else:
             await call
-    assert signal.getsignal(signal.SIGTERM) == before[0]
-    assert "RAY_AUTH_MODE" not in os.environ
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import pytest
 from actors.bundles import Placement
 from actors.local_cluster import LocalCluster
 from arun.errors import ActorDied, MisuseError, PlacementError
-from tests.actors.programs import ENVIRONMENT, ROOT, children, wait_gone
+from tests.actors.programs import ENVIRONMENT, children, owner_program, wait_gone
 from tests.actors.samples import Counter, Parent, Stubborn
 
 # Exit
@@ -29,31 +29,14 @@ def test_nothing_is_left_however_the_owner_ends(how: str, tmp_path: Path) -> Non
     diary = tmp_path / "diary"
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    owner = subprocess.Popen(
-        [sys.executable, "-m", "tests.actors.owner", how, str(diary)],
-        cwd=ROOT,
-        env=ENVIRONMENT | {"TMPDIR": str(temporary)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with owner:
-        assert owner.stdout is not None
-        assert owner.stderr is not None
-        line = owner.stdout.readline()
-        if not line:
-            pytest.fail(owner.stderr.read())
-        pids = [int(word) for word in line.split()]
+    with owner_program("tests.actors.owner", how, str(diary), TMPDIR=str(temporary)) as (owner, pids):
         assert len(pids) == 4
         if how.startswith("SIG"):
             owner.send_signal(getattr(signal, how))
         elif how == "twice":
             owner.send_signal(signal.SIGINT)
-        owner.wait(10)
-        left = wait_gone(pids, 10)
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-        assert left == []
+        owner.communicate(timeout=10)
+        assert wait_gone(pids, 10) == []
     assert diary.read_text() == "diary started\ndiary stopped\n"
     if how not in {"SIGKILL", "SIGTERM", "os._exit"}:  # who ends so takes nothing away
         assert list(temporary.iterdir()) == []
@@ -62,26 +45,14 @@ def test_nothing_is_left_however_the_owner_ends(how: str, tmp_path: Path) -> Non
 
 
 def test_actors_end_with_their_owner_also_when_a_forked_child_holds_their_pipes(tmp_path: Path) -> None:
-    owner = subprocess.Popen(
-        [sys.executable, "-m", "tests.actors.owner", "forked", str(tmp_path / "diary")],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    with owner:
-        assert owner.stdout is not None
-        pids = [int(word) for word in owner.stdout.readline().split()]
-        forked = [pid for pid in children(owner.pid) if pid not in pids]
-        assert len(forked) == 1
+    with owner_program("tests.actors.owner", "forked", str(tmp_path / "diary")) as (owner, pids):
+        [forked] = [pid for pid in children(owner.pid) if pid not in pids]
         owner.kill()
         owner.wait(10)
         try:
             assert wait_gone(pids, 10) == []
         finally:
-            for pid in forked:
-                os.kill(pid, signal.SIGKILL)
+            os.kill(forked, signal.SIGKILL)
 
 
 @pytest.mark.asyncio

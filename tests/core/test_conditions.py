@@ -1,0 +1,123 @@
+"""when, expr, default and their operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from arun import Condition, MisuseError, State, default, expr, when
+
+pytestmark = pytest.mark.anyio
+
+STATE = State({"n": 3, "kind": "a", "xs": [1, 2], "none": None, "a__b": 7})
+
+
+@pytest.mark.parametrize(
+    ("expected", "holds"),
+    [
+        ({"n": 3}, True),
+        ({"n": 4}, False),
+        ({"n": 3, "kind": "b"}, False),
+        ({"n__eq": 3}, True),
+        ({"n__ne": 3}, False),
+        ({"n__lt": 3}, False),
+        ({"n__lte": 3}, True),
+        ({"n__gt": 2}, True),
+        ({"n__gte": 4}, False),
+        ({"kind__in": ("a", "b")}, True),
+        ({"kind__notin": ("a", "b")}, False),
+        ({"xs__contains": 2}, True),
+        ({"none__is": None}, True),
+        ({"none__isnot": None}, False),
+        ({"a__b": 7}, True),
+        ({"a__b__gt": 6}, True),
+    ],
+)
+async def test_when_compares_as_its_suffix_says(expected: dict[str, Any], holds: bool) -> None:
+    assert await when(**expected).holds(STATE) is holds
+
+
+def test_when_without_conditions_is_refused() -> None:
+    with pytest.raises(MisuseError, match="use default for always"):
+        when()
+
+
+@pytest.mark.parametrize(
+    ("source", "holds"),
+    [
+        ("n > 2", True),
+        ("n > 2 and kind in ('b', 'c')", False),
+        ("not n == 3 or kind == 'a'", True),
+        ("len(xs) + n - 1 == 4", True),
+        ("xs[0] == 1 and xs[-1:] == [2]", True),
+        ("none is None", True),
+        ("(1 if n else 0) == 1", True),
+        ("{'a': 1}[kind] == 1 and n in {3}", True),
+        ("2 < n < 4", True),
+        ("max(xs) // 2 * 1.0 % 2 == 1", True),
+    ],
+)
+async def test_expr_evaluates_over_the_state(source: str, holds: bool) -> None:
+    assert await expr(source).holds(STATE) is holds
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("__import__('os')", "may call only"),
+        ("n.__class__", "Attribute at column 1 is not allowed"),
+        ("[x for x in xs]", "ListComp"),
+        ("lambda: 1", "Lambda"),
+        ("n := 3", "no Python expression"),
+        ("(n := 3)", "NamedExpr"),
+        ("2 ** n", "Pow"),
+        ("f'{n}'", "JoinedStr"),
+        ("xs[0](1)", "may call only"),
+        ("sorted(xs, key=abs)", "may call only"),
+        ("n >", "no Python expression"),
+        ("n = 3", "no Python expression"),
+        ("", "no Python expression"),
+        ("n\0", "no Python expression"),
+        ("(" * 500 + "n" + ")" * 500, "no Python expression"),
+        ("open", None),
+    ],
+)
+async def test_expr_refuses_what_is_no_plain_expression(source: str, message: str | None) -> None:
+    if message is None:  # a name is a key and never a builtin
+        with pytest.raises(KeyError, match="no key 'open'"):
+            await expr(source).holds(STATE)
+    else:
+        with pytest.raises(MisuseError, match=message):
+            expr(source)
+
+
+async def test_expr_knows_the_keys_that_it_reads() -> None:
+    assert sorted(expr("len(xs) > n and n").keys) == ["n", "xs"]
+
+
+async def test_conditions_combine() -> None:
+    yes, no = when(n=3), expr("n > 3")
+    assert await (~no & yes & default).holds(STATE)
+    assert not await (~(no | yes)).holds(STATE)
+    assert not await (yes & ~default).holds(STATE)
+    assert (yes & no).keys == ("n", "n")
+    assert repr(~yes | no) == "<Condition (~(n=3)) | (n > 3)>"
+
+
+async def test_plain_and_async_predicates_are_conditions_too() -> None:
+    async def later(state: State) -> bool:
+        return bool(state["n"] == 3)
+
+    assert await Condition.lmda(lambda state: state["n"] == 3, ["n"]).holds(STATE)
+    assert await Condition(["n"], later).holds(STATE)
+    assert await (when(n=3) & later).holds(STATE)  # type: ignore[operator]
+    assert await (default & (lambda state: state["xs"])).holds(STATE)  # type: ignore[operator]
+    with pytest.raises(MisuseError, match=r"write when\(...\) or expr\('n > 3'\)"):
+        when(n=3) | "n > 3"  # type: ignore[operator]
+
+
+async def test_the_second_of_a_pair_is_not_evaluated_without_need() -> None:
+    missing = when(missing=1)
+    assert not await (when(n=4) & missing).holds(STATE)
+    assert await (when(n=3) | missing).holds(STATE)
