@@ -237,8 +237,7 @@ def main() -> None:
     try:
         asyncio.run(_serve(order, leash))
     finally:
-        if os.getppid() != order.owner_pid:
-            _kill_process_group()  # nobody is left to end what the actor started
+        _kill_what_the_actor_started()
 
 
 async def _serve(order: HostOrder, leash: int) -> None:
@@ -289,6 +288,18 @@ def _take_over_stdin() -> int:
     os.dup2(null, 0)
     os.close(null)
     return leash
+
+
+def _kill_what_the_actor_started() -> None:
+    """End the others of this process's group. The owner does so too when it sees this end, if it lives."""
+    group = os.getpgid(0)
+    if group != os.getpid():  # started by hand: the group is somebody's shell
+        return
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != group:
+            with contextlib.suppress(ProcessLookupError):
+                if os.getpgid(int(entry)) == group:
+                    os.kill(int(entry), signal.SIGKILL)
 
 
 def _kill_process_group() -> None:

@@ -456,8 +456,8 @@ class Collector:
         """What the generator came to, after its end."""
         if self.state is None:
             raise MisuseError(
-                f"action {self.name!r} ({self.where}) ended without yielding a State; a generator's last State is its "
-                "result: yield state.update(...)"
+                f"action {self.name!r} ended without yielding a State; a generator's last State is its result: "
+                f"yield state.update(...) ({self.where})"
             )
         return self.result, self.state
 
@@ -559,8 +559,8 @@ def _result(returned: Any, name: str, function: Callable[..., Any]) -> Performed
         return cast("Performed", returned)
     hint = spelling(returned)
     message = (
-        f"action {name!r} ({where(function)}) returned {shown(returned)}; {hint + '; ' if hint else ''}"
-        "an action returns or yields a State: return state.update(...), or (result, state)"
+        f"action {name!r} returned {shown(returned)}; {hint + '; ' if hint else ''}"
+        f"an action returns or yields a State: return state.update(...), or (result, state) ({where(function)})"
     )
     close_unused(returned)
     raise MisuseError(message)

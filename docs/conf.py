@@ -23,7 +23,11 @@ REFERENCE = {
     "reference/arun": [
         "arun",
         "arun.fanout",
+<<<<<<< HEAD
         "arun.outcome_stream",
+=======
+        "arun.reducers",
+>>>>>>> main
         "arun.channel",
         "arun.data",
         "arun.store",

@@ -1,6 +1,6 @@
 """Watchdog: names the action that holds the event loop, and the line, while it does so.
 
-One daemon thread a process, started by the first run that is checked, asleep while none goes on. It takes a sample of
+One daemon thread a process, started by the first run that is checked, and gone a second after the last one. It takes a sample of
 every thread's seat a few times per threshold; the trampoline only counts. Nothing is raised or warned for it, only
 logged: how long a step takes depends on the machine, and a busy one must not fail a program that is right.
 """
@@ -27,6 +27,8 @@ log = structlog.get_logger("arun.watchdog")
 
 #: Samples per threshold: a block is told of at most a quarter of it late.
 _SAMPLES: Final = 4
+#: Seconds without any run after which the thread ends.
+_IDLE: Final = 1.0
 
 
 class _Sample(msgspec.Struct):
@@ -52,7 +54,7 @@ class _Watchdog:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="arun watchdog", daemon=True)
                 self._thread.start()
-        self._awake.set()
+            self._awake.set()
 
     def leave(self, seat: Seat) -> None:
         """The last run on that thread has ended."""
@@ -63,14 +65,18 @@ class _Watchdog:
 
     def _run(self) -> None:
         while True:
-            self._awake.wait()
+            self._awake.wait(_IDLE)
             with self._lock:
                 seats = list(self._seats.items())
+                if not seats and not self._awake.is_set():
+                    self._thread = None
+                    return
             for gone in self._samples.keys() - dict(seats).keys():
                 self._released(gone, time.perf_counter())
             for seat, threshold in seats:
                 self._look(seat, threshold)
-            time.sleep(min((threshold for _, threshold in seats), default=1.0) / _SAMPLES)
+            if seats:
+                time.sleep(min(threshold for _, threshold in seats) / _SAMPLES)
 
     def _look(self, seat: Seat, threshold: float) -> None:
         now, owner, steps = time.perf_counter(), seat.owner, seat.steps

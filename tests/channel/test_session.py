@@ -141,7 +141,8 @@ class Universe(RuleBasedStateMachine):
         effects = (self.opener if by_opener else self.server).close("the end")
         self.interrupt(effects.interrupted)
         for stream in self.by_id.values():
-            stream.cut = not stream.finished
+            # An opener that closes takes nothing more, also of what has ended over there.
+            stream.cut = not stream.finished or (by_opener and stream.inbound.outcome is None)
         assert by_opener or all(stream.interrupted for stream in running)
 
     def running(self):

@@ -1,0 +1,1 @@
+"""Benchmarks: `make bench`, or `python -m tests.benchmarks [names...] [--quick]`. They print what they measure."""
