@@ -407,7 +407,7 @@ class Kernel(Generic[T]):
                     misuse = yields.look() if yields is not None else None
                     while True:
                         if misuse is not None:
-                            spec = await refuse(source, misuse)
+                            spec = await refuse(source, misuse, yields)
                             misuse = yields.look() if yields is not None else None
                             continue
                         try:

@@ -20,7 +20,7 @@ import anyio
 
 from arun.errors import MisuseError
 from arun.guards import Owner
-from arun.hosting import GRACE, close, in_context, let_go, refuse
+from arun.hosting import GRACE, close_with_scopes, in_context, let_go, refuse
 
 __all__ = ("drive_hosted",)
 
@@ -151,7 +151,7 @@ async def _step_through(generator: Any, handover: _Handover, context: Context, o
     finally:
         handover.scope.deadline = anyio.current_time() + GRACE
         try:
-            await in_context(context, _close(generator), None, owner)  # noqa: ASYNC102 - the host's scope is shielded
+            await in_context(context, close_with_scopes(generator), None, owner)  # noqa: ASYNC102 - the host's scope is shielded
         finally:
             if owner is not None and owner.generators is not None:
                 await let_go(owner, context, failure)  # noqa: ASYNC102 - the host's scope is shielded
@@ -163,13 +163,3 @@ async def _step(generator: Any, thrown: BaseException | None) -> Any:
     if isinstance(thrown, MisuseError):
         return await refuse(generator, thrown)
     return await generator.athrow(thrown)
-
-
-async def _close(generator: Any) -> None:
-    try:
-        await close(generator)
-    except BaseExceptionGroup as group:
-        # Task groups wrap the GeneratorExit that closing raises at the yield (anyio and trio do; CPython #135736).
-        _, rest = group.split(GeneratorExit)
-        if rest is not None:
-            raise rest from None

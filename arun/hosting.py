@@ -27,7 +27,7 @@ import structlog
 
 from arun.errors import AbandonedGenerator, AbandonedWork, MisuseError
 from arun.frames import line_of, user_line
-from arun.guards import Owner, Yields, forget, here, warn_at
+from arun.guards import Owner, Yields, forget, here, holds_scope, line_at, warn_at
 
 __all__ = (
     "BUDGET",
@@ -35,6 +35,7 @@ __all__ = (
     "SWALLOWED",
     "as_async_iterator",
     "close",
+    "close_with_scopes",
     "drive",
     "in_context",
     "let_go",
@@ -161,7 +162,7 @@ async def drive(
                     misuse = yields.look() if yields is not None else None
                     while True:
                         if misuse is not None:
-                            item = await in_context(context, refuse(generator, misuse), None, owner)
+                            item = await in_context(context, refuse(generator, misuse, yields), None, owner)
                             misuse = yields.look() if yields is not None else None
                             continue
                         try:
@@ -194,11 +195,16 @@ async def drive(
             raise failure
 
 
-async def refuse(generator: Any, misuse: MisuseError) -> Any:
+async def refuse(generator: Any, misuse: MisuseError, yields: Yields | None = None) -> Any:
     """Raise at the ``yield`` where a generator is suspended; one that goes on gives its next item.
 
+    :param yields: knows which generators below this one it is to be raised in first.
     :raises MisuseError: bare, also out of a task group that the generator holds.
     """
+    if yields is not None:
+        inner, yields.inner = yields.inner, ()
+        for one in inner:
+            await _end(one, misuse)
     if not hasattr(generator, "athrow"):
         raise misuse
     try:
@@ -208,6 +214,15 @@ async def refuse(generator: Any, misuse: MisuseError) -> Any:
         if theirs is None:
             raise
         raise misuse from rest
+
+
+async def _end(inner: Any, misuse: MisuseError) -> None:
+    """Raise in a generator that somebody else's is iterating over, and close it should it go on."""
+    try:
+        await refuse(inner, misuse)
+        await close(inner)
+    except (MisuseError, StopAsyncIteration):
+        pass
 
 
 async def run_owned(
@@ -241,12 +256,14 @@ async def let_go(owner: Owner, context: Context, failure: BaseException | None) 
     errors: list[Exception] = []
     generator: Any
     for generator in abandoned or ():
-        at, code = line_of(generator), generator.ag_code
-        line = generator.ag_frame.f_lineno if generator.ag_frame is not None else code.co_firstlineno
+        at, code, line = line_of(generator), generator.ag_code, line_at(generator)
         try:
-            with anyio.CancelScope(shield=True) as scope:
-                scope.deadline = anyio.current_time() + GRACE
-                await in_context(context, close(generator))
+            if holds_scope(generator):  # entered before ours would be, so it has to be left after it: do without
+                await in_context(context, close_with_scopes(generator))
+            else:
+                with anyio.CancelScope(shield=True) as scope:
+                    scope.deadline = anyio.current_time() + GRACE
+                    await in_context(context, close(generator))
         except Exception as exc:  # noqa: BLE001 - one failing clean-up must not keep the others from theirs
             errors.append(exc)
         if failure is None:
@@ -285,6 +302,18 @@ async def close(iterator: AsyncIterator[Any] | Iterable[Any]) -> None:
             f"{line_of(iterator)} yielded when it was told to end: it swallowed GeneratorExit there, by a bare except "
             "or an except BaseException around a yield, or yields in a finally; catch Exception, not BaseException"
         ) from exc
+
+
+async def close_with_scopes(generator: AsyncIterator[Any]) -> None:
+    """As :func:`close`, for a generator that is suspended inside task groups: they wrap the GeneratorExit (anyio's and
+    trio's do; CPython #135736).
+    """
+    try:
+        await close(generator)
+    except BaseExceptionGroup as group:
+        _, rest = group.split(GeneratorExit)
+        if rest is not None:
+            raise rest from None
 
 
 async def as_async_iterator(produced: Any) -> AsyncIterator[Any] | None:

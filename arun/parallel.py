@@ -460,7 +460,7 @@ class _Checked:
             misuse = misuse or _refusal(one, self._owner, self._method)
             if misuse is None:
                 return one
-            one = await refuse(self._iterator, misuse)
+            one = await refuse(self._iterator, misuse, self._yields)
 
     async def aclose(self) -> None:
         await close(self._iterator)

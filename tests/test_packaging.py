@@ -27,13 +27,8 @@ FLOORS: dict[str, int] = {
     for floor, names in enumerate((
         "errors frames",
         "events guards outcomes policies runtime state",
-<<<<<<< HEAD
         "conditions context handles hosted hosting threads",
-        "attempts signatures stream",
-=======
-        "conditions context handles hosting threads",
         "attempts reductions signatures stream",
->>>>>>> main
         "fanout",
         "actions channel data executors outcome_stream reducers",
         "graph",

@@ -26,7 +26,7 @@ from arun.guards.levels import (
 )
 from arun.guards.mutation import Repeats, Watched
 from arun.guards.owners import Named, Owner, Seat, forget, here
-from arun.guards.scopes import Yields
+from arun.guards.scopes import Yields, holds_scope, line_at
 from arun.guards.static import check_function, check_methods
 from arun.guards.watchdog import begin_run, end_run
 
@@ -49,6 +49,8 @@ __all__ = (
     "end_run",
     "forget",
     "here",
+    "holds_scope",
+    "line_at",
     "misuse",
     "set_default_level",
     "shown",

@@ -12,12 +12,14 @@ import gc
 import weakref
 from collections.abc import Iterator
 from types import AsyncGeneratorType, BuiltinMethodType, CodeType, MethodType
-from typing import Any, Final, cast
+from typing import Any, Final, TypeAlias, cast
 
 from arun.errors import MisuseError
 from arun.guards.levels import Checks, misuse
 
-__all__ = ("Yields", "is_scope_type")
+__all__ = ("Yields", "holds_scope", "is_scope_type", "line_at")
+
+_Generator: TypeAlias = AsyncGeneratorType[Any, Any]
 
 #: Types whose objects are cancel scopes, or open one, by the package that they come from.
 _SCOPES: Final = {
@@ -50,13 +52,14 @@ class Yields:
     time, and is looked at a few times in every generator.
     """
 
-    __slots__ = ("_checks", "_clean", "_code", "_generator", "_looks")
+    __slots__ = ("_checks", "_clean", "_generator", "_looks", "inner")
 
-    def __init__(self, generator: AsyncGeneratorType[Any, Any], checks: Checks) -> None:
+    def __init__(self, generator: _Generator, checks: Checks) -> None:
+        #: the generators below, innermost first, that the last mistake is to be raised in before this one
+        self.inner: tuple[_Generator, ...] = ()
         self._generator = generator
         self._checks = checks
-        self._code = generator.ag_code
-        self._clean = _clean_yields(self._code)
+        self._clean = _clean_yields(generator.ag_code)
         self._looks: dict[int, int] | None = None
 
     @classmethod
@@ -75,17 +78,17 @@ class Yields:
         looks = self._looks
         if looks is not None and looks.get(lasti, 0) >= _LOOKS:
             return None
-        held = list(_held(self._generator))
-        if not held:
+        if next(_held(self._generator), None) is None:
             self._clean.add(lasti)
             return None
-        scope = next(filter(None, map(_scope_in, held)), None)
-        if scope is None:
+        found = _culprit(self._generator, _DEPTH)
+        if found is None:
             self._looks = looks = looks or {}
             looks[lasti] = looks.get(lasti, 0) + 1
             return None
-        code, frame = self._code, self._generator.ag_frame
-        line = frame.f_lineno if frame is not None else code.co_firstlineno
+        path, scope = found
+        self.inner = path[:-1]
+        code, line = path[0].ag_code, line_at(path[0])
         return misuse(
             self._checks,
             f"{code.co_qualname} yielded at {code.co_filename}:{line} inside {scope}, whose cancellation would hit "
@@ -94,6 +97,29 @@ class Yields:
             code.co_filename,
             line,
         )
+
+
+def line_at(generator: _Generator) -> int:
+    """The line at which a generator is suspended."""
+    frame = generator.ag_frame
+    return frame.f_lineno if frame is not None else generator.ag_code.co_firstlineno
+
+
+def holds_scope(generator: _Generator) -> bool:
+    """Whether a suspended generator has a cancel scope open."""
+    return _culprit(generator, _DEPTH) is not None
+
+
+def _culprit(generator: _Generator, depth: int) -> tuple[tuple[_Generator, ...], str] | None:
+    """The generator that holds a scope, and those that iterate over it up to this one; and the scope."""
+    for one in _held(generator):
+        if isinstance(one, AsyncGeneratorType):
+            found = _culprit(cast("_Generator", one), depth - 1) if depth else None
+            if found is not None:
+                return (*found[0], generator), found[1]
+        elif (scope := _scope_in(one)) is not None:
+            return (generator,), scope
+    return None
 
 
 def _held(suspended: object) -> Iterator[object]:
@@ -114,9 +140,7 @@ def _scope_in(manager: object, depth: int = _DEPTH) -> str | None:
     if not depth:
         return None
     inside: Iterator[object] = iter(())
-    if isinstance(manager, AsyncGeneratorType):
-        inside = _held(manager)
-    elif isinstance(manager, (contextlib._GeneratorContextManager, contextlib._AsyncGeneratorContextManager)):
+    if isinstance(manager, (contextlib._GeneratorContextManager, contextlib._AsyncGeneratorContextManager)):
         inside = _held(cast("Any", manager).gen)
     elif isinstance(manager, (contextlib.ExitStack, contextlib.AsyncExitStack)):
         callbacks: Any = getattr(manager, "_exit_callbacks", ())
@@ -129,7 +153,7 @@ def _scope_in(manager: object, depth: int = _DEPTH) -> str | None:
 
 
 def _name(manager: object) -> str:
-    generator: Any = getattr(manager, "gen", manager)
+    generator: Any = getattr(manager, "gen", None)
     code = getattr(generator, "ag_code", None) or getattr(generator, "gi_code", None)
     return code.co_qualname if code is not None else f"an {type(manager).__name__}"
 

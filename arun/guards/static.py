@@ -108,23 +108,23 @@ def _names_of(function: Callable[..., Any]) -> Callable[[str], Any]:
     return resolve
 
 
-def _own(node: ast.AST) -> Iterator[ast.AST]:
-    """The nodes below one, without those of functions and classes defined there."""
-    for child in ast.iter_child_nodes(node):
-        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
-            yield child
-            yield from _own(child)
+_Inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+
+
+def _own(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """Nodes and all below them, without functions and classes that are defined there."""
+    for node in nodes:
+        if not isinstance(node, _Inner):
+            yield node
+            yield from _own(ast.iter_child_nodes(node))
 
 
 def _yields(nodes: Iterable[ast.AST]) -> Iterator[int]:
-    for node in nodes:
-        for one in (node, *_own(node)):
-            if isinstance(one, (ast.Yield, ast.YieldFrom)):
-                yield one.lineno
+    return (node.lineno for node in _own(nodes) if isinstance(node, (ast.Yield, ast.YieldFrom)))
 
 
 def _bad_handler(body: list[ast.stmt]) -> _Found | None:
-    for node in _all(body):
+    for node in _own(body):
         if isinstance(node, (ast.Try, ast.TryStar)):
             for line in _yields(node.finalbody):
                 return line, "in a finally block, which also runs when the generator is closed; yield before it"
@@ -144,7 +144,7 @@ def _catches_exit(handler: ast.ExceptHandler) -> bool:
 
 
 def _in_scope(body: list[ast.stmt], resolve: Callable[[str], Any], depth: int) -> _Found | None:
-    for node in _all(body):
+    for node in _own(body):
         if isinstance(node, (ast.With, ast.AsyncWith)):
             line = next(_yields(node.body), None)
             if line is None:
@@ -158,13 +158,6 @@ def _in_scope(body: list[ast.stmt], resolve: Callable[[str], Any], depth: int) -
                         "hosted = True"
                     )
     return None
-
-
-def _all(body: list[ast.stmt]) -> Iterator[ast.AST]:
-    for statement in body:
-        if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield statement
-            yield from _own(statement)
 
 
 def _scope(expression: ast.expr, resolve: Callable[[str], Any], depth: int) -> str | None:

@@ -219,9 +219,9 @@ async def test_every_action_runs_over_every_state() -> None:
 @pytest.mark.parametrize(
     ("states", "message"),
     [
-        (lambda *_: None, "states gave None, which can't be iterated over"),
-        (lambda *_: [1], "states gave a int, 1; it gives States"),
-        (lambda *_: "text", "can't be iterated"),
+        (lambda *_: None, "states gave None, which is no iterable"),
+        (lambda *_: [1], "states gave an int, 1; it gives States"),
+        (lambda *_: "text", "which is no iterable of states"),
     ],
 )
 async def test_a_wrong_source_is_refused_by_name(states: Any, message: str) -> None:
@@ -234,7 +234,7 @@ async def test_what_tasks_yields_must_be_a_task() -> None:
         def tasks(self, state: State, context: Any, inputs: Any) -> Any:
             return [square]
 
-    with pytest.raises(MisuseError, match=r"yield SubGraphTask\(graph=..., state=...\)"):
+    with pytest.raises(MisuseError, match=r"yield SubGraphTask\(graph=<the action>"):
         await run(Wrong(same, on_error="collect"))
     with pytest.raises(MisuseError, match="takes a State, not a dict"):
         SubGraphTask(square, {})  # type: ignore[arg-type]
@@ -432,7 +432,8 @@ async def test_a_reducer_that_reads_nothing_ends_the_work() -> None:
     async def forever(i: int) -> None:
         await anyio.sleep_forever()
 
-    assert (await run(Each(forever, count=1000, reducer=nothing)))["ys"] == "nothing"
+    with pytest.raises(MisuseError, match="ended without reading its results"):
+        await run(Each(forever, count=1000, reducer=nothing))
 
 
 async def test_an_error_of_the_sources_clean_up_is_not_wrapped_in_groups() -> None:
@@ -523,7 +524,6 @@ async def test_a_reducer_may_catch_a_failure_and_keep_what_it_has() -> None:
                 got.append(done["y"])  # noqa: PERF401 - kept when the loop raises
         except ValueError:
             got.append(-1)
-        assert [done async for done in states] == []
         return got
 
     assert (await run(Each(work, count=5, reducer=tolerant, limit=1)))["ys"] == [0, 1, -1]
@@ -1062,13 +1062,14 @@ async def test_a_hundred_thousand_subtasks_need_no_more_memory_than_the_limit(or
         assert isinstance(load, Load)
         return 1
 
+    template = Each(work).task(State(), 0).action
+
     async def source(task: Callable[[int], SubGraphTask]) -> Any:
         nonlocal most
-        one = task(0)
         for _ in range(count):
             load = Load()
             alive.add(load)
-            yield SubGraphTask(one.action, State({"i": load}))
+            yield SubGraphTask(template, State({"i": load}))
             del load
             most = max(most, len(alive))
 
