@@ -439,7 +439,7 @@ class Kernel(Generic[T]):
             await self._slot.wait()
 
     def _submit(self, spec: Any) -> Handle[T]:
-        handle: Handle[T] = Handle(spec, self._submitted, self._parent)
+        handle: Handle[T] = Handle(spec, self._submitted, self._parent, self._token)
         self._submitted += 1
         self._in_flight += 1
         self._pending.append(handle)

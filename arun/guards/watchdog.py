@@ -76,7 +76,7 @@ class _Watchdog:
             for seat, threshold in seats:
                 self._look(seat, threshold)
             if seats:
-                time.sleep(min(threshold for _, threshold in seats) / _SAMPLES)
+                time.sleep(min(_IDLE, *(threshold for _, threshold in seats)) / _SAMPLES)
 
     def _look(self, seat: Seat, threshold: float) -> None:
         now, owner, steps = time.perf_counter(), seat.owner, seat.steps

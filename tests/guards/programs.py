@@ -7,11 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 
-
 from arun import Application, ApplicationBuilder
 from arun.guards import Level
-
-
 
 
 def app_of(*actions: Any, check: Level = "error", **state: Any) -> Application:

@@ -189,7 +189,10 @@ async def test_a_scope_of_an_inner_generator_or_an_exit_stack_is_found() -> None
             await stack.enter_async_context(pool())
             yield 1
 
-    for step, message in ((outer, r"inner yielded at .* inside a CancelScope,"), (stacked, "TaskGroup that pool holds")):
+    for step, message in (
+        (outer, r"inner yielded at .* inside a CancelScope,"),
+        (stacked, "TaskGroup that pool holds"),
+    ):
         with pytest.raises(MisuseError, match=message):
             await app_of(step).arun()
 
