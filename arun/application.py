@@ -38,6 +38,7 @@ from arun.guards import (
     Owner,
     Seat,
     begin_run,
+    checks_here,
     checks_of,
     close_unused,
     default_level,
@@ -311,7 +312,9 @@ class Application:
         context.checks = checks = self._wiring.checks
         owner = Owner(context, checks) if checks is not None else None
         try:
-            result, changes = await run_owned(copy_context(), take_step(action, self._state, context), owner)
+            own = copy_context()
+            own.run(checks_here.set, checks)
+            result, changes = await run_owned(own, take_step(action, self._state, context), owner)
         except Exception as exc:
             exc.add_note(f"in action {name!r} of application {self.uid!r}, step {self._sequence_id}")
             raise

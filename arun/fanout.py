@@ -407,6 +407,7 @@ class Kernel(Generic[T]):
                     misuse = yields.look() if yields is not None else None
                     while True:
                         if misuse is not None:
+                            close_unused(spec)
                             spec = await refuse(source, misuse, yields)
                             misuse = yields.look() if yields is not None else None
                             continue

@@ -27,7 +27,7 @@ import structlog
 
 from arun.errors import AbandonedGenerator, AbandonedWork, MisuseError
 from arun.frames import line_of, user_line
-from arun.guards import Owner, Yields, forget, here, holds_scope, line_at, warn_at
+from arun.guards import Owner, Yields, close_unused, forget, here, holds_scope, line_at, warn_at
 
 __all__ = (
     "BUDGET",
@@ -90,17 +90,20 @@ def in_context(
         if on_suspend is not None:
             on_suspend()
             on_suspend = None
+        error: BaseException | None = None
         try:
             argument = yield trap
             step = driven_coroutine.send
-        except BaseException as exc:  # noqa: ASYNC103 - thrown on into the coroutine, cancellation included
-            argument = exc
+            if argument is not None:  # trio sends an outcome, which is unwrapped where the waiting began
+                error = getattr(argument, "error", None)
+        except BaseException as exc:  # noqa: ASYNC103, BLE001 - thrown on into the coroutine
+            argument = error = exc
             step = driven_coroutine.throw
-            if isinstance(exc, anyio.get_cancelled_exc_class()):
-                swallowed = swallowed or _Swallowed(anyio.current_time())
-                if swallowed.once_more(driven_coroutine):
-                    run(_leave, driven_coroutine)
-                    raise
+        if error is not None and isinstance(error, anyio.get_cancelled_exc_class()):
+            swallowed = swallowed or _Swallowed(anyio.current_time())
+            if swallowed.once_more(driven_coroutine):
+                run(_leave, driven_coroutine)
+                raise error
 
 
 class _Swallowed:
@@ -162,6 +165,7 @@ async def drive(
                     misuse = yields.look() if yields is not None else None
                     while True:
                         if misuse is not None:
+                            close_unused(item)
                             item = await in_context(context, refuse(generator, misuse, yields), None, owner)
                             misuse = yields.look() if yields is not None else None
                             continue

@@ -11,7 +11,7 @@ import anyio
 from arun.attempts import run_attempts
 from arun.errors import MisuseError
 from arun.fanout import FanOutStatistics, Kernel, Results
-from arun.guards import Checks, Level, checks_of, default_level, here, shown, spelling
+from arun.guards import Checks, Level, checks_of, inherited_checks, shown, spelling
 from arun.handles import Handle
 from arun.outcomes import Outcome
 from arun.policies import Policy
@@ -82,11 +82,7 @@ def fan_out(source: Any, policy: Policy | None = None, *, check: Level | None = 
     >>> async for outcome in fan_out(fetch(url) for url in urls):
     ...     print(outcome.value)
     """
-    if check is None and here.seat.owner is not None:
-        checks: Checks | None = here.seat.owner.checks
-    else:
-        checks = checks_of(check or default_level())
-    return FanOut(source, policy or Policy(), checks)
+    return FanOut(source, policy or Policy(), inherited_checks() if check is None else checks_of(check))
 
 
 def _admit_awaitable(policy: Policy) -> Callable[[Any], object]:

@@ -23,11 +23,8 @@ REFERENCE = {
     "reference/arun": [
         "arun",
         "arun.fanout",
-<<<<<<< HEAD
         "arun.outcome_stream",
-=======
         "arun.reducers",
->>>>>>> main
         "arun.channel",
         "arun.data",
         "arun.store",

@@ -16,13 +16,25 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextvars import ContextVar
 from typing import Any, Final, Literal, cast, get_args
 
 import msgspec
 
 from arun.errors import MisuseError, MisuseWarning
 
-__all__ = ("BLOCKED_AFTER", "Checks", "Level", "checks_of", "default_level", "misuse", "set_default_level", "warn_at")
+__all__ = (
+    "BLOCKED_AFTER",
+    "Checks",
+    "Level",
+    "checks_here",
+    "checks_of",
+    "default_level",
+    "inherited_checks",
+    "misuse",
+    "set_default_level",
+    "warn_at",
+)
 
 Level = Literal["off", "warn", "error", "strict"]
 
@@ -85,6 +97,14 @@ def warn_at(warning: Warning, filename: str, line: int) -> None:
     warnings.warn_explicit(warning, type(warning), filename, line, registry=_warned)
 
 
+def inherited_checks() -> Checks | None:
+    """The checks of the run that this code is part of, else those of the default level."""
+    checks = checks_here.get()
+    return checks_of(default_level()) if isinstance(checks, msgspec.UnsetType) else checks
+
+
+#: the checks of the run that this code is part of
+checks_here: Final[ContextVar[Checks | msgspec.UnsetType | None]] = ContextVar("arun_checks", default=msgspec.UNSET)
 _default: list[Level | None] = [None]
 # Which warnings were given, so that a line in a loop warns once (unless a filter says otherwise).
 _warned: dict[Any, Any] = {}

@@ -114,7 +114,7 @@ def _culprit(generator: _Generator, depth: int) -> tuple[tuple[_Generator, ...],
     """The generator that holds a scope, and those that iterate over it up to this one; and the scope."""
     for one in _held(generator):
         if isinstance(one, AsyncGeneratorType):
-            found = _culprit(cast("_Generator", one), depth - 1) if depth else None
+            found = _culprit(one, depth - 1) if depth else None
             if found is not None:
                 return (*found[0], generator), found[1]
         elif (scope := _scope_in(one)) is not None:

@@ -1,7 +1,7 @@
 """Watchdog: names the action that holds the event loop, and the line, while it does so.
 
-One daemon thread a process, started by the first run that is checked, and gone a second after the last one. It takes a sample of
-every thread's seat a few times per threshold; the trampoline only counts. Nothing is raised or warned for it, only
+One daemon thread a process, started by the first run that is checked, and gone a second after the last one. It takes a
+sample of every thread's seat a few times per threshold; the trampoline only counts. Nothing is raised for it, only
 logged: how long a step takes depends on the machine, and a busy one must not fail a program that is right.
 """
 

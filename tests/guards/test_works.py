@@ -198,6 +198,7 @@ async def test_items_of_a_branch_arrive_with_its_path() -> None:
     ]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what was left behind
 async def test_swallowed_cancellation_is_reported_and_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arun.hosting, "GRACE", 0.2)
 
