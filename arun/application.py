@@ -46,7 +46,7 @@ from arun.guards import (
     shown,
     spelling,
 )
-from arun.hosting import BUDGET, run_owned
+from arun.hosting import BUDGET, in_context, let_go
 from arun.runtime import Background
 from arun.state import State
 from arun.stream import Deliver, RunStream
@@ -311,13 +311,18 @@ class Application:
         )
         context.checks = checks = self._wiring.checks
         owner = Owner(context, checks) if checks is not None else None
+        own = copy_context()
+        own.run(checks_here.set, checks)
+        failure: BaseException | None = None
         try:
-            own = copy_context()
-            own.run(checks_here.set, checks)
-            result, changes = await run_owned(own, take_step(action, self._state, context), owner)
-        except Exception as exc:
+            result, changes = await in_context(own, take_step(action, self._state, context), None, owner)
+        except BaseException as exc:
+            failure = exc
             exc.add_note(f"in action {name!r} of application {self.uid!r}, step {self._sequence_id}")
             raise
+        finally:
+            if owner is not None and owner.generators is not None:
+                await let_go(owner, own, failure)  # noqa: ASYNC102 - shields itself
         self._state = self._state.committed(changes, name)
         self._position, self._next = name, _UNKNOWN
         self._sequence_id += 1

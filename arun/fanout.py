@@ -39,7 +39,7 @@ from anyio.abc import TaskGroup
 from arun.errors import MisuseError, SubtaskFailed, SubtaskSkipped
 from arun.guards import Checks, Owner, Yields, begin_run, close_unused, end_run, shown, spelling
 from arun.handles import Handle, current_handle
-from arun.hosting import BUDGET, GRACE, as_async_iterator, close, in_context, let_go, refuse, run_owned
+from arun.hosting import BUDGET, GRACE, as_async_iterator, close, in_context, let_go, refuse
 from arun.outcomes import Failed, Ok, Outcome, Skipped
 from arun.policies import Policy
 
@@ -491,9 +491,11 @@ class Kernel(Generic[T]):
         outcome: Outcome[T]
         owner = Owner(handle, self._checks) if self._checks is not None else None
         try:
-            outcome = Ok(await run_owned(context, self._run(handle), owner, on_suspend))
+            outcome = Ok(await in_context(context, self._run(handle), on_suspend, owner))
         except anyio.get_cancelled_exc_class() as exc:  # noqa: ASYNC103 - re-raised if it is a real cancellation
             if anyio.current_effective_deadline() == -math.inf:
+                if owner is not None and owner.generators is not None:
+                    await let_go(owner, context, exc)  # noqa: ASYNC102 - shields itself
                 self._skip(handle)
                 raise
             error = RuntimeError(f"{handle.label()} raised {type(exc).__name__} though nobody had cancelled it")
@@ -507,6 +509,11 @@ class Kernel(Generic[T]):
         finally:
             if suspended:
                 self._runnable += 1
+        if owner is not None and owner.generators is not None:
+            try:
+                await let_go(owner, context, outcome.error if isinstance(outcome, Failed) else None)
+            except Exception as exc:  # noqa: BLE001 - travels in-band to the consumer
+                outcome = Failed(exc)
         self._finish(handle, outcome)
 
     def _finish(self, handle: Handle[T], outcome: Ok[T] | Failed) -> None:

@@ -28,7 +28,7 @@ from arun.errors import MisuseError, MisuseWarning
 from arun.events import SubtaskFinished, SubtaskRetried, SubtaskStarted
 from arun.fanout import run_fan_out
 from arun.graph import Graph, GraphBuilder, check_entrypoint
-from arun.guards import Checks, Owner, Yields, close_unused, here, shown, spelling, warn_at
+from arun.guards import Owner, Yields, close_unused, here, shown, spelling, warn_at
 from arun.handles import Handle
 from arun.hosted import drive_hosted
 from arun.hosting import BUDGET, as_async_iterator, close, drive, refuse, run_owned
@@ -46,6 +46,7 @@ __all__ = (
 )
 
 _DEFAULT_POLICY = Policy()
+_NO_INPUTS: Mapping[str, Any] = {}
 
 
 class RunnableGraph(Action):
@@ -136,7 +137,7 @@ class SubGraphTask:
             raise MisuseError(f"SubGraphTask(state=...) takes a State, not a {type(state).__name__}")
         self.action = as_action(graph, where="SubGraphTask(graph=...)")
         self.state = state
-        self.inputs: Mapping[str, Any] = inputs or {}
+        self.inputs: Mapping[str, Any] = inputs or _NO_INPUTS
         self.key = key if key is not None else application_id
         self.label = label
         owner = here.seat.owner
@@ -210,11 +211,12 @@ class TaskBasedParallelAction(Action):
         taken_keys: set[str] = set()
 
         def admit(task: Any) -> None:
-            owner = here.seat.owner
-            if owner is not None and owner.unyielded:
-                owner.unyielded.pop(getattr(task, "_number", 0), None)
             if not isinstance(task, SubGraphTask):
                 raise MisuseError(_not_a_task(self, task))
+            if task._number:
+                owner = here.seat.owner
+                if owner is not None and owner.unyielded is not None:
+                    owner.unyielded.pop(task._number, None)
             if task.key is not None:
                 if task.key in taken_keys:
                     raise MisuseError(
@@ -276,10 +278,14 @@ class MapStates(TaskBasedParallelAction):
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask a State."""
         action = await _maybe_await(self.action(state, inputs))
-        states = await _iterate(self.states(state, context, inputs), self, "states", context.checks)
+        states = await _iterate(self.states(state, context, inputs), self, "states")
+        yields = Yields.of(states, context.checks)
+        action = as_action(action, where=f"{type(self).__qualname__}.action")
         try:
             async for one in states:
-                yield SubGraphTask(action, one)
+                if not isinstance(one, State) or (yields is not None and not yields.fine()):
+                    one = await _corrected(one, states, yields, self, "states")
+                yield _task(action, one)
         finally:
             await close(states)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
@@ -302,10 +308,13 @@ class MapActions(TaskBasedParallelAction):
         shared = await _maybe_await(self.state(state, inputs))
         if (misuse := _refusal(shared, self, "state")) is not None:
             raise misuse
-        actions = await _iterate(self.actions(state, context, inputs), self, "actions", context.checks)
+        actions = await _iterate(self.actions(state, context, inputs), self, "actions")
+        yields = Yields.of(actions, context.checks)
         try:
             async for action in actions:
-                yield SubGraphTask(action, shared)
+                if not isinstance(action, Action) or (yields is not None and not yields.fine()):
+                    action = await _corrected(action, actions, yields, self, "actions")
+                yield _task(action, shared)
         finally:
             await close(actions)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
@@ -325,13 +334,19 @@ class MapActionsAndStates(TaskBasedParallelAction):
         self, state: State, context: ApplicationContext, inputs: dict[str, Any]
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask for every pair."""
-        actions = await _iterate(self.actions(state, context, inputs), self, "actions", context.checks)
+        actions = await _iterate(self.actions(state, context, inputs), self, "actions")
+        of_actions = Yields.of(actions, context.checks)
         try:
             async for action in actions:
-                states = await _iterate(self.states(state, context, inputs), self, "states", context.checks)
+                if not isinstance(action, Action) or (of_actions is not None and not of_actions.fine()):
+                    action = await _corrected(action, actions, of_actions, self, "actions")
+                states = await _iterate(self.states(state, context, inputs), self, "states")
+                yields = Yields.of(states, context.checks)
                 try:
                     async for one in states:
-                        yield SubGraphTask(action, one)
+                        if not isinstance(one, State) or (yields is not None and not yields.fine()):
+                            one = await _corrected(one, states, yields, self, "states")
+                        yield _task(action, one)
                 finally:
                     await close(states)  # noqa: ASYNC102 - the host that closes this generator has shielded it
         finally:
@@ -427,7 +442,7 @@ async def _maybe_await(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-async def _iterate(produced: Any, owner: Action, method: str, checks: Checks | None) -> AsyncIterator[Any]:
+async def _iterate(produced: Any, owner: Action, method: str) -> AsyncIterator[Any]:
     iterator = None if isinstance(produced, Mapping) else await as_async_iterator(produced)
     if iterator is None:
         hint = spelling(produced) or f"make it a generator: async def {method}(...): yield ..."
@@ -436,34 +451,31 @@ async def _iterate(produced: Any, owner: Action, method: str, checks: Checks | N
         )
         close_unused(produced)
         raise MisuseError(message)
-    return _Checked(iterator, owner, method, checks)
+    return iterator
 
 
-class _Checked:
-    """What ``states`` or ``actions`` gave, one by one; what is no State or action is refused at its own ``yield``."""
+async def _corrected(one: Any, iterator: AsyncIterator[Any], yields: Yields | None, owner: Action, method: str) -> Any:
+    """What a source gives instead, once it has been told at its own ``yield`` what is wrong with what it gave.
 
-    __slots__ = ("_iterator", "_method", "_owner", "_yields")
+    :raises MisuseError: unless it catches that and goes on.
+    """
+    while True:
+        misuse = yields.look() if yields is not None else None
+        misuse = misuse or _refusal(one, owner, method)
+        if misuse is None:
+            return one
+        one = await refuse(iterator, misuse, yields)
 
-    def __init__(self, iterator: AsyncIterator[Any], owner: Action, method: str, checks: Checks | None) -> None:
-        self._iterator = iterator
-        self._owner = owner
-        self._method = method
-        self._yields = Yields.of(iterator, checks)
 
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self
-
-    async def __anext__(self) -> Any:
-        one = await self._iterator.__anext__()
-        while True:
-            misuse = self._yields.look() if self._yields is not None else None
-            misuse = misuse or _refusal(one, self._owner, self._method)
-            if misuse is None:
-                return one
-            one = await refuse(self._iterator, misuse, self._yields)
-
-    async def aclose(self) -> None:
-        await close(self._iterator)
+def _task(action: Action, state: State) -> SubGraphTask:
+    """As SubGraphTask(action, state), of what has been checked and is yielded at once."""
+    task = object.__new__(SubGraphTask)
+    task.action = action
+    task.state = state
+    task.inputs = _NO_INPUTS
+    task.key = task.label = None
+    task._number = 0
+    return task
 
 
 def _note_made(owner: Owner) -> int:
@@ -474,10 +486,8 @@ def _note_made(owner: Owner) -> int:
     if len(made) >= _MADE_AT_MOST:
         return 0
     frame = sys._getframe(2)
-    if frame.f_globals.get("__name__") == __name__:  # made here, and yielded at once
-        return 0
     number = next(_numbers)
-    made[number] = (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)
+    made[number] = frame.f_code, frame.f_lasti  # the line is looked up only if somebody asks
     return number
 
 
@@ -487,9 +497,13 @@ _MADE_AT_MOST = 100
 
 
 def _warn_of_unyielded(owner: Owner) -> None:
-    for filename, line, name in (owner.unyielded or {}).values():
-        told = f"a SubGraphTask made in {name} at {filename}:{line} was never yielded, so it has not run: yield it"
-        warn_at(MisuseWarning(told), filename, line)
+    for code, lasti in (owner.unyielded or {}).values():
+        line = next((line for start, end, line in code.co_lines() if start <= lasti < end and line is not None), 0)
+        told = (
+            f"a SubGraphTask made in {code.co_qualname} at {code.co_filename}:{line} was never yielded, "
+            "so it has not run: yield it"
+        )
+        warn_at(MisuseWarning(told), code.co_filename, line)
 
 
 def _short(value: Any) -> str:

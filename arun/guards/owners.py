@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
+from types import CodeType
 from typing import Any, Final, Protocol, TypeAlias
 
 import msgspec
@@ -41,14 +42,14 @@ class Owner(msgspec.Struct, eq=False):
     :ivar who: names it.
     :ivar generators: ids of the async generators that it has begun.
     :ivar abandoned: those of them that it has dropped without closing them.
-    :ivar unyielded: lines where it made subtasks that it has not yielded, by number.
+    :ivar unyielded: instructions that made subtasks which it has not yielded, by number.
     """
 
     who: Named
     checks: Checks
     generators: set[int] | None = None
     abandoned: list[AsyncGenerator[Any, Any]] | None = None
-    unyielded: dict[int, tuple[str, int, str]] | None = None
+    unyielded: dict[int, tuple[CodeType, int]] | None = None
 
 
 class Seat:

@@ -74,6 +74,10 @@ class Yields:
         lasti = self._generator.ag_frame.f_lasti  # type: ignore[union-attr]  # it is suspended
         return None if lasti in self._clean else self._look(lasti)
 
+    def fine(self) -> bool:
+        """Whether nothing can be wrong with that yield; cheap."""
+        return self._generator.ag_frame.f_lasti in self._clean  # type: ignore[union-attr]  # it is suspended
+
     def _look(self, lasti: int) -> MisuseError | None:
         looks = self._looks
         if looks is not None and looks.get(lasti, 0) >= _LOOKS:
