@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, TypedDict, TypeGuard
 
+import anyio
 import msgspec
 import structlog
 
@@ -32,6 +33,7 @@ __all__ = (
     "Lane",
     "Outcome",
     "Prompt",
+    "PromptLike",
     "Sampling",
     "SamplingOptions",
     "Tally",
@@ -61,6 +63,9 @@ class ChatMessage(msgspec.Struct, frozen=True):
 # is_tokens() and is_chat() tell the two apart.
 Prompt = str | Sequence[int | ChatMessage]
 
+# What a user may write for it.
+PromptLike = Prompt | Sequence[Mapping[str, str]]
+
 
 def is_tokens(prompt: Prompt) -> TypeGuard[Sequence[int]]:
     """Whether ``prompt`` is a list of token ids."""
@@ -72,7 +77,7 @@ def is_chat(prompt: Prompt) -> TypeGuard[Sequence[ChatMessage]]:
     return bool(prompt) and not isinstance(prompt, str) and all(isinstance(part, ChatMessage) for part in prompt)
 
 
-def to_prompt(prompt: object) -> Prompt:
+def to_prompt(prompt: PromptLike) -> Prompt:
     """Check a prompt as a user gives it; messages may be dicts.
 
     :raises RequestError: it is empty, or neither text, nor token ids, nor chat messages.
@@ -364,7 +369,8 @@ class EngineActor:
         try:
             await self._engine.start()
         except BaseException:
-            await self._engine.stop()
+            with anyio.CancelScope(shield=True):
+                await self._engine.stop()
             raise
         self._start_seconds = time.monotonic() - began
         log.info("engine.started", model=self._spec.model, seconds=round(self._start_seconds, 1))

@@ -27,7 +27,7 @@ async def finish(work: Background[T]) -> T:
             # The scope keeps out anyio's cancellation; the handler what Task.cancel() throws in once.
             with anyio.CancelScope(shield=True):
                 await work.wait()
-        except anyio.get_cancelled_exc_class() as exc:
+        except anyio.get_cancelled_exc_class() as exc:  # noqa: ASYNC103 - raised once the work has ended
             cancelled = exc
     if cancelled is not None:
         raise cancelled

@@ -1,6 +1,6 @@
 """The actor's side: one object, its messages, its life. The same code in a process of ours, in Ray's, and in a task.
 
-``main()`` in a process of its own is what LocalCluster starts. The process reads a :class:`HostOrder` from stdin, listens on a
+``main()`` is what LocalCluster starts. The process reads a :class:`HostOrder` from stdin, listens on a
 Unix socket and writes one line to the status pipe when it does. From then on stdin says one thing only: at its end the
 actor is to stop, because its owner let go of it or died. Everything else, the outcome of the start included, goes
 over the channel.

@@ -26,14 +26,14 @@ from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
     from typing import Self
 
     from actors.actor import ActorHandle
     from actors.engine import EngineSpec
     from actors.interface import ActorSpec
-    from actors.pool import EnginePool
+    from actors.pool import EnginePool, ReplicaProgress
 
 __all__ = ("LocalCluster",)
 
@@ -135,11 +135,22 @@ class LocalCluster:
         name: str | None = None,
         cpus: float = 1.0,
         strategy: Strategy = "STRICT_PACK",
+        max_in_flight: int = 256,
+        on_progress: Callable[[ReplicaProgress], object] | None = None,
     ) -> EnginePool:
         """A pool of engines on this machine; see :meth:`actors.cluster.Cluster.engines`."""
         from actors.pool import EnginePool
 
-        return EnginePool(self, spec, replicas=replicas, name=name, cpus=cpus, strategy=strategy)
+        return EnginePool(
+            self,
+            spec,
+            replicas=replicas,
+            name=name,
+            cpus=cpus,
+            strategy=strategy,
+            max_in_flight=max_in_flight,
+            on_progress=on_progress,
+        )
 
     async def resources(self) -> ClusterResources:
         """This machine as one node."""

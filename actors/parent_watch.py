@@ -2,19 +2,20 @@
 
 vLLM's EngineCore outlives an owner that is killed: it keeps its memory, its GPU and the caller's stdout. vLLM
 loads plug-ins in every process, but only after some 20 seconds of imports, so a watcher in there would miss an owner
-that dies during the start. So the owner starts one tiny guard process first. The guard does nothing but wait until the
-pipe from its owner closes, which the kernel does for every kind of death. Then it kills whatever carries the owner's
-mark, and removes the folder of the engine's sockets, which vLLM leaves behind even when it ends in good order.
+that dies during the start. So the owner starts one tiny guard process first, in a session of its own. The guard waits
+until the pipe from its owner closes, which the kernel does for every kind of death. Then it kills whatever carries the
+owner's mark, and removes what that leaves behind: its sockets (which vLLM forgets even when it ends in good order) and
+its shared memory (multiprocessing's resource tracker would unlink some of it, but often is killed as well).
 
 The mark is an environment variable. Every process that the owner starts inherits it, whoever its parent is by
-then, and ``/proc/PID/environ`` shows it. multiprocessing's resource tracker is spared: it ends by itself,
-after it has unlinked the shared memory that the killed processes left.
+then, and ``/proc/PID/environ`` shows it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,9 @@ import uuid
 __all__ = ("ProcessGuard",)
 
 _MARK = "ARUN_ENGINE_MARK"
-_TRACKER = b"multiprocessing.resource_tracker"
+_SETTLED = b"."
+_LOOK_SECONDS = 0.5
+_SHARED = ("psm_", "sem.mp-", "vllm")  # of multiprocessing and of vLLM
 
 
 class ProcessGuard:
@@ -46,12 +49,18 @@ class ProcessGuard:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            bufsize=0,
             cwd="/",
             env={},
             start_new_session=True,  # a signal to the owner's process group must not reach it
         )
         os.environ[_MARK] = mark
         os.environ["SPT_NOENV"] = "1"  # setproctitle, which vLLM uses, would overwrite /proc/PID/environ
+
+    def settled(self) -> None:
+        """All processes have started and have the shared memory that they will have; the guard may look less often."""
+        if self._process.stdin is not None:
+            self._process.stdin.write(_SETTLED)
 
     def close(self) -> None:
         """Kill every marked process and return when they are gone. Idempotent; blocks for milliseconds."""
@@ -61,34 +70,60 @@ class ProcessGuard:
         self._process.wait()
 
 
-def _guard(mark: str, folder: str) -> None:
-    with contextlib.suppress(OSError):
-        while os.read(0, 4096):
-            pass
-    entry = f"{_MARK}={mark}".encode()
+def _guard(entry: bytes, folder: str) -> None:
+    owner = os.getppid()
+    owners_own = _shared_memory(owner)
+    shared: set[int] = set()
+    settled = False
+    while True:
+        word = _read(None if settled else _LOOK_SECONDS)
+        # Noted while the processes live: whoever kills them may be faster than the guard.
+        for pid in _marked(entry):
+            shared |= _shared_memory(pid)
+        if not settled:
+            shared |= _shared_memory(owner) - owners_own
+        if word == b"":
+            break
+        settled = settled or word == _SETTLED
     while pids := _marked(entry):  # again, because one of them may just have started another
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
+    _unlink(shared)
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def _read(timeout: float | None) -> bytes | None:
+    """The owner's next word; None when there was none in time, nothing when there will be none any more."""
+    ready, _, _ = select.select([0], [], [], timeout)
+    return os.read(0, 1) if ready else None
+
+
 def _marked(entry: bytes) -> list[int]:
-    """Processes with ``entry`` in the environment they were started with, zombies and resource trackers excepted."""
-    return [int(name) for name in os.listdir("/proc") if name.isdecimal() and _is_marked(name, entry)]
+    """Processes with ``entry`` in the environment they were started with; zombies show none."""
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal() and entry in _lines(name, "environ", b"\0")]
 
 
-def _is_marked(pid: str, entry: bytes) -> bool:
+def _shared_memory(pid: int) -> set[int]:
+    """Inodes of the shared memory that a process has mapped; by name one would miss semaphores, which are renamed."""
+    return {int(line.split()[4]) for line in _lines(str(pid), "maps", b"\n") if b" /dev/shm/" in line}
+
+
+def _unlink(inodes: set[int]) -> None:
+    with contextlib.suppress(OSError), os.scandir("/dev/shm") as entries:
+        for entry in entries:
+            if entry.inode() in inodes and entry.name.startswith(_SHARED):
+                os.unlink(entry.path)
+
+
+def _lines(pid: str, name: str, separator: bytes) -> list[bytes]:
     try:
-        with open(f"/proc/{pid}/environ", "rb") as environ:
-            if entry not in environ.read().split(b"\0"):
-                return False
-        with open(f"/proc/{pid}/cmdline", "rb") as cmdline:
-            return _TRACKER not in cmdline.read()
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read().split(separator)
     except OSError:  # it has ended, or belongs to somebody else
-        return False
+        return []
 
 
 if __name__ == "__main__":
-    _guard(sys.argv[1], sys.argv[2])
+    _guard(f"{_MARK}={sys.argv[1]}".encode(), sys.argv[2])

@@ -58,7 +58,7 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]  # cloudpickle h
             return functools.partial(msgspec.Meta, **dict(obj.__rich_repr__())), ()
         if isinstance(obj, type) and "__msgspec_cache__" in vars(obj):
             # msgspec leaves an unpicklable note on dataclasses that it met; it makes a new one when needed.
-            del obj.__msgspec_cache__  # type: ignore[attr-defined]
+            del obj.__msgspec_cache__  # type: ignore[attr-defined]  # set by msgspec, known to no stub
         by_default: Any = super()
         return by_default.reducer_override(obj)
 

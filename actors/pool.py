@@ -9,7 +9,7 @@ cancel scope, so it works as a fixture and in an ``AsyncExitStack``.
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import anyio
 import anyio.to_thread
@@ -24,13 +24,13 @@ from arun.errors import EngineError, MisuseError
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Self, Unpack
 
     from actors.bundles import Reservation, Strategy
     from actors.cluster import Cluster
-    from actors.engine import EngineSpec, Lane, SamplingOptions
+    from actors.engine import EngineSpec, Lane, PromptLike, SamplingOptions
     from arun.runtime import Background
 
 __all__ = ("DeltaStream", "EnginePool", "PoolStats", "ReplicaProgress", "ReplicaStats")
@@ -102,6 +102,7 @@ class EnginePool:
         self._reservation: Reservation | None = None
         self._state: Literal["new", "starting", "open", "closed"] = "new"
         self._closing: Background[None] | None = None
+        self._began = 0.0
 
     async def start(self) -> None:
         """Reserve bundles, start every replica, return when all are ready.
@@ -115,6 +116,7 @@ class EnginePool:
         if self._state != "new":
             raise MisuseError(f"pool {self.name!r} was started before; make a new one with cluster.engines()")
         self._state = "starting"
+        self._began = anyio.current_time()
         try:
             await self._reserve()
             await self._start_replicas()
@@ -127,7 +129,7 @@ class EnginePool:
 
     def generate(
         self,
-        prompt: str | Sequence[int] | Sequence[Any],
+        prompt: PromptLike,
         *,
         max_tokens: int = 16,
         temperature: float | None = None,
@@ -164,7 +166,7 @@ class EnginePool:
 
     async def complete(
         self,
-        prompt: str | Sequence[int] | Sequence[Any],
+        prompt: PromptLike,
         *,
         max_tokens: int = 16,
         temperature: float | None = None,
@@ -235,6 +237,8 @@ class EnginePool:
     # Starting and stopping.
 
     async def _reserve(self) -> None:
+        for replica in self._replicas:
+            self._tell(replica, "reserving bundles")
         resources = await self._cluster.resources()
         vllm = self._spec.engine == "vllm"
         if vllm and len(resources.nodes) == 1:  # the engines will run here, so what is missing is told at once
@@ -253,24 +257,17 @@ class EnginePool:
 
     async def _start_replicas(self) -> None:
         failures: list[Exception] = []
-        began = anyio.current_time()
-
-        def tell(replica: Replica) -> None:
-            if self.on_progress is not None:
-                self.on_progress(ReplicaProgress(replica.number, replica.state, anyio.current_time() - began))
 
         async def start(replica: Replica) -> None:
-            replica.state = "loading model"
-            tell(replica)
+            self._tell(replica, "loading model")
             try:
                 await self._start_replica(replica)
             except Exception as exc:  # noqa: BLE001  # whatever it is, start() raises it
                 exc.add_note(f"replica {replica.number} of pool {self.name!r} did not start")
                 failures.append(exc)
-                replica.state = "dead"
+                self._tell(replica, "dead")
             else:
-                replica.state = "ready"
-            tell(replica)
+                self._tell(replica, "ready")
             if failures or all(each.state == "ready" for each in self._replicas):
                 starting.cancel_scope.cancel()
 
@@ -281,9 +278,14 @@ class EnginePool:
                 await anyio.sleep(_PROGRESS_SECONDS)
                 for replica in self._replicas:
                     if replica.state == "loading model":
-                        tell(replica)
+                        self._tell(replica, replica.state)
         if failures:
             raise failures[0]
+
+    def _tell(self, replica: Replica, state: ReplicaState) -> None:
+        replica.state = state
+        if self.on_progress is not None:
+            self.on_progress(ReplicaProgress(replica.number, state, anyio.current_time() - self._began))
 
     async def _start_replica(self, replica: Replica) -> None:
         assert self._reservation is not None  # start() reserves first
@@ -307,7 +309,7 @@ class EnginePool:
                     stopping.start_soon(self._stop_replica, replica)
         finally:
             if self._reservation is not None:
-                await self._reservation.release()
+                await self._reservation.release()  # noqa: ASYNC102 - finish() lets no cancellation cut it short
         log.info("pool.closed", pool=self.name)
 
     async def _stop_replica(self, replica: Replica) -> None:

@@ -23,14 +23,14 @@ from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping
     from types import TracebackType
     from typing import Self
 
     from actors.actor import ActorHandle
     from actors.engine import EngineSpec
     from actors.interface import ActorSpec
-    from actors.pool import EnginePool
+    from actors.pool import EnginePool, ReplicaProgress
 
 __all__ = ("RayCluster",)
 
@@ -153,7 +153,7 @@ class RayCluster:
         try:
             await self._wait_ready(placement, groups)
         except BaseException:
-            await reservation.release()
+            await reservation.release()  # noqa: ASYNC102 - finish() lets no cancellation cut it short
             raise
         return reservation
 
@@ -165,11 +165,22 @@ class RayCluster:
         name: str | None = None,
         cpus: float = 1.0,
         strategy: Strategy = "STRICT_PACK",
+        max_in_flight: int = 256,
+        on_progress: Callable[[ReplicaProgress], object] | None = None,
     ) -> EnginePool:
         """A pool of engines in this cluster; see :meth:`actors.cluster.Cluster.engines`."""
         from actors.pool import EnginePool
 
-        return EnginePool(self, spec, replicas=replicas, name=name, cpus=cpus, strategy=strategy)
+        return EnginePool(
+            self,
+            spec,
+            replicas=replicas,
+            name=name,
+            cpus=cpus,
+            strategy=strategy,
+            max_in_flight=max_in_flight,
+            on_progress=on_progress,
+        )
 
     async def resources(self) -> ClusterResources:
         """CPUs and GPUs of every node, in all and free. What actors freed a moment ago may still count as taken."""
@@ -259,7 +270,7 @@ class _RaySession:
             with _connected(self._address, self._options):
                 self._opened.set_result(None)
                 self._leave.wait()
-        except BaseException as exc:
+        except BaseException as exc:  # noqa: ASYNC103 - in a thread of its own; whoever waits for it gets it
             if self._opened.done():
                 raise
             self._opened.set_exception(exc)

@@ -95,7 +95,7 @@ class Roster:
         try:
             await member.start()
         except BaseException:
-            await self._remove(member, self._grace)
+            await self._remove(member, self._grace)  # noqa: ASYNC102 - finish() lets no cancellation cut it short
             raise
         log.debug("actor.started", actor=name, pid=member.body.pid, address=member.body.address)
         return member.handle

@@ -2,7 +2,7 @@
 
 Made for a process of its own (an actor): it sets environment variables, and while vLLM starts its processes this
 process's stdout and stderr go to a buffer, because EngineCore inherits them for its whole life and would write into its
-user's terminal. Set VLLM_LOGGING_LEVEL to leave the output alone.
+user's terminal. VLLM_LOGGING_LEVEL=INFO, or any other level than ERROR, leaves the output alone.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from actors.engine import Delta, EngineLoad, EngineSpec, GenerateRequest, Outcome, Tally, Usage, is_chat
+from actors.engine import Delta, EngineLoad, EngineSpec, GenerateRequest, Outcome, Sampling, Tally, Usage, is_chat
 from actors.models import resolve_model
 from actors.parent_watch import ProcessGuard
-from arun.errors import EngineDead, EngineError, MissingExtraError, MisuseError, RequestError
+from arun.errors import EngineDead, EngineError, MissingExtraError, MisuseError, ModelNotFound, RequestError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Generator, Sequence
 
-    from actors.engine import ChatMessage, Prompt, Sampling
+    from actors.engine import ChatMessage, Prompt
 
 __all__ = ("VLLMEngine", "resolve_here")
 
 # vLLM runs lower priorities first. Lanes are further apart than any two priorities within one.
 _LANE_PRIORITY = {"interactive": 0, "batch": 1 << 20}
-_SHUTDOWN_SECONDS = 3.0  # less than the grace that a cluster gives on_stop
+_WARM_UP_TOKENS = 64
+_SHUTDOWN_SECONDS = 2.0  # less than the grace that a cluster gives on_stop
 
 
 def resolve_here(spec: EngineSpec) -> EngineSpec:
@@ -77,10 +78,20 @@ class VLLMEngine:
         """
         os.environ.update(self._spec.env)
         self._spec = await anyio.to_thread.run_sync(resolve_here, self._spec)
-        output = _Output() if "VLLM_LOGGING_LEVEL" not in os.environ else None
         self._guard = ProcessGuard()
         _set_environment(self._spec.model, sockets=self._guard.folder)
-        self._running = await anyio.to_thread.run_sync(_start_vllm, self._spec, output)
+        output = _Output()
+        try:
+            with output.taking_over() if _is_quiet() else contextlib.nullcontext():
+                # One after the other: importing vLLM leaves tracebacks behind, whose frames must not know the engine.
+                await anyio.to_thread.run_sync(importlib.import_module, "vllm.v1.engine.async_llm")
+                self._running = await anyio.to_thread.run_sync(_start_vllm, self._spec)
+        except MisuseError:
+            raise
+        except Exception as exc:  # vLLM raises anything from OSError to pydantic's ValidationError here
+            raise _start_failure(self._spec.model, exc, output.cause() or _sentence(exc)) from exc
+        await self._warm_up()
+        self._guard.settled()
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
         vllm = self._vllm()
@@ -110,7 +121,7 @@ class VLLMEngine:
         finally:
             self._tally.end(outcome)
             if outputs is not None and outcome == "aborted":
-                await _abort(vllm, outputs, engine_id)
+                await _abort(vllm, outputs, engine_id)  # noqa: ASYNC102 - it shields itself
 
     async def check_health(self) -> None:
         vllm = self._vllm()
@@ -130,10 +141,26 @@ class VLLMEngine:
         with anyio.CancelScope(shield=True):
             try:
                 if running is not None:
+                    if running.llm.output_handler is not None:
+                        running.llm.output_handler.cancel()  # or it logs that EngineCore is gone
                     await anyio.to_thread.run_sync(running.llm.shutdown, _SHUTDOWN_SECONDS)
             finally:
                 if guard is not None:
-                    await anyio.to_thread.run_sync(guard.close)
+                    await anyio.to_thread.run_sync(guard.close)  # noqa: ASYNC102 - shielded, and it kills
+
+    async def _warm_up(self) -> None:
+        """Answer one prompt that is not short, before anybody else's.
+
+        On a CPU with AMX, vLLM's attention uses tiles that only oneDNN asks the kernel for, when it first multiplies
+        matrices of some size. A first prompt of less than about 5 tokens to a small model kills the worker with SIGILL.
+        """
+        vllm = self._vllm()
+        prompt = {"prompt_token_ids": [1] * min(_WARM_UP_TOKENS, vllm.llm.model_config.max_model_len - 1)}
+        try:
+            async for _ in vllm.llm.generate(prompt, vllm.params(Sampling(max_tokens=1)), "warm-up"):
+                pass
+        except Exception as exc:
+            raise EngineError(f"vLLM started, but does not answer: {vllm.translated(exc)}") from exc
 
     def _vllm(self) -> _Running:
         if self._running is None:
@@ -208,18 +235,11 @@ def _set_environment(model: str, *, sockets: str) -> None:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-def _start_vllm(spec: EngineSpec, output: _Output | None) -> _Running:
-    try:
-        with output.taking_over() if output else contextlib.nullcontext():
-            return _import_and_start(spec)
-    except (EngineError, MisuseError):
-        raise
-    except Exception as exc:  # vLLM raises anything from OSError to pydantic's ValidationError here
-        cause = (output and output.cause()) or _sentence(exc)
-        raise EngineError(f"vLLM could not start the model {spec.model!r}: {cause}") from exc
+def _is_quiet() -> bool:
+    return os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
 
 
-def _import_and_start(spec: EngineSpec) -> _Running:
+def _start_vllm(spec: EngineSpec) -> _Running:
     vllm: Any = importlib.import_module("vllm")
     platform: Any = importlib.import_module("vllm.platforms").current_platform
     sampling: Any = importlib.import_module("vllm.sampling_params")
@@ -242,6 +262,15 @@ def _import_and_start(spec: EngineSpec) -> _Running:
         dead_error=dead.EngineDeadError,
         client_error=getattr(errors, "VLLMClientError", ValueError),
     )
+
+
+def _start_failure(model: str, exc: Exception, cause: str) -> EngineError:
+    if isinstance(exc, OSError) and not os.path.isdir(model):
+        return ModelNotFound(
+            f"the model {model!r} is no folder here and can't be had from the hub: {cause} Name a folder with a model, "
+            "or 'tiny' for a random model made on the spot"
+        )
+    return EngineError(f"vLLM could not start the model {model!r}: {cause}")
 
 
 def _engine_args(spec: EngineSpec, *, cpu: bool) -> dict[str, Any]:
@@ -303,4 +332,6 @@ class _Output:
 
 
 def _sentence(exc: BaseException) -> str:
-    return " ".join(str(exc).split()) or type(exc).__name__
+    """The error's text in one paragraph, without the dump of all values that pydantic puts at the end."""
+    text = " ".join(str(exc).split())
+    return re.sub(r" \[type=\w+, input_value=.*", "", text) or type(exc).__name__

@@ -9,7 +9,21 @@ from arun.actions import Action, FunctionAction, Input, Result, SingleStepAction
 from arun.application import Application, ApplicationBuilder, RunResult
 from arun.conditions import Condition, default, expr, when
 from arun.context import ApplicationContext
-from arun.errors import ApplicationBusyError, ArunError, MisuseError, MisuseWarning, SubtaskFailed, SubtaskSkipped
+from arun.errors import (
+    AbandonedWork,
+    AlreadyFinishedError,
+    ApplicationBusyError,
+    ArunError,
+    CodecError,
+    GraphChangedError,
+    MisuseError,
+    MisuseWarning,
+    RunConflictError,
+    StoreError,
+    SubtaskFailed,
+    SubtaskSkipped,
+    WorkerDied,
+)
 from arun.events import (
     ActionFinished,
     ActionStarted,
@@ -24,6 +38,7 @@ from arun.events import (
     SubtaskRetried,
     SubtaskStarted,
 )
+from arun.executors import Executor, LocalExecutor, ProcessExecutor, ThreadExecutor
 from arun.fanout import FanOutStatistics
 from arun.graph import Graph, GraphBuilder
 from arun.handles import Handle
@@ -38,45 +53,56 @@ from arun.parallel import (
     TaskBasedParallelAction,
 )
 from arun.policies import Capacity, Policy, Rate, Retry
+from arun.registry import register
 from arun.runtime import Runtime
 from arun.state import State, StateDelta
+from arun.store import MemoryStore, SQLiteStore, Store
 from arun.stream import RunStream
 
 __version__ = "0.1.0"
 
 __all__ = (
+    "AbandonedWork",
     "Action",
     "ActionFinished",
     "ActionStarted",
+    "AlreadyFinishedError",
     "Application",
     "ApplicationBuilder",
     "ApplicationBusyError",
     "ApplicationContext",
     "ArunError",
     "Capacity",
+    "CodecError",
     "Condition",
     "Event",
+    "Executor",
     "Failed",
     "FanOut",
     "FanOutStatistics",
     "FunctionAction",
     "Graph",
     "GraphBuilder",
+    "GraphChangedError",
     "Handle",
     "Input",
     "Item",
+    "LocalExecutor",
     "MapActions",
     "MapActionsAndStates",
     "MapStates",
+    "MemoryStore",
     "MisuseError",
     "MisuseWarning",
     "Ok",
     "Outcome",
     "Partial",
     "Policy",
+    "ProcessExecutor",
     "Rate",
     "Result",
     "Retry",
+    "RunConflictError",
     "RunCancelled",
     "RunFailed",
     "RunFinished",
@@ -85,10 +111,13 @@ __all__ = (
     "RunStream",
     "RunnableGraph",
     "Runtime",
+    "SQLiteStore",
     "SingleStepAction",
     "Skipped",
     "State",
     "StateDelta",
+    "Store",
+    "StoreError",
     "SubGraphTask",
     "SubtaskFailed",
     "SubtaskFinished",
@@ -96,9 +125,12 @@ __all__ = (
     "SubtaskSkipped",
     "SubtaskStarted",
     "TaskBasedParallelAction",
+    "ThreadExecutor",
+    "WorkerDied",
     "action",
     "default",
     "expr",
     "fan_out",
+    "register",
     "when",
 )

@@ -17,14 +17,14 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from types import AsyncGeneratorType, CoroutineType, GeneratorType
-from typing import Any, Final, Self, TypeAlias, TypeVar, cast
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Self, TypeAlias, TypeVar, cast
 
+from arun.collectors import Collector, ItemsOnly
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
-from arun.events import ActionFinished, ActionStarted, Item, Partial
-from arun.guards import Owner, Repeats, Watched, check_function, check_methods, close_unused, shown, spelling
+from arun.events import ActionFinished, ActionStarted
+from arun.guards import Owner, Watched, check_function, check_methods, close_unused, shown, spelling
 from arun.hosted import drive_hosted
 from arun.hosting import drive
 from arun.policies import Capacity
@@ -34,7 +34,6 @@ from arun.threads import run_in_thread, step_in_thread
 
 __all__ = (
     "Action",
-    "Collector",
     "FunctionAction",
     "Input",
     "Result",
@@ -43,6 +42,7 @@ __all__ = (
     "as_action",
     "perform",
     "take_step",
+    "within",
 )
 
 A = TypeVar("A", bound="Action")
@@ -61,6 +61,8 @@ class Action:
     reads: Sequence[str] = ()
     writes: Sequence[str] = ()
     tags: Sequence[str] = ()
+    #: give it a new value where results of the code before must not be taken from a store
+    version: str | int | None = None
     #: whether it does work itself, and not only through actions below it
     leaf: bool = True
     #: whether its async generator gets a task of its own, so that it may yield inside task groups and cancel scopes
@@ -136,6 +138,11 @@ class Action:
         return frozenset(self.writes)
 
     @property
+    def parts(self) -> Iterable[Action]:
+        """The actions that it consists of, where it consists of some."""
+        return ()
+
+    @property
     def required_writes(self) -> frozenset[str]:
         """What the State must have after it."""
         return self.allowed_writes
@@ -148,7 +155,7 @@ class Action:
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         """Run once: ``(result, new State)``. Items and partial States go to ``context`` as events."""
         kwargs = self._arguments(self.run, inputs, context)
-        result = await _call(self.run, kind_of(self.run), state, kwargs, _ItemsOnly(context), hosted=self.hosted)
+        result = await _call(self.run, kind_of(self.run), state, kwargs, ItemsOnly(context), hosted=self.hosted)
         new_state: Any = self.update(result, state)
         if inspect.isawaitable(new_state):
             new_state = await new_state
@@ -208,6 +215,7 @@ class FunctionAction(Action):
         tags: Sequence[str] = (),
         *,
         blocking: bool = True,
+        version: str | int | None = None,
         hosted: bool = False,
     ) -> None:
         self.function = function
@@ -217,6 +225,7 @@ class FunctionAction(Action):
         self.tags = list(tags)
         self.kind: Kind = kind_of(function)
         self.blocking = blocking
+        self.version = version
         self.hosted = hosted
         self._parameters = Parameters.of(function)
         if not self._parameters.takes_state:
@@ -241,12 +250,17 @@ class FunctionAction(Action):
     def inputs(self) -> tuple[Sequence[str], Sequence[str]]:
         return self._parameters.unbound(self._bound)
 
+    @property
+    def parameters(self) -> Parameters:
+        """What it takes besides the State."""
+        return self._parameters
+
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         parameters = self._parameters
         kwargs = parameters.resolve(self.display_name, self._bound, inputs, context) if parameters.any else {}
         if self.kind == "coroutine":
             return _result(await self.function(state, **kwargs), self.display_name, self.function)
-        if self.kind == "function" and not self.blocking:
+        if self.kind == "function" and not self.blocking and (context.threads is None or not context.threads.always):
             return _result(self.function(state, **kwargs), self.display_name, self.function)
         return await _execute(self.function, self.kind, self.display_name, state, kwargs, context, hosted=self.hosted)
 
@@ -264,6 +278,7 @@ def action(
     tags: Sequence[str] = (),
     *,
     blocking: bool = True,
+    version: str | int | None = None,
     hosted: bool = False,
 ) -> Callable[[Callable[..., Any]], FunctionAction]:
     """Make an :class:`Action` of a function.
@@ -273,6 +288,8 @@ def action(
     :param tags: ``halt_before`` and ``halt_after`` take ``"@tag:name"``.
     :param blocking: for plain functions: True runs it in a worker thread, False inline, for functions that neither
         wait nor compute for long.
+    :param version: of its code, where a store is used: a resumed run takes nothing from the store that another version
+        has computed.
     :param hosted: for async generators: True gives each a task of its own, so that it may yield inside task groups,
         timeouts and cancel scopes. It costs two task switches an item.
     :raises MisuseError: on anything that is no function (a class, a call's result), and on an async generator that
@@ -287,7 +304,7 @@ def action(
             raise MisuseError(f"@action({what}={keys!r}): a list of names is meant: {what}=[{keys!r}]")
 
     def decorate(function: Callable[..., Any]) -> FunctionAction:
-        return FunctionAction(function, reads, writes, tags, blocking=blocking, hosted=hosted)
+        return FunctionAction(function, reads, writes, tags, blocking=blocking, version=version, hosted=hosted)
 
     return decorate
 
@@ -313,7 +330,9 @@ async def perform(
     checks = context.checks
     watched = Watched(_readable(what, state)) if checks is not None and checks.strict else None
     if context.capacities and what.leaf:
-        result, changes = await _execute_within(context.capacities, what, state, inputs, context)
+        result, changes = await within(
+            context.capacities, what, functools.partial(what.execute, state.scoped(what.scope), inputs, context)
+        )
     else:
         result, changes = await what.execute(state.scoped(what.scope), inputs, context)
     if watched is not None:
@@ -346,30 +365,39 @@ def _readable(what: Action, state: State) -> dict[str, Any]:
     return {key: value for key, value in state.get_all().items() if key in readable}
 
 
-async def _execute_within(
-    capacities: tuple[Capacity, ...],
-    what: Action,
-    state: State,
-    inputs: Mapping[str, Any],
-    context: ApplicationContext,
+async def within(
+    capacities: tuple[Capacity, ...], what: Action, execute: Callable[[], Coroutine[Any, Any, Performed]]
 ) -> Performed:
+    """Run an action while holding one unit of each capacity."""
     held: list[Capacity] = []
     try:
         for capacity in capacities:  # outermost first, everywhere: two actions never wait for each other's
             await capacity.acquire(f"action {what.display_name!r}")
             held.append(capacity)
-        return await what.execute(state.scoped(what.scope), inputs, context)
+        return await execute()
     finally:
         for capacity in reversed(held):
             capacity.release()
 
 
-async def take_step(what: Action, state: State, context: ApplicationContext) -> tuple[Any, State]:
-    """As :func:`perform`, for a step of a graph: tells its start and its end to whoever listens."""
-    if not context.run.listening:
-        return await perform(what, state, {}, context)
-    await context.emit(ActionStarted)
+async def take_step(
+    what: Action,
+    state: State,
+    context: ApplicationContext,
+    commit: Callable[[State], Awaitable[None]] | None = None,
+) -> tuple[Any, State]:
+    """As :func:`perform`, for a step of a graph: tells its start and its end to whoever listens.
+
+    :param commit: awaited with what the action wrote before its end is told.
+    """
+    listening = context.run.listening
+    if listening:
+        await context.emit(ActionStarted)
     result, changes = await perform(what, state, {}, context)
+    if commit is not None:
+        await commit(changes)
+    if not listening:
+        return result, changes
     await context.emit(ActionFinished, written=changes.delta.written)
     return result, changes
 
@@ -412,106 +440,6 @@ class Result(SingleStepAction):
 # -- driving the four kinds ---------------------------------------------------------------------------------
 
 
-class Collector:
-    """Takes what a generator yields: States are kept (and sent as Partials), everything else is sent as an Item.
-
-    :param where: the generator function, for errors.
-    """
-
-    __slots__ = ("_repeats", "context", "name", "result", "state", "where")
-
-    def __init__(self, name: str, context: ApplicationContext, where: str) -> None:
-        self.name = name
-        self.context = context
-        self.where = where
-        self.state: State | None = None
-        self.result: Any = None
-        checks = context.checks
-        self._repeats = (Repeats(checks), Repeats(checks)) if checks is not None and checks.strict else None
-
-    async def take(self, yielded: Any) -> None:
-        """:raises MisuseError: for something that can't be an item."""
-        for beat in self.context.beats:
-            beat()
-        item, state = yielded, None
-        if isinstance(yielded, State):
-            item, state = None, yielded
-        elif _is_burr_pair(yielded):
-            item, state = yielded
-            if state is not None:  # (result, State), as a function returns it: the result is no item
-                self.result, item = item, None
-        elif type(item) in _NO_ITEMS:
-            raise _no_item(self.where, item)
-        if self._repeats is not None:
-            self._refuse_repeated(item, state)
-        listening = self.context.run.listening
-        if item is not None and listening:
-            await self.context.emit(Item, values=[item])
-        if state is not None:
-            before, self.state = self.state, state
-            if listening:
-                await self.context.emit(Partial, changed=state.changed_from(before))
-
-    def performed(self) -> Performed:
-        """What the generator came to, after its end."""
-        if self.state is None:
-            raise MisuseError(
-                f"action {self.name!r} ended without yielding a State; a generator's last State is its result: "
-                f"yield state.update(...) ({self.where})"
-            )
-        return self.result, self.state
-
-    def _refuse_repeated(self, item: Any, state: State | None) -> None:
-        assert self._repeats is not None
-        items, states = self._repeats
-
-        def tell(name: str) -> tuple[str, str, int]:
-            what = f"state[{name!r}]" if name else f"the same {type(item).__name__}"
-            return (
-                (
-                    f"{self.where} yielded {what} a second time, changed in place meanwhile; whoever kept the first "
-                    "sees only the last: yield a copy, for example list(answers)"
-                ),
-                "",
-                0,
-            )
-
-        misuse = items.check({"": item}, tell) if item is not None else None
-        if misuse is None and state is not None:
-            misuse = states.check(state.delta.written, tell)
-        if misuse is not None:
-            raise misuse
-
-
-#: What is never meant as an item: it was not awaited, or not iterated over.
-_NO_ITEMS: Final = frozenset({CoroutineType, AsyncGeneratorType, GeneratorType})
-
-
-def _no_item(where: str, item: Any) -> MisuseError:
-    message = f"{where} yielded {shown(item)}; {spelling(item)}"
-    close_unused(item)
-    return MisuseError(message)
-
-
-class _ItemsOnly:
-    """Takes what a class action's generator yields: all are items, the last is the result."""
-
-    __slots__ = ("context", "result")
-
-    def __init__(self, context: ApplicationContext) -> None:
-        self.context = context
-        self.result: Any = None
-
-    async def take(self, item: Any) -> None:
-        if type(item) in _NO_ITEMS:
-            raise _no_item(self.context.label(), item)
-        self.result = item
-        for beat in self.context.beats:
-            beat()
-        if self.context.run.listening:
-            await self.context.emit(Item, values=[item])
-
-
 async def _execute(
     function: Callable[..., Any],
     kind: Kind,
@@ -532,23 +460,25 @@ async def _call(
     kind: Kind,
     state: State,
     kwargs: Mapping[str, Any],
-    collector: Collector | _ItemsOnly,
+    collector: Collector | ItemsOnly,
     *,
     hosted: bool,
 ) -> Any:
     """Call a function of any kind; of a generator, feed the collector and return its result."""
     if kind == "coroutine":
         return await function(state, **kwargs)
+    context = collector.context
     if kind == "function":
-        return await run_in_thread(functools.partial(function, state, **kwargs))
+        call = functools.partial(function, state, **kwargs)
+        return await run_in_thread(call, label=context.label, threads=context.threads)
     if kind == "async generator":
-        context = collector.context
         owner = Owner(context, context.checks) if context.checks is not None else None
         host = drive_hosted if hosted else drive
         await host(cast("AsyncIterator[Any]", function(state, **kwargs)), collector.take, None, owner)
         return collector.result
 
-    await step_in_thread(functools.partial(function, state, **kwargs), collector.take)
+    iterate = functools.partial(function, state, **kwargs)
+    await step_in_thread(iterate, collector.take, label=context.label, threads=context.threads)
     return collector.result
 
 
@@ -564,10 +494,3 @@ def _result(returned: Any, name: str, function: Callable[..., Any]) -> Performed
     )
     close_unused(returned)
     raise MisuseError(message)
-
-
-def _is_burr_pair(yielded: Any) -> bool:
-    if not isinstance(yielded, tuple) or len(yielded) != 2:
-        return False
-    item, state = yielded
-    return isinstance(state, State) or (state is None and isinstance(item, dict))

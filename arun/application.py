@@ -20,7 +20,8 @@ import inspect
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from contextvars import copy_context
-from typing import Any, Final, NamedTuple, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import anyio
 import anyio.lowlevel
@@ -46,10 +47,17 @@ from arun.guards import (
     shown,
     spelling,
 )
-from arun.hosting import BUDGET, in_context, let_go
+from arun.hosting import BUDGET, GRACE, in_context, let_go
+from arun.journal import OnFinished, Store
+from arun.keys import graph_hash
+from arun.parallel import TaskBasedParallelAction
+from arun.resume import Resumable, Resumed
 from arun.runtime import Background
 from arun.state import State
 from arun.stream import Deliver, RunStream
+
+if TYPE_CHECKING:
+    from arun.executors import Executor
 
 __all__ = ("Application", "ApplicationBuilder", "RunResult")
 
@@ -77,6 +85,10 @@ class _Wiring(msgspec.Struct, frozen=True):
     initial: State
     partition_key: str | None
     checks: Checks | None
+    store: Store | None = None
+    on_finished: OnFinished = "raise"
+    graph_hash: str = ""
+    executor: Executor | None = None
 
 
 class Application:
@@ -97,6 +109,9 @@ class Application:
         self._seat: Seat | None = None
         #: the background work of the run that is going on; None where that runs in its caller's task
         self._owner: Background[Any] | None = None
+        self._resumable: Resumable | None = None
+        if wiring.store is not None:
+            self._resumable = Resumable(wiring.store, app_id, wiring.partition_key, wiring.graph_hash, state)
 
     def __repr__(self) -> str:
         return f"<Application {self.uid} at step {self._sequence_id}: {self._wiring.graph!r}>"
@@ -129,6 +144,8 @@ class Application:
         """Replace the State between steps."""
         self._refuse_busy()
         self._state = state.scoped(None)
+        if self._resumable is not None:
+            self._resumable.replaced(self._state)
         if self._position is not None:
             self._next = _UNKNOWN
 
@@ -161,6 +178,16 @@ class Application:
         """Whether a step is left; see :meth:`get_next_action`."""
         return self.get_next_action() is not None
 
+    async def load(self) -> None:
+        """Take over what the store knows, without running anything; :meth:`arun` does so by itself."""
+        await self._acquire()
+        try:
+            if self._resumable is not None and (resumed := await self._resumable.open(self._sequence_id)) is not None:
+                self._take_over(resumed)
+        finally:
+            with anyio.move_on_after(GRACE, shield=True):
+                await self._release()
+
     # -- running -------------------------------------------------------------------------------------------
 
     async def arun(
@@ -185,9 +212,12 @@ class Application:
         """Run one step; None where there is none left."""
         await self._acquire()
         try:
+            if self._resumable is not None:
+                await self._resume(self._resumable, again=False)
             return await self._step(Run(), inputs or {})
         finally:
-            self._release()
+            with anyio.move_on_after(GRACE, shield=True):
+                await self._release()
 
     async def aiterate(
         self,
@@ -250,6 +280,8 @@ class Application:
         self._check_inputs(inputs)
         await self._acquire(owner)
         try:
+            if self._resumable is not None:
+                await self._resume(self._resumable, again=True)
             await run.emit(RunStarted, app_id=self.uid)
             result = await self._run_until(run, before, after, inputs)
             if run.listening:
@@ -263,7 +295,8 @@ class Application:
                 await run.emit(RunCancelled)
             raise
         finally:
-            self._release()
+            with anyio.move_on_after(GRACE, shield=True):
+                await self._release()
         return result
 
     async def _run_until(
@@ -293,10 +326,13 @@ class Application:
         return following is not None and following.display_name in before
 
     async def _step(self, run: Run, inputs: Mapping[str, Any]) -> tuple[Action, Any, State] | None:
-        action = await self.next_action()
-        if action is None:
+        if self._next is _UNKNOWN:
+            assert self._position is not None
+            self._next = await self.graph.following(self._position, self._state)
+        name = self._next
+        if name is None:
             return None
-        name = action.display_name
+        action = self.graph.actions[name]
         if self._position is None:
             self._check_keys()
         context = ApplicationContext(
@@ -309,13 +345,18 @@ class Application:
             resources=self._wiring.resources,
             run=run,
         )
+        commit = None
+        if self._resumable is not None:
+            context.ledger = self._resumable.ledger(name)
+            commit = partial(self._resumable.commit, self._sequence_id, name)
+        context.executor = self._wiring.executor
         context.checks = checks = self._wiring.checks
         owner = Owner(context, checks) if checks is not None else None
         own = copy_context()
         own.run(checks_here.set, checks)
         failure: BaseException | None = None
         try:
-            result, changes = await in_context(own, take_step(action, self._state, context), None, owner)
+            result, changes = await in_context(own, take_step(action, self._state, context, commit), None, owner)
         except BaseException as exc:
             failure = exc
             exc.add_note(f"in action {name!r} of application {self.uid!r}, step {self._sequence_id}")
@@ -328,6 +369,34 @@ class Application:
         self._sequence_id += 1
         return action, result, self._state
 
+    async def _resume(self, resumable: Resumable, *, again: bool) -> None:
+        """Lease the application and take over what the store knows.
+
+        :param again: whether a run that has ended is run again by whoever calls, even if it ended in this very object.
+        """
+        resumed = await resumable.open(self._sequence_id)
+        if resumed is not None:
+            self._take_over(resumed)
+        if self._sequence_id and (again or resumed is not None) and await self.next_action() is None:
+            if self._wiring.on_finished == "raise":
+                raise resumable.finished(self._state, self._position, self._sequence_id)
+            self._state = await resumable.restart()
+            self._position, self._next, self._sequence_id = None, self._wiring.entrypoint, 0
+
+    def _take_over(self, resumed: Resumed) -> None:
+        self._state, self._position, self._sequence_id = resumed
+        self._next = _UNKNOWN if resumed.position is not None else self._wiring.entrypoint
+
+    async def _release(self) -> None:
+        try:
+            if self._resumable is not None:
+                await self._resumable.close()
+        finally:
+            self._busy = False
+            if self._seat is not None:
+                end_run(self._seat)
+                self._seat = None
+
     async def _acquire(self, owner: Background[Any] | None = None) -> None:
         while self._busy and self._owner is not None and self._owner.cancelling:
             await self._owner.ended()
@@ -335,12 +404,6 @@ class Application:
         self._busy, self._owner = True, owner
         if self._wiring.checks is not None:
             self._seat = begin_run(self._wiring.checks)
-
-    def _release(self) -> None:
-        self._busy = False
-        if self._seat is not None:
-            end_run(self._seat)
-            self._seat = None
 
     def _refuse_busy(self) -> None:
         if self._busy:
@@ -381,9 +444,12 @@ class ApplicationBuilder:
         self._entrypoint: str | None = None
         self._state = State()
         self._resources: dict[str, Any] = {}
+        self._executor: Executor | None = None
         self._app_id: str | None = None
         self._partition_key: str | None = None
         self._sequence_id = 0
+        self._store: Store | None = None
+        self._on_finished: OnFinished = "raise"
         self._check: Level | None = None
         self._blocked_after = BLOCKED_AFTER
 
@@ -435,6 +501,15 @@ class ApplicationBuilder:
         self._resources.update(resources)
         return self
 
+    def with_executor(self, executor: Executor | None) -> Self:
+        """Say where the subtasks of parallel actions run: by default here, in this event loop.
+
+        It reaches everything below; a parallel action's ``executor`` or a ``SubGraphTask``'s overrides it, and None
+        there turns it off. The application's own steps, reducers, hooks and stores stay here in any case.
+        """
+        self._executor = executor
+        return self
+
     def with_identifiers(
         self, app_id: str | None = None, partition_key: str | None = None, sequence_id: int | None = None
     ) -> Self:
@@ -455,10 +530,26 @@ class ApplicationBuilder:
         self._check, self._blocked_after = level, blocked_after
         return self
 
+    def with_store(self, store: Store | None, *, on_finished: OnFinished = "raise") -> Self:
+        """Keep runs in a store, and go on with those that it knows.
+
+        ``arun()`` of a known ``app_id`` continues behind the last committed step, with the State rebuilt; the step that
+        was under way runs again, and those of its subtasks that had finished are taken from the store. Everything that
+        is written to the State must be of types that can be stored (see :func:`arun.register`).
+
+        :param on_finished: what running an application does whose run has ended: "raise" AlreadyFinishedError, or start
+            "fresh" with nothing kept.
+        """
+        if on_finished not in {"raise", "fresh"}:
+            raise MisuseError(f"with_store(on_finished={on_finished!r}): takes 'raise' or 'fresh'")
+        self._store, self._on_finished = store, on_finished
+        return self
+
     def build(self) -> Application:
         """Validate everything and make the Application.
 
-        :raises MisuseError: for names that don't exist, actions that can't be reached, a missing entrypoint.
+        :raises MisuseError: for names that don't exist, actions that can't be reached, a missing entrypoint, and
+            subtasks that their executor can't run, as far as they are known already.
         """
         graph = self._graph.build()
         entrypoint = self._entrypoint
@@ -467,6 +558,9 @@ class ApplicationBuilder:
                 raise MisuseError(f"with_entrypoint(...) is missing; the actions are: {', '.join(graph.actions)}")
             entrypoint = next(iter(graph.actions))
         check_entrypoint(graph, entrypoint)
+        if self._store is not None and self._sequence_id:
+            raise MisuseError("with_identifiers(sequence_id=...) and with_store(...): the store knows the sequence_id")
+        _check_executors(graph.actions.values(), self._executor)
         wiring = _Wiring(
             graph=graph,
             entrypoint=entrypoint,
@@ -474,10 +568,29 @@ class ApplicationBuilder:
             needed_keys=graph.unwritten_reads(entrypoint),
             initial=self._state.scoped(None),
             partition_key=self._partition_key,
+            store=self._store,
+            on_finished=self._on_finished,
+            graph_hash=graph_hash(graph, entrypoint) if self._store is not None else "",
+            executor=self._executor,
             checks=checks_of(self._check or default_level(), self._blocked_after),
         )
         return Application(wiring, self._app_id or uuid.uuid4().hex, wiring.initial, self._sequence_id)
 
     async def abuild(self) -> Application:
-        """As :meth:`build` (Burr's name for async programs)."""
-        return self.build()
+        """As :meth:`build`, and the State is at once what the store knows, where there is a store."""
+        app = self.build()
+        await app.load()
+        return app
+
+
+def _check_executors(actions: Iterable[Action], executor: Executor | None) -> None:
+    for action in actions:
+        if isinstance(action, TaskBasedParallelAction):
+            chosen = executor if action.executor is msgspec.UNSET else action.executor
+            subtasks = list(action.known_subtasks)
+            for subtask in subtasks:
+                if chosen is not None and not isinstance(subtask, TaskBasedParallelAction):
+                    chosen.check(subtask)
+            _check_executors((s for s in subtasks if isinstance(s, TaskBasedParallelAction)), chosen)
+        else:
+            _check_executors(action.parts, executor)

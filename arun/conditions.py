@@ -12,13 +12,12 @@ import builtins
 import inspect
 import operator
 from collections.abc import Awaitable, Callable, Sequence
-from types import CodeType
 from typing import Any, Final, cast
 
 from arun.errors import MisuseError
 from arun.state import State
 
-__all__ = ("Condition", "as_condition", "default", "expr", "when")
+__all__ = ("Condition", "as_condition", "default", "expr", "truth", "when")
 
 
 class Condition:
@@ -26,32 +25,53 @@ class Condition:
 
     :param keys: the keys that it reads; empty where they aren't known.
     :param resolver: ``State -> bool``, or a coroutine function of that.
+    :ivar recipe: how it was made, so that another process can make it again: ``("when", fields)``,
+        ``("expr", source)``, ``("not", condition)`` and so on; ``("function",)`` for any other resolver.
     """
 
-    __slots__ = ("keys", "name", "resolver")
+    __slots__ = ("keys", "name", "recipe", "resolver")
 
     def __init__(
-        self, keys: Sequence[str], resolver: Callable[[State], bool | Awaitable[bool]], name: str | None = None
+        self,
+        keys: Sequence[str],
+        resolver: Callable[[State], bool | Awaitable[bool]],
+        name: str | None = None,
+        *,
+        recipe: tuple[Any, ...] = ("function",),
     ) -> None:
         self.keys = tuple(keys)
         self.resolver = resolver
         self.name = name or str(getattr(resolver, "__name__", resolver))
+        self.recipe = recipe
 
     @classmethod
     def lmda(cls, resolver: Callable[[State], bool | Awaitable[bool]], state_keys: Sequence[str]) -> Condition:
         """A Condition of any predicate (Burr's name for it)."""
         return cls(state_keys, resolver)
 
+    @property
+    def needed_keys(self) -> frozenset[str] | None:
+        """The keys that it can read; None where that can be any."""
+        kind, *operands = self.recipe
+        if kind not in {"not", "and", "or"}:
+            return frozenset(self.keys) if self.keys or kind != "function" else None
+        keys: frozenset[str] = frozenset()
+        for operand in operands:
+            needed = operand.needed_keys
+            if needed is None:
+                return None
+            keys |= needed
+        return keys
+
     async def holds(self, state: State) -> bool:
         """Evaluate on a State."""
-        holds = self.resolver(state)
-        return bool(await holds) if inspect.isawaitable(holds) else bool(holds)
+        return await truth(self.resolver(state))
 
     def __invert__(self) -> Condition:
         async def negated(state: State) -> bool:
             return not await self.holds(state)
 
-        return Condition(self.keys, negated, f"~({self.name})")
+        return Condition(self.keys, negated, f"~({self.name})", recipe=("not", self))
 
     def __and__(self, other: Condition) -> Condition:
         other = as_condition(other)
@@ -59,7 +79,8 @@ class Condition:
         async def both(state: State) -> bool:
             return await self.holds(state) and await other.holds(state)
 
-        return Condition((*self.keys, *other.keys), both, f"({self.name}) & ({other.name})")
+        name = f"({self.name}) & ({other.name})"
+        return Condition((*self.keys, *other.keys), both, name, recipe=("and", self, other))
 
     def __or__(self, other: Condition) -> Condition:
         other = as_condition(other)
@@ -67,13 +88,19 @@ class Condition:
         async def either(state: State) -> bool:
             return await self.holds(state) or await other.holds(state)
 
-        return Condition((*self.keys, *other.keys), either, f"({self.name}) | ({other.name})")
+        name = f"({self.name}) | ({other.name})"
+        return Condition((*self.keys, *other.keys), either, name, recipe=("or", self, other))
 
     def __repr__(self) -> str:
         return f"<Condition {self.name}>"
 
 
-default: Final = Condition((), lambda _: True, "default")
+async def truth(holds: Any) -> bool:
+    """Whether what a resolver returned is true; awaits it where it can be awaited."""
+    return bool(await holds) if inspect.isawaitable(holds) else bool(holds)
+
+
+default: Final = Condition((), lambda _: True, "default", recipe=("default",))
 
 
 def _not_in(value: Any, among: Any) -> bool:
@@ -115,8 +142,15 @@ def when(**expected: Any) -> Condition:
     def all_hold(state: State) -> bool:
         return all(test(state[key], value) for key, test, value in tests)
 
-    shown = ", ".join(f"{name}={value!r}" for name, value in expected.items())
-    return Condition([key for key, _, _ in tests], all_hold, shown)
+    shown = ", ".join(f"{name}={_shown(value)}" for name, value in expected.items())
+    return Condition([key for key, _, _ in tests], all_hold, shown, recipe=("when", expected))
+
+
+def _shown(value: Any) -> str:
+    # The same in every process: a condition's name is part of its graph's hash.
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(map(repr, value))) + "}"
+    return repr(value)
 
 
 # Calls are allowed to these only; nothing here can reach attributes, imports or I/O.
@@ -140,14 +174,12 @@ def expr(source: str) -> Condition:
 
     :raises MisuseError: for anything else, naming it and its column.
     """
-    code, keys = _compile(source)
+    function, keys = _compile(source)
 
     def evaluate(state: State) -> bool:
-        # The syntax is allow-listed and there are no builtins, so this evaluates an expression and nothing more.
-        names = {"__builtins__": {}, **_FUNCTIONS, **{key: state[key] for key in keys}}
-        return cast("bool", eval(code, names))
+        return function(*[state[key] for key in keys])
 
-    return Condition(keys, evaluate, source)
+    return Condition(keys, evaluate, source, recipe=("expr", source))
 
 
 def as_condition(candidate: Any) -> Condition:
@@ -160,7 +192,8 @@ def as_condition(candidate: Any) -> Condition:
     raise MisuseError(f"{candidate!r} is not a condition{hint}")
 
 
-def _compile(source: str) -> tuple[CodeType, list[str]]:
+def _compile(source: str) -> tuple[Callable[..., bool], list[str]]:
+    """The expression as a function of the State's fields that it names, and these names."""
     try:
         tree = ast.parse(source.strip(), mode="eval")
     except SyntaxError as exc:
@@ -184,4 +217,10 @@ def _compile(source: str) -> tuple[CodeType, list[str]]:
             called.add(node.func)
         elif isinstance(node, ast.Name) and node not in called and node.id not in keys:
             keys.append(node.id)
-    return compile(tree, "<expr>", "eval"), keys
+    arguments = ast.arguments(
+        posonlyargs=[], args=[ast.arg(key) for key in keys], kwonlyargs=[], kw_defaults=[], defaults=[]
+    )
+    function = ast.fix_missing_locations(ast.Expression(ast.Lambda(arguments, tree.body)))
+    # The syntax is allow-listed and there are no builtins, so this makes a function of an expression and nothing more.
+    made = eval(compile(function, "<expr>", "eval"), {"__builtins__": {}, **_FUNCTIONS})
+    return cast("Callable[..., bool]", made), keys

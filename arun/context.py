@@ -5,11 +5,16 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from arun.events import Event
 from arun.guards import Checks
 from arun.policies import Capacity
+
+if TYPE_CHECKING:
+    from arun.executors import Executor
+    from arun.ledger import Ledger
+    from arun.threads import Threads
 
 __all__ = ("ApplicationContext", "Run", "Sink")
 
@@ -68,6 +73,7 @@ class ApplicationContext:
     :ivar path: the branches above it, outermost first (see :mod:`arun.events`).
     :ivar inputs: the runtime inputs of the run.
     :ivar resources: what ``with_resources`` injected.
+    :ivar ledger: where subtasks that finish below this action are recorded; None without a store.
     """
 
     __slots__ = (
@@ -77,12 +83,15 @@ class ApplicationContext:
         "beats",
         "capacities",
         "checks",
+        "executor",
         "inputs",
+        "ledger",
         "partition_key",
         "path",
         "resources",
         "run",
         "sequence_id",
+        "threads",
     )
 
     def __init__(
@@ -105,6 +114,7 @@ class ApplicationContext:
         self.inputs = inputs
         self.resources = resources
         self.run = run
+        self.ledger: Ledger | None = None
         #: which attempt of the subtask above this is, 1 for the first
         self.attempt = 1
         #: tells the idle timeouts above that something was yielded
@@ -113,6 +123,15 @@ class ApplicationContext:
         self.capacities: tuple[Capacity, ...] = ()
         #: what the guard-rails look for; None for nothing
         self.checks: Checks | None = None
+        #: where the subtasks below run; None: here
+        self.executor: Executor | None = None
+        #: how plain functions run in threads; None: as many at once as policies allow
+        self.threads: Threads | None = None
+
+    @property
+    def label(self) -> str:
+        """The action and the branches that lead to it, for people."""
+        return f"{self.action_name!r} in {'/'.join(self.path)}" if self.path else repr(self.action_name)
 
     def child(
         self, action_name: str, *branch: str, sequence_id: int | None = None, inputs: Mapping[str, Any] | None = None
@@ -131,15 +150,26 @@ class ApplicationContext:
             resources=self.resources,
             run=self.run,
         )
+        child.ledger = self.ledger
         child.attempt = self.attempt
         child.beats = self.beats
         child.capacities = self.capacities
         child.checks = self.checks
+        child.executor = self.executor
+        child.threads = self.threads
         return child
 
-    def label(self) -> str:
-        """What a person calls the action that runs."""
-        return f"action {self.action_name!r}"
+    def with_executor(self, executor: Executor | None) -> ApplicationContext:
+        """This context with another executor for what is below."""
+        copy = self.child(self.action_name)
+        copy.executor, copy.threads = executor, None
+        return copy
+
+    def with_threads(self, threads: Threads) -> ApplicationContext:
+        """This context with another way to run plain functions."""
+        copy = self.child(self.action_name)
+        copy.threads = threads
+        return copy
 
     async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         """Send an event in the name of this action."""

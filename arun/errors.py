@@ -11,11 +11,14 @@ __all__ = (
     "AbandonedWork",
     "ActorDied",
     "ActorNotFound",
+    "AlreadyFinishedError",
     "ApplicationBusyError",
     "ArunError",
     "ChannelLost",
+    "CodecError",
     "EngineDead",
     "EngineError",
+    "GraphChangedError",
     "MisuseError",
     "MisuseWarning",
     "MissingExtraError",
@@ -26,9 +29,12 @@ __all__ = (
     "ProtocolError",
     "RemoteError",
     "RequestError",
+    "RunConflictError",
+    "StoreError",
     "StreamRefused",
     "SubtaskFailed",
     "SubtaskSkipped",
+    "WorkerDied",
 )
 
 
@@ -57,7 +63,67 @@ class SubtaskSkipped(ArunError):
 
 
 class AbandonedWork(ArunError, ResourceWarning):
-    """A warning: work that did not end when it was cancelled was left behind; the message names its line."""
+    """A warning: work that did not end when it was cancelled was left behind; the message names its line.
+
+    :ivar label: the action and the branches that lead to it, where that is known.
+    :ivar line: where it was, as ``function at file:line``.
+    """
+
+    def __init__(self, message: str, *, label: str = "", line: str = "") -> None:
+        super().__init__(message)
+        self.label = label
+        self.line = line
+
+
+class WorkerDied(ArunError):
+    """A worker process of a :class:`~arun.ProcessExecutor` ended while it ran a subtask.
+
+    :ivar pid: of the process.
+    :ivar signal: what killed it, None where it exited by itself.
+    """
+
+    def __init__(self, message: str, *, pid: int | None = None, signal: int | None = None) -> None:
+        super().__init__(message)
+        self.pid = pid
+        self.signal = signal
+
+
+class CodecError(ArunError):
+    """A value can't be encoded, or bytes can't be decoded, by :mod:`arun.codec`.
+
+    :ivar path: where in the value it is, outermost first; empty where that isn't known.
+    :ivar kind: name of the type that can't be encoded.
+    :ivar why: what to do about it.
+    """
+
+    def __init__(self, message: str, path: tuple[str, ...] = (), kind: str = "", why: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+        self.kind = kind
+        self.why = why
+
+
+class StoreError(ArunError):
+    """A store can't be used: its file is of another version, or no store, or the disk is full."""
+
+
+class RunConflictError(ArunError):
+    """Somebody else runs this application: another process, or another Application of the same ``app_id``."""
+
+
+class GraphChangedError(ArunError):
+    """The store knows this ``app_id`` from another graph than the one it is to go on with."""
+
+
+class AlreadyFinishedError(ArunError):
+    """The run of this ``app_id`` has ended already.
+
+    :ivar state: all fields of the State that it ended with.
+    """
+
+    def __init__(self, message: str, state: dict[str, object] | None = None) -> None:
+        super().__init__(message)
+        self.state = state or {}
 
 
 class AbandonedGenerator(ArunError, ResourceWarning):

@@ -104,12 +104,14 @@ class SubtaskFinished(_Event, frozen=True, kw_only=True, tag=True):
 
     :ivar error: None if it succeeded, else its error as ``Type: message``.
     :ivar seconds: how long it ran.
+    :ivar restored: whether an earlier run had finished it, so that its result came from the store.
     """
 
     label: str
     ordinal: int
     seconds: float
     error: str | None = None
+    restored: bool = False
 
 
 class ActionFinished(_Event, frozen=True, kw_only=True, tag=True):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from arun.actions import Action, as_action
-from arun.conditions import Condition, as_condition, default
+from arun.conditions import Condition, as_condition, default, truth
 from arun.errors import MisuseError
 from arun.state import State
 
@@ -50,7 +50,10 @@ class Graph:
         """The action after ``name``; None where no condition holds, which ends the run."""
         for transition in self._by_source.get(name, ()):
             condition = transition.condition
-            if condition is default or await condition.holds(state):
+            if condition is default:
+                return transition.to
+            holds = condition.resolver(state)
+            if holds is True or (holds is not False and await truth(holds)):
                 return transition.to
         return None
 

@@ -272,10 +272,10 @@ async def let_go(owner: Owner, context: Context, failure: BaseException | None) 
             errors.append(exc)
         if failure is None:
             told = AbandonedGenerator(
-                f"{owner.who.label()} dropped {at} without closing it; arun has closed it now. "
+                f"{owner.label()} dropped {at} without closing it; arun has closed it now. "
                 f"Write `async with contextlib.aclosing({code.co_name}(...)) as items:` around the loop"
             )
-            log.warning("generator.abandoned", action=owner.who.label(), where=at)
+            log.warning("generator.abandoned", action=owner.label(), where=at)
             try:
                 warn_at(told, code.co_filename, line)
             except Warning as exc:  # where warnings are errors; the rest is closed first
@@ -284,7 +284,7 @@ async def let_go(owner: Owner, context: Context, failure: BaseException | None) 
         for error in errors:
             raise error
     for error in errors:
-        log.warning("generator.cleanup_failed", action=owner.who.label(), error=repr(error))
+        log.warning("generator.cleanup_failed", action=owner.label(), error=repr(error))
 
 
 async def close(iterator: AsyncIterator[Any] | Iterable[Any]) -> None:

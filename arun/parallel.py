@@ -10,31 +10,37 @@ listed up front: a subtask starts when it is yielded and a slot is free, so an e
 
 from __future__ import annotations
 
+import dis
 import inspect
-import itertools
-import sys
 import time
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Mapping, Sequence
 from contextvars import copy_context
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio.lowlevel
+import msgspec
 
-from arun.actions import Action, Collector, as_action, perform, take_step
+from arun.actions import Action, as_action, perform, take_step
 from arun.attempts import run_attempts
+from arun.collectors import Collector
 from arun.context import ApplicationContext
-from arun.errors import MisuseError, MisuseWarning
+from arun.errors import MisuseError
 from arun.events import SubtaskFinished, SubtaskRetried, SubtaskStarted
 from arun.fanout import run_fan_out
 from arun.graph import Graph, GraphBuilder, check_entrypoint
-from arun.guards import Owner, Yields, close_unused, here, shown, spelling, warn_at
+from arun.guards import Owner, Yields, close_unused, here, shown, spelling
 from arun.handles import Handle
 from arun.hosted import drive_hosted
-from arun.hosting import BUDGET, as_async_iterator, close, drive, refuse, run_owned
+from arun.hosting import BUDGET, close, drive, run_owned
+from arun.ledger import Entry
 from arun.outcomes import Ok
 from arun.policies import Policy
+from arun.sources import corrected, iterate, maybe_await, not_a_task, note_made, refusal, warn_of_unyielded
 from arun.state import State
+
+if TYPE_CHECKING:
+    from arun.executors import Executor
 
 __all__ = (
     "MapActions",
@@ -91,6 +97,11 @@ class RunnableGraph(Action):
         return any(inner.takes_any_input for inner in self.graph.actions.values())
 
     @property
+    def parts(self) -> Iterable[Action]:
+        """The actions in it."""
+        return self.graph.actions.values()
+
+    @property
     def required_writes(self) -> frozenset[str]:
         """None: which actions run depends on the State, and each is held to its own writes."""
         return frozenset()
@@ -99,15 +110,28 @@ class RunnableGraph(Action):
         current: str | None = self.entrypoint
         committed, result, sequence_id = state, None, 0
         given = {**inputs, **self._bound}
+        steps = context.ledger.siblings(self.display_name) if context.ledger is not None else None
+        visits: dict[str, int] = {}
         while current is not None:
+            action, entry = self.graph.actions[current], None
             step = context.child(current, self.display_name, sequence_id=sequence_id, inputs=given)
-            result, changes = await take_step(self.graph.actions[current], committed, step)
+            if steps is not None:
+                visit = visits[current] = visits.get(current, -1) + 1
+                entry = await steps.step(action, visit, committed, step)
+                step.ledger = entry.ledger if entry is not None else steps.below(action, visit)
+            if entry is not None and entry.restored is not None:
+                changes, entry = committed.scoped(None).patched(entry.restored), None
+            else:
+                result, changes = await take_step(action, committed, step)
             committed = committed.committed(changes, current)
             state = state.absorb(changes)
             sequence_id += 1
             if not sequence_id % BUDGET:  # actions that never await must not starve the loop
                 await anyio.lowlevel.checkpoint()
             current = None if current in self.halt_after else await self.graph.following(current, committed)
+            if entry is not None and current is not None:  # the last step is recorded as the graph's end
+                entry.changes = changes
+                await entry.record()
         return result, state
 
 
@@ -119,9 +143,10 @@ class SubGraphTask:
     :param inputs: its inputs, on top of the run's own.
     :param key: a name of it that no sibling has; ``application_id`` is Burr's name for it.
     :param label: what a person calls it; by default the action's name and the fields that ``state`` was given.
+    :param executor: where it runs, instead of where the parallel action says; None: here.
     """
 
-    __slots__ = ("_number", "action", "inputs", "key", "label", "state")
+    __slots__ = ("_number", "action", "executor", "inputs", "key", "label", "state")
 
     def __init__(
         self,
@@ -131,6 +156,7 @@ class SubGraphTask:
         *,
         key: str | None = None,
         label: str | None = None,
+        executor: Executor | msgspec.UnsetType | None = msgspec.UNSET,
         application_id: str | None = None,
     ) -> None:
         if not isinstance(state, State):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
@@ -140,8 +166,9 @@ class SubGraphTask:
         self.inputs: Mapping[str, Any] = inputs or _NO_INPUTS
         self.key = key if key is not None else application_id
         self.label = label
+        self.executor = executor
         owner = here.seat.owner
-        self._number = 0 if owner is None else _note_made(owner)
+        self._number = 0 if owner is None else note_made(owner)
 
     def __await__(self) -> Generator[Any, Any, Any]:
         raise MisuseError(
@@ -162,11 +189,13 @@ class TaskBasedParallelAction(Action):
     """Runs the subtasks that ``tasks`` yields and reduces their final States as they end.
 
     :cvar policy: how many at once, in which order, what a failure does.
+    :cvar executor: where the subtasks run; by default where the application says. None: here.
     :cvar hosted: True gives the generator of ``reduce`` a task of its own, so that it may yield inside task groups,
         timeouts and cancel scopes. Sources may not: do in the subtasks' actions what needs a scope.
     """
 
     policy: Policy = _DEFAULT_POLICY
+    executor: Executor | msgspec.UnsetType | None = msgspec.UNSET
     leaf = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -205,14 +234,17 @@ class TaskBasedParallelAction(Action):
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> tuple[Any, State]:
         given = {**inputs, **self._bound}
+        if self.executor is not msgspec.UNSET:
+            context = context.with_executor(self.executor)
         policy = self.policy
         collector = Collector(self.display_name, context, f"{type(self).__qualname__}.reduce")
         checks = context.checks
         taken_keys: set[str] = set()
+        siblings = context.ledger.siblings(self.display_name) if context.ledger is not None else None
 
         def admit(task: Any) -> None:
             if not isinstance(task, SubGraphTask):
-                raise MisuseError(_not_a_task(self, task))
+                raise MisuseError(not_a_task(self, task))
             if task._number:
                 owner = here.seat.owner
                 if owner is not None and owner.unyielded is not None:
@@ -231,9 +263,13 @@ class TaskBasedParallelAction(Action):
             below = context.child(task.action.display_name, self.display_name, branch, inputs=given)
             if policy.capacity is not None:
                 below.capacities = (*below.capacities, policy.capacity)
+            entry: Entry | None = None
+            if siblings is not None:
+                entry = await siblings.enter(task.action, task.state, task.inputs, below, key=task.key)
+                below.ledger = entry.ledger
             if context.run.listening:
-                return await _observed(task, handle, below, policy)
-            return await _under_policy(task, handle, below, policy)
+                return await _observed(task, handle, below, policy, entry)
+            return await _through_ledger(task, handle, below, policy, entry)
 
         async def consume(states: AsyncIterator[Any]) -> None:
             reduced: Any = self.reduce(state, states)
@@ -253,9 +289,14 @@ class TaskBasedParallelAction(Action):
             admit=admit,
             result=self._present,
             checks=checks,
-            source_ended=_warn_of_unyielded,
+            source_ended=warn_of_unyielded,
         )
         return collector.performed()
+
+    @property
+    def known_subtasks(self) -> Iterable[Action]:
+        """The actions of its subtasks, as far as they are known without running it."""
+        return ()
 
     def _present(self, handle: Handle[State]) -> Any:
         outcome = handle.outcome_now
@@ -273,18 +314,30 @@ class MapStates(TaskBasedParallelAction):
     def states(self, state: State, context: ApplicationContext, inputs: dict[str, Any]) -> Any:
         """The States to run it on, as an (async) generator or any (async) iterable."""
 
+    @property
+    def known_subtasks(self) -> Iterable[Action]:
+        """What ``action`` returns, where that depends on no State and no input."""
+        method = type(self).action
+        if inspect.iscoroutinefunction(method) or not inspect.isfunction(method) or _uses_arguments(method):
+            return ()
+        try:
+            action = self.action(State(), {})
+        except Exception:  # noqa: BLE001 - what it needs may not be there yet; if it never is, the run raises this
+            return ()
+        return (action,) if isinstance(action, Action) else ()
+
     async def tasks(
         self, state: State, context: ApplicationContext, inputs: dict[str, Any]
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask a State."""
-        action = await _maybe_await(self.action(state, inputs))
-        states = await _iterate(self.states(state, context, inputs), self, "states")
+        action = await maybe_await(self.action(state, inputs))
+        states = await iterate(self.states(state, context, inputs), self, "states")
         yields = Yields.of(states, context.checks)
         action = as_action(action, where=f"{type(self).__qualname__}.action")
         try:
             async for one in states:
                 if not isinstance(one, State) or (yields is not None and not yields.fine()):
-                    one = await _corrected(one, states, yields, self, "states")
+                    one = await corrected(one, states, yields, self, "states")
                 yield _task(action, one)
         finally:
             await close(states)  # noqa: ASYNC102 - the host that closes this generator has shielded it
@@ -305,15 +358,15 @@ class MapActions(TaskBasedParallelAction):
         self, state: State, context: ApplicationContext, inputs: dict[str, Any]
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask an action."""
-        shared = await _maybe_await(self.state(state, inputs))
-        if (misuse := _refusal(shared, self, "state")) is not None:
+        shared = await maybe_await(self.state(state, inputs))
+        if (misuse := refusal(shared, self, "state")) is not None:
             raise misuse
-        actions = await _iterate(self.actions(state, context, inputs), self, "actions")
+        actions = await iterate(self.actions(state, context, inputs), self, "actions")
         yields = Yields.of(actions, context.checks)
         try:
             async for action in actions:
                 if not isinstance(action, Action) or (yields is not None and not yields.fine()):
-                    action = await _corrected(action, actions, yields, self, "actions")
+                    action = await corrected(action, actions, yields, self, "actions")
                 yield _task(action, shared)
         finally:
             await close(actions)  # noqa: ASYNC102 - the host that closes this generator has shielded it
@@ -334,18 +387,18 @@ class MapActionsAndStates(TaskBasedParallelAction):
         self, state: State, context: ApplicationContext, inputs: dict[str, Any]
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask for every pair."""
-        actions = await _iterate(self.actions(state, context, inputs), self, "actions")
+        actions = await iterate(self.actions(state, context, inputs), self, "actions")
         of_actions = Yields.of(actions, context.checks)
         try:
             async for action in actions:
                 if not isinstance(action, Action) or (of_actions is not None and not of_actions.fine()):
-                    action = await _corrected(action, actions, of_actions, self, "actions")
-                states = await _iterate(self.states(state, context, inputs), self, "states")
+                    action = await corrected(action, actions, of_actions, self, "actions")
+                states = await iterate(self.states(state, context, inputs), self, "states")
                 yields = Yields.of(states, context.checks)
                 try:
                     async for one in states:
                         if not isinstance(one, State) or (yields is not None and not yields.fine()):
-                            one = await _corrected(one, states, yields, self, "states")
+                            one = await corrected(one, states, yields, self, "states")
                         yield _task(action, one)
                 finally:
                     await close(states)  # noqa: ASYNC102 - the host that closes this generator has shielded it
@@ -353,22 +406,43 @@ class MapActionsAndStates(TaskBasedParallelAction):
             await close(actions)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
 
-async def _final_state(task: SubGraphTask, context: ApplicationContext) -> State:
-    _, changes = await perform(task.action, task.state, task.inputs, context)
-    return task.state.absorb(changes).with_origin(task.action.display_name)
+async def _final_state(task: SubGraphTask, context: ApplicationContext, entry: Entry | None) -> State:
+    if task.executor is not msgspec.UNSET:
+        context = context.with_executor(task.executor)
+    executor = context.executor
+    # A parallel action stays here, with its reducer; it is its subtasks that the executor runs.
+    if executor is None or isinstance(task.action, TaskBasedParallelAction):
+        _, changes = await perform(task.action, task.state, task.inputs, context)
+    else:
+        _, changes = await executor.run(task.action, task.state, task.inputs, context)
+    if entry is not None:
+        entry.changes = changes
+    return task.state.finished(changes, task.action.display_name)
+
+
+async def _through_ledger(
+    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy, entry: Entry | None
+) -> State:
+    if entry is None:
+        return await _under_policy(task, handle, context, policy, None)
+    if entry.restored is not None:
+        return task.state.finished(task.state.scoped(None).patched(entry.restored), task.action.display_name)
+    state = await _under_policy(task, handle, context, policy, entry)
+    await entry.record()
+    return state
 
 
 async def _under_policy(
-    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy
+    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy, entry: Entry | None
 ) -> State:
     if policy.plain:
-        return await _final_state(task, context)
+        return await _final_state(task, context, entry)
     beats = context.beats
 
     async def attempt(handle: Handle[State]) -> State:
         context.attempt = handle.attempt
         context.beats = beats if handle.beat is None else (*beats, handle.beat)
-        return await _final_state(task, context)
+        return await _final_state(task, context, entry)
 
     async def told(handle: Handle[State], error: Exception, wait: float) -> None:
         if context.run.listening:
@@ -379,33 +453,33 @@ async def _under_policy(
     return await run_attempts(handle, attempt, policy, told)
 
 
-async def _observed(task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy) -> State:
+async def _observed(
+    task: SubGraphTask, handle: Handle[State], context: ApplicationContext, policy: Policy, entry: Entry | None
+) -> State:
     label = handle.label()
     await context.emit(SubtaskStarted, label=label, ordinal=handle.ordinal)
     started = time.perf_counter()
     try:
-        state = await _under_policy(task, handle, context, policy)
+        state = await _through_ledger(task, handle, context, policy, entry)
     except Exception as exc:
         seconds = time.perf_counter() - started
         await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, error=_shown(exc))
         raise
     seconds = time.perf_counter() - started
-    await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds)
+    restored = entry is not None and entry.restored is not None
+    await context.emit(SubtaskFinished, label=label, ordinal=handle.ordinal, seconds=seconds, restored=restored)
     return state
+
+
+def _uses_arguments(method: Any) -> bool:
+    """Whether the code of a method reads any argument but the first."""
+    code = method.__code__
+    arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    return any(instruction.argval in arguments for instruction in dis.get_instructions(code))
 
 
 def _shown(error: Exception) -> str:
     return f"{type(error).__qualname__}: {error}"
-
-
-def _not_a_task(owner: Action, task: Any) -> str:
-    said = f"{type(owner).__qualname__}.tasks yielded {shown(task)}; "
-    close_unused(task)
-    if isinstance(task, State):
-        return said + "yield the task itself, `handle = yield SubGraphTask(...)`, and not what awaiting it gave"
-    if isinstance(task, Action):
-        return said + "yield SubGraphTask(graph=<the action>, state=<its State>)"
-    return said + "yield SubGraphTask(graph=..., state=...)"
 
 
 def _reduced(owner: Action, reduced: Any) -> State:
@@ -420,53 +494,6 @@ def _reduced(owner: Action, reduced: Any) -> State:
     return reduced
 
 
-def _refusal(candidate: Any, owner: Action, method: str) -> MisuseError | None:
-    """What is wrong with something that ``states``, ``state`` or ``actions`` gave."""
-    if method == "actions":
-        try:
-            as_action(candidate, where=f"{type(owner).__qualname__}.actions")
-        except MisuseError as misuse:
-            return misuse
-        return None
-    if isinstance(candidate, State):
-        return None
-    hint = spelling(candidate)
-    close_unused(candidate)
-    return MisuseError(
-        f"{type(owner).__qualname__}.{method} gave {shown(candidate)}; {hint + '; ' if hint else ''}"
-        "it gives States: yield state.update(...)"
-    )
-
-
-async def _maybe_await(value: Any) -> Any:
-    return await value if inspect.isawaitable(value) else value
-
-
-async def _iterate(produced: Any, owner: Action, method: str) -> AsyncIterator[Any]:
-    iterator = None if isinstance(produced, Mapping) else await as_async_iterator(produced)
-    if iterator is None:
-        hint = spelling(produced) or f"make it a generator: async def {method}(...): yield ..."
-        message = (
-            f"{type(owner).__qualname__}.{method} gave {shown(produced)}, which is no iterable of {method}; {hint}"
-        )
-        close_unused(produced)
-        raise MisuseError(message)
-    return iterator
-
-
-async def _corrected(one: Any, iterator: AsyncIterator[Any], yields: Yields | None, owner: Action, method: str) -> Any:
-    """What a source gives instead, once it has been told at its own ``yield`` what is wrong with what it gave.
-
-    :raises MisuseError: unless it catches that and goes on.
-    """
-    while True:
-        misuse = yields.look() if yields is not None else None
-        misuse = misuse or _refusal(one, owner, method)
-        if misuse is None:
-            return one
-        one = await refuse(iterator, misuse, yields)
-
-
 def _task(action: Action, state: State) -> SubGraphTask:
     """As SubGraphTask(action, state), of what has been checked and is yielded at once."""
     task = object.__new__(SubGraphTask)
@@ -474,36 +501,9 @@ def _task(action: Action, state: State) -> SubGraphTask:
     task.state = state
     task.inputs = _NO_INPUTS
     task.key = task.label = None
+    task.executor = msgspec.UNSET
     task._number = 0
     return task
-
-
-def _note_made(owner: Owner) -> int:
-    """Remember the line that makes a subtask, until it is yielded. Its number; 0 if nobody will ask."""
-    made = owner.unyielded
-    if made is None:
-        made = owner.unyielded = {}
-    if len(made) >= _MADE_AT_MOST:
-        return 0
-    frame = sys._getframe(2)
-    number = next(_numbers)
-    made[number] = frame.f_code, frame.f_lasti  # the line is looked up only if somebody asks
-    return number
-
-
-_numbers = itertools.count(1)
-#: Made and not yielded, after which no more are noted.
-_MADE_AT_MOST = 100
-
-
-def _warn_of_unyielded(owner: Owner) -> None:
-    for code, lasti in (owner.unyielded or {}).values():
-        line = next((line for start, end, line in code.co_lines() if start <= lasti < end and line is not None), 0)
-        told = (
-            f"a SubGraphTask made in {code.co_qualname} at {code.co_filename}:{line} was never yielded, "
-            "so it has not run: yield it"
-        )
-        warn_at(MisuseWarning(told), code.co_filename, line)
 
 
 def _short(value: Any) -> str:

@@ -191,7 +191,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     :ivar limit: most subtasks in flight (started or waiting to be taken by the reducer), at least 1.
     :ivar order: "completed": results as subtasks end; "submitted": in the order in which they were yielded.
     :ivar on_error: "fail": the first failure cancels the rest and is raised; "skip": failed subtasks are left out;
-        "collect": the reducer gets an :data:`arun.Outcome` for every subtask.
+        "collect": the reducer gets an ``Outcome`` for every subtask.
     :ivar retry: when a failed subtask runs again.
     :ivar timeout: seconds that one attempt of a subtask may take.
     :ivar idle_timeout: seconds that one attempt may go without yielding an item or a State.

@@ -24,7 +24,7 @@ from anyio.lowlevel import current_token
 
 from arun.errors import MisuseError
 
-__all__ = ("Background", "Runtime")
+__all__ = ("Background", "Runtime", "post_to_this_loop")
 
 T = TypeVar("T")
 log = structlog.get_logger("arun.runtime")
@@ -192,6 +192,13 @@ class Runtime:
             await self.aclose()
         finally:
             _explicit.pop(self._token, None)
+
+
+def post_to_this_loop() -> Callable[[Callable[[], object]], object]:
+    """What calls a function on the running event loop, from any thread; a RuntimeError once the loop is closed."""
+    if _on_asyncio():
+        return asyncio.get_running_loop().call_soon_threadsafe
+    return sys.modules["trio"].lowlevel.current_trio_token().run_sync_soon  # type: ignore[no-any-return]  # untyped here
 
 
 def _on_asyncio() -> bool:

@@ -179,6 +179,17 @@ class State(Mapping[str, Any]):
         """This State with the delta of ``changes`` written to it, as if it had written it itself."""
         return self._with(changes._changed)
 
+    def patched(self, delta: StateDelta) -> State:
+        """This State with a delta written to it, as if it had written it itself."""
+        return self._with({**delta.written, **dict.fromkeys(delta.deleted, _DELETED)})
+
+    def finished(self, changes: State, action: str) -> State:
+        """As :meth:`absorb`, all of it readable, with ``action`` as the one that made it."""
+        state = self._with(changes._changed)
+        state._scope = None
+        state.action = action
+        return state
+
     def changed_from(self, earlier: State | None) -> dict[str, Any]:
         """The fields of this State's delta whose values are other objects than in ``earlier``'s delta."""
         before = earlier._changed if earlier is not None else _NOTHING
@@ -200,22 +211,17 @@ class State(Mapping[str, Any]):
             if value is not earlier._raw(key) and not (value is _DELETED and not earlier._has(key))
         ]
 
-    def with_origin(self, action: str) -> State:
-        """This State, all of it readable, with ``action`` as the one that made it."""
-        return self._new(self._base, self._overlay, self._changed, None, action)
-
     # -- private -----------------------------------------------------------------------------------------
 
-    @classmethod
+    @staticmethod
     def _new(
-        cls,
         base: dict[str, Any],
         overlay: dict[str, Any],
         changed: dict[str, Any],
         scope: Scope | None,
         action: str | None,
     ) -> State:
-        state = cls.__new__(cls)
+        state = _blank(State)
         state._base = base
         state._overlay = overlay
         state._changed = changed
@@ -225,7 +231,7 @@ class State(Mapping[str, Any]):
 
     def _with(self, values: dict[str, Any]) -> State:
         base, overlay = self._merged(values)
-        return self._new(base, overlay, self._changed | values, self._scope, None)
+        return self._new(base, overlay, self._changed | values if self._changed else values, self._scope, None)
 
     def _merged(self, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         base, overlay = self._base, self._overlay | values
@@ -268,3 +274,4 @@ class State(Mapping[str, Any]):
 
 
 _MISSING: Final = object()
+_blank: Final = object.__new__  # a State without __init__; found faster than State.__new__

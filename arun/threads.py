@@ -1,8 +1,9 @@
-"""Worker threads for plain functions and generators. How many run at once is the policy's business, not theirs.
+"""Worker threads for plain functions and generators: how many at once, and what becomes of one that will not end.
 
-A thread can't be killed, so a cancelled caller waits until the thread has come to its end. anyio's shield sees to that
-for cancellation by a cancel scope; ``_Call`` does for asyncio's own (``asyncio.timeout``, ``task.cancel()``), which
-goes through the shield and would leave the thread running with nobody waiting for it.
+A thread can't be killed, so a cancelled caller waits for its end, but not for ever: after ``Threads.grace`` seconds it
+reports :class:`~arun.errors.AbandonedWork` and goes on. anyio's own choice is between waiting without end and not at
+all, so ``_Call`` lets anyio abandon the thread at once and does the waiting itself. That covers asyncio's own kind of
+cancellation too (``asyncio.timeout``, ``task.cancel()``), which goes through anyio's shields.
 """
 
 from __future__ import annotations
@@ -10,29 +11,83 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import math
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Coroutine, Generator, Iterable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Final, Generic, TypeVar, cast
 
 import anyio
 import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
+import structlog
 from anyio.lowlevel import RunVar
 
-__all__ = ("run_in_thread", "step_in_thread")
+from arun.errors import AbandonedWork
+from arun.frames import line_of
+from arun.hosting import GRACE
+
+__all__ = ("Threads", "run_in_thread", "step_in_thread")
 
 T = TypeVar("T")
-_limiter: RunVar[anyio.CapacityLimiter] = RunVar("arun thread limiter")
+log = structlog.get_logger("arun.threads")
+_unlimited: RunVar[anyio.CapacityLimiter] = RunVar("arun thread limiter")
 
 
-async def run_in_thread(function: Callable[[], T]) -> T:
-    """Call ``function`` in a worker thread, in a copy of the caller's contextvars; cancelled, wait for its end."""
-    return await _Call(function).run()
+class Threads:
+    """How plain functions run in worker threads.
+
+    :param total: most of these threads at once; None leaves it to the limits of the policies above.
+    :param grace: seconds that a cancelled run waits for a thread before it goes on without it.
+    :ivar always: whether also functions that are declared ``blocking=False`` run in a thread.
+    """
+
+    __slots__ = ("_bound", "always", "grace", "total")
+
+    def __init__(self, total: int | None = None, *, grace: float = GRACE, always: bool = False) -> None:
+        self.total = total
+        self.grace = grace
+        self.always = always
+        # An event loop has its own limiter, so that one executor serves several loops.
+        self._bound: RunVar[anyio.CapacityLimiter] | None = None if total is None else RunVar("arun bounded threads")
+
+    def limiter(self) -> anyio.CapacityLimiter | None:
+        """What bounds these threads on the running event loop."""
+        if self._bound is None or self.total is None:
+            return None
+        limiter = self._bound.get(None)
+        if limiter is None:
+            limiter = anyio.CapacityLimiter(self.total)
+            self._bound.set(limiter)
+        return limiter
+
+    def left_behind(self, *, stepping: bool) -> None:
+        """A caller was cancelled while its thread is busy, and begins to wait; called on the event loop.
+
+        :param stepping: whether the thread steps through a generator, and so will look up at the next item.
+        """
+
+
+_DEFAULT: Final = Threads()
+
+
+async def run_in_thread(function: Callable[[], T], *, label: str = "", threads: Threads | None = None) -> T:
+    """Call ``function`` in a worker thread, in a copy of the caller's contextvars.
+
+    Cancelled, it waits for the function's end, at most for the grace of ``threads``.
+
+    :param label: what a person calls it, for :class:`~arun.errors.AbandonedWork`.
+    """
+    return await _Call(function, label, threads or _DEFAULT).run()
 
 
 async def step_in_thread(
-    iterate: Callable[[], Iterable[Any]], receive: Callable[[Any], Coroutine[Any, Any, None]]
+    iterate: Callable[[], Iterable[Any]],
+    receive: Callable[[Any], Coroutine[Any, Any, None]],
+    *,
+    label: str = "",
+    threads: Threads | None = None,
 ) -> None:
     """Step through ``iterate()`` on one worker thread and await ``receive(item)`` on the event loop for each item.
 
@@ -45,16 +100,15 @@ async def step_in_thread(
             for item in iterator:
                 if call.leaving:
                     return
-                anyio.from_thread.check_cancelled()
                 try:
-                    anyio.from_thread.run(receive, item)
+                    anyio.from_thread.run(call.deliver, receive, item)
                 except concurrent.futures.CancelledError:  # what anyio makes of a cancelled receive() on asyncio
                     return
         finally:
             if isinstance(iterator, Generator):
                 iterator.close()
 
-    call = _Call(step_through)
+    call = _Call(step_through, label, threads or _DEFAULT, stepping=True)
     await call.run()
     await anyio.lowlevel.checkpoint_if_cancelled()
 
@@ -62,53 +116,106 @@ async def step_in_thread(
 class _Call(Generic[T]):
     """One call on a worker thread."""
 
-    __slots__ = ("_function", "_lock", "_running", "_tell", "leaving")
+    __slots__ = ("_delivering", "_function", "_label", "_lock", "_stepping", "_tell", "_thread", "_threads", "leaving")
 
-    def __init__(self, function: Callable[[], T]) -> None:
+    def __init__(self, function: Callable[[], T], label: str, threads: Threads, *, stepping: bool = False) -> None:
         #: whether the caller was cancelled and only waits for the end
         self.leaving = False
         self._function = function
+        self._label = label
+        self._threads = threads
+        self._stepping = stepping
         self._lock = threading.Lock()
-        self._running = False
+        #: identifier of the thread while it runs the function
+        self._thread: int | None = None
         self._tell: Callable[[], object] | None = None
+        self._delivering: anyio.CancelScope | None = None
 
     async def run(self) -> T:
-        limiter = _limiter.get(None)
+        bound = self._threads.limiter()
+        if bound is None:
+            return await self._run_unbounded()
+        # Not anyio's own limiter of the call: that one is released when the thread is abandoned, before its end.
+        async with bound:
+            return await self._run_unbounded()
+
+    async def deliver(self, receive: Callable[[Any], Coroutine[Any, Any, None]], item: Any) -> None:
+        """Hand an item over, on the event loop; cut short when the caller is cancelled."""
+        if not self.leaving:
+            with anyio.CancelScope() as self._delivering:
+                await receive(item)
+
+    async def _run_unbounded(self) -> T:
+        limiter = _unlimited.get(None)
         if limiter is None:
             limiter = anyio.CapacityLimiter(math.inf)
-            _limiter.set(limiter)
+            _unlimited.set(limiter)
         try:
-            return await anyio.to_thread.run_sync(self._run, limiter=limiter)
+            return await anyio.to_thread.run_sync(self._run, limiter=limiter, abandon_on_cancel=True)
         except anyio.get_cancelled_exc_class():
-            await self._ended()
+            await self._wait_for_thread()  # noqa: ASYNC102 - it shields, and has a deadline
             raise
 
     def _run(self) -> T:
         with self._lock:
             if self.leaving:
                 return cast("T", None)  # the caller has gone before the thread began
-            self._running = True
+            self._thread = threading.get_ident()
         try:
             return self._function()
         finally:
             with self._lock:
-                self._running = False
+                self._thread = None
             if self._tell is not None:
                 try:
                     self._tell()
-                except RuntimeError:  # the event loop was closed meanwhile: nobody waits
+                except RuntimeError:  # the event loop has ended meanwhile (trio's RunFinishedError is one, too)
                     pass
 
-    async def _ended(self) -> None:
+    async def _wait_for_thread(self) -> None:
         with self._lock:
             self.leaving = True
-            if not self._running:
+            if self._thread is None:
                 return
-            ended, loop = anyio.Event(), asyncio.get_running_loop()  # on trio it can't be running any more
-            self._tell = lambda: loop.call_soon_threadsafe(ended.set)
-        with anyio.CancelScope(shield=True):
+            ended, post = anyio.Event(), _poster()
+            self._tell = lambda: post(ended.set)
+        if self._delivering is not None:
+            self._delivering.cancel()
+        self._threads.left_behind(stepping=self._stepping)
+        grace = self._threads.grace
+        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + grace) as scope:
             while not ended.is_set():
                 try:
                     await ended.wait()
-                except asyncio.CancelledError:  # a second one; the first is on its way
-                    continue
+                except asyncio.CancelledError:  # noqa: ASYNC103 - a second task.cancel(): the first is on its way
+                    if scope.cancel_called:
+                        raise
+        thread = self._busy_thread()
+        if thread is not None:
+            _report(self._label, thread, grace)
+
+    def _busy_thread(self) -> int | None:
+        with self._lock:
+            return self._thread
+
+
+def _poster() -> Callable[[Callable[[], object]], object]:
+    loop: Any = anyio.lowlevel.current_token().native_token
+    post: Callable[[Callable[[], object]], object]
+    post = loop.call_soon_threadsafe if hasattr(loop, "call_soon_threadsafe") else loop.run_sync_soon
+    return post
+
+
+def _report(label: str, thread: int, seconds: float) -> None:
+    line = line_of(sys._current_frames().get(thread)) or "an unknown line"
+    abandoned = AbandonedWork(
+        f"{label or 'a plain function'} was cancelled and its thread still runs after {seconds:g} s, at {line}; the "
+        "run goes on without it. Make the function return sooner, or run it with a ProcessExecutor, which kills",
+        label=label,
+        line=line,
+    )
+    log.error("work.abandoned", where=line, label=label, seconds=seconds)
+    try:
+        warnings.warn(abandoned, stacklevel=2)
+    except AbandonedWork:
+        pass  # a filter makes errors of warnings; it must not replace the cancellation that is under way

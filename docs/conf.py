@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
 import sys
@@ -22,12 +23,15 @@ sys.path.insert(0, str(ROOT))
 REFERENCE = {
     "reference/arun": [
         "arun",
+        "arun.events",
         "arun.fanout",
         "arun.outcome_stream",
+        "arun.executors",
         "arun.reducers",
         "arun.channel",
         "arun.data",
         "arun.store",
+        "arun.codec",
         "arun.telemetry",
         "arun.web",
         "arun.testing",
@@ -52,7 +56,7 @@ html_theme = "furo"
 html_title = f"arun {release}"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "undoc-members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True, "undoc-members": True}
 autodoc_preserve_defaults = True
 
 # Names of other packages: no inventory is fetched, so that the docs build without a network.
@@ -70,7 +74,11 @@ def add_modules(app: Sphinx, page: str, source: list[str]) -> None:
         except ModuleNotFoundError:  # of its parent
             found = False
         if found:
-            source[0] += f"\n\n## {module}\n\n```{{eval-rst}}\n.. automodule:: {module}\n```\n"
+            package = module.split(".")[0]
+            # What the package itself exports is documented there, once.
+            shown = importlib.import_module(package).__all__ if module != package else ()
+            options = f"   :exclude-members: {', '.join(shown)}\n" if shown else ""
+            source[0] += f"\n\n## {module}\n\n```{{eval-rst}}\n.. automodule:: {module}\n{options}```\n"
 
 
 def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.Element) -> nodes.Element | None:

@@ -26,14 +26,16 @@ FLOORS: dict[str, int] = {
     name: floor
     for floor, names in enumerate((
         "errors frames",
-        "events guards outcomes policies runtime state",
-        "conditions context handles hosted hosting threads",
-        "attempts reductions signatures stream",
+        "events guards outcomes policies registry runtime state",
+        "codec conditions context handles hosted hosting threads",
+        "attempts collectors reductions signatures stream",
         "fanout",
-        "actions channel data executors outcome_stream reducers",
-        "graph",
-        "parallel",
-        "application",
+        "actions channel data journal outcome_stream reducers",
+        "graph sources",
+        "keys",
+        "ledger",
+        "parallel resume",
+        "application executors",
         "store telemetry testing web",
         "cli",
     ))

@@ -98,7 +98,7 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
         error = ArunError(f"the handler of {outbound.method!r} was cancelled: {exc!r}")
         raise
     finally:
-        error = await _close(iterator) or error
+        error = await _close(iterator) or error  # noqa: ASYNC102 - clean-up sees cancellation as anywhere else
         message = End(outbound.id) if error is None else describe(outbound.id, error)
         if isinstance(message, Fail):
             # An error after Cancel reaches nobody: the opener has left.

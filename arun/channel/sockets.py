@@ -221,7 +221,7 @@ async def _connect(
         explained = _explain(exc, peer, limits)
         if explained is None:
             raise
-        raise explained from exc
+        raise explained from exc  # noqa: ASYNC104 - only errors are explained, a cancellation is not
     return Connection(
         stream,
         runtime=runtime,

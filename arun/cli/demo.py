@@ -170,8 +170,7 @@ async def run_demo(options: DemoOptions) -> None:
         display.note(f"starting {options.replicas} engine(s) of {options.model} on {_where(options)}")
         cluster = LocalCluster() if options.local else RayCluster.connect()
         async with cluster:
-            pool = cluster.engines(spec, replicas=options.replicas, name="demo")
-            pool.on_progress = display.replica
+            pool = cluster.engines(spec, replicas=options.replicas, name="demo", on_progress=display.replica)
             async with pool, build(pool, options).astream(deliver=0.1) as stream:
                 async for event in stream:
                     display.event(event)

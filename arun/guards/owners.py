@@ -19,7 +19,7 @@ import msgspec
 
 from arun.guards.levels import Checks
 
-__all__ = ("Named", "Owner", "Seat", "enter_run", "forget", "here", "leave_run")
+__all__ = ("Labelled", "Named", "Owner", "Seat", "enter_run", "forget", "here", "leave_run")
 
 _Hook: TypeAlias = Callable[[AsyncGenerator[Any, Any]], None]
 
@@ -29,10 +29,19 @@ _KEPT: Final = 64
 
 
 class Named(Protocol):
-    """What an owner is called after: a subtask's handle, or an action's context."""
+    """What an owner is called after: a subtask's handle, or anything else that can say what it is."""
 
     def label(self) -> str:
         """What a person calls it."""
+        ...
+
+
+class Labelled(Protocol):
+    """As :class:`Named`, of an action: its context."""
+
+    @property
+    def label(self) -> str:
+        """The action's name."""
         ...
 
 
@@ -45,11 +54,16 @@ class Owner(msgspec.Struct, eq=False):
     :ivar unyielded: instructions that made subtasks which it has not yielded, by number.
     """
 
-    who: Named
+    who: Named | Labelled
     checks: Checks
     generators: set[int] | None = None
     abandoned: list[AsyncGenerator[Any, Any]] | None = None
     unyielded: dict[int, tuple[CodeType, int]] | None = None
+
+    def label(self) -> str:
+        """What a person calls this code."""
+        label = self.who.label
+        return f"action {label}" if isinstance(label, str) else label()
 
 
 class Seat:

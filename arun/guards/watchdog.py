@@ -91,7 +91,7 @@ class _Watchdog:
                 self._blocked(sample, owner, frame, now)
 
     def _blocked(self, sample: _Sample, owner: Owner, frame: FrameType, now: float) -> None:
-        sample.told = owner.who.label()
+        sample.told = owner.label()
         log.warning(
             "event_loop.blocked",
             action=sample.told,

@@ -234,7 +234,7 @@ async def test_what_tasks_yields_must_be_a_task() -> None:
         def tasks(self, state: State, context: Any, inputs: Any) -> Any:
             return [square]
 
-    with pytest.raises(MisuseError, match=r"yield SubGraphTask\(graph=<the action>"):
+    with pytest.raises(MisuseError, match=r"tasks yielded a FunctionAction.*yield SubGraphTask\(graph="):
         await run(Wrong(same, on_error="collect"))
     with pytest.raises(MisuseError, match="takes a State, not a dict"):
         SubGraphTask(square, {})  # type: ignore[arg-type]
@@ -425,14 +425,14 @@ async def test_an_endless_source_that_never_awaits_can_be_left() -> None:
         assert (await run(Each(same, source=source, reducer=first, limit=limit)))["ys"] == 1
 
 
-async def test_a_reducer_that_reads_nothing_ends_the_work() -> None:
+async def test_a_reducer_that_reads_nothing_is_refused_and_ends_the_work() -> None:
     async def nothing(states: AsyncIterator[Any]) -> str:
         return "nothing"
 
     async def forever(i: int) -> None:
         await anyio.sleep_forever()
 
-    with pytest.raises(MisuseError, match="ended without reading its results"):
+    with pytest.raises(MisuseError, match="the reducer of 'Each' ended without reading its results"):
         await run(Each(forever, count=1000, reducer=nothing))
 
 
@@ -524,6 +524,9 @@ async def test_a_reducer_may_catch_a_failure_and_keep_what_it_has() -> None:
                 got.append(done["y"])  # noqa: PERF401 - kept when the loop raises
         except ValueError:
             got.append(-1)
+        with pytest.raises(MisuseError, match="read to their end already"):
+            async for _ in states:
+                pass
         return got
 
     assert (await run(Each(work, count=5, reducer=tolerant, limit=1)))["ys"] == [0, 1, -1]

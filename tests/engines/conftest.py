@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 import select
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -22,17 +23,18 @@ class Processes:
     def __init__(self, root: int) -> None:
         self.commands: dict[int, str] = {}
         self._pidfds: dict[int, int] = {}
-        self._add_children(root)
+        parents = dict(_pids_and_parents())
+        for pid in parents:
+            ancestor: int | None = parents[pid]
+            while ancestor is not None and ancestor != root:
+                ancestor = parents.get(ancestor)
+            if ancestor == root:
+                self._add(pid)
 
-    def _add_children(self, parent: int) -> None:
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            for pid in map(int, children.read_text().split()):
-                try:
-                    self._pidfds[pid] = os.pidfd_open(pid)
-                    self.commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-                except ProcessLookupError:
-                    continue
-                self._add_children(pid)
+    def _add(self, pid: int) -> None:
+        with suppress(ProcessLookupError, FileNotFoundError):
+            self._pidfds[pid] = os.pidfd_open(pid)
+            self.commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
     def wait_gone(self, timeout: float) -> list[str]:
         """Wait until all have ended; what still runs after ``timeout`` seconds is returned."""
@@ -49,6 +51,19 @@ class Processes:
                 os.close(fd)
                 del running[fd]
         return [f"{pid} {self.commands[pid]}" for pid in running.values()]
+
+
+def _pids_and_parents() -> Iterator[tuple[int, int]]:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(ProcessLookupError, FileNotFoundError):
+            # "pid (any name) state parent ...", and the name may have spaces and brackets.
+            yield int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.fixture
+def shared_memory() -> Callable[[], set[str]]:
+    """What of multiprocessing's and vLLM's there is in /dev/shm."""
+    return lambda: {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-", "vllm"))}
 
 
 @pytest.fixture

@@ -9,8 +9,10 @@ import pickle
 import signal
 
 import anyio
+import msgspec
 import pytest
 
+from actors.echo_engine import EchoEngine
 from actors.engine import EngineSpec, Usage
 from actors.local_cluster import LocalCluster
 from actors.pool import EnginePool
@@ -238,8 +240,10 @@ async def test_progress_is_told_while_replicas_start():
     assert sorted((progress.replica, progress.state) for progress in told) == [
         (0, "loading model"),
         (0, "ready"),
+        (0, "reserving bundles"),
         (1, "loading model"),
         (1, "ready"),
+        (1, "reserving bundles"),
     ]
     assert all(progress.seconds >= 0 for progress in told)
 
@@ -271,6 +275,26 @@ async def test_a_killed_replica_fails_its_requests_by_name_and_the_others_go_on(
                 await anext(doomed)
         assert (await pool.complete("water")).text == "water"
         assert [each.state for each in pool.stats().replicas] == ["dead", "ready"]
+
+
+class Shouting(EchoEngine):
+    """An engine of a user's own."""
+
+    async def generate(self, request):
+        deltas = super().generate(request)
+        try:
+            async for delta in deltas:
+                yield msgspec.structs.replace(delta, text=delta.text.upper())
+        finally:
+            await deltas.aclose()
+
+
+@pytest.mark.parametrize(
+    ("isolation", "anyio_backend"), [("process", "asyncio"), ("task", "asyncio"), ("task", "trio")]
+)
+async def test_an_engine_may_be_a_class_of_the_users_own(isolation):
+    async with open_pool(EngineSpec(model="echo", engine=Shouting), isolation=isolation) as pool:
+        assert (await pool.complete("to be")).text == "TO BE"
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

@@ -129,7 +129,8 @@ async def test_64_requests_at_once_are_all_answered(pool):
     assert (await engine_load(pool)).in_flight == 0
 
 
-async def test_two_workers_share_a_model_and_end_with_a_killed_actor(descendants):
+async def test_two_workers_share_a_model_and_end_with_a_killed_actor(descendants, shared_memory):
+    before = shared_memory()
     async with LocalCluster(cpus=8) as cluster:
         spec = EngineSpec(model="tiny", max_model_len=256, tensor_parallel_size=2)
         async with cluster.engines(spec, name="pair") as pool:
@@ -145,21 +146,24 @@ async def test_two_workers_share_a_model_and_end_with_a_killed_actor(descendants
                 async for _ in stream:
                     pass
             assert await asyncio.to_thread(processes.wait_gone, 10) == []
+            assert shared_memory() == before
 
 
-async def test_a_killed_engine_core_is_engine_dead(descendants):
+async def test_a_killed_engine_core_is_engine_dead(descendants, shared_memory):
+    before = shared_memory()
     async with (
         LocalCluster(cpus=8) as cluster,
         cluster.engines(EngineSpec(model="tiny", max_model_len=256), name="solo") as pool,
     ):
         commands = descendants(pool.stats().replicas[0].pid).commands
         [core] = [pid for pid, command in commands.items() if "EngineCore" in command]
-        stream = pool.generate("a", max_tokens=200, ignore_eos=True)
+        stream = pool.generate([5], max_tokens=200, ignore_eos=True)  # one token: see VLLMEngine._warm_up
         await anext(stream)
         os.kill(core, signal.SIGKILL)
         with pytest.raises(EngineDead, match="replica 0 of pool 'solo'"):
             async for _ in stream:
                 pass
+    assert shared_memory() == before
 
 
 async def test_weights_that_are_missing_are_named_by_the_error(tmp_path):
@@ -174,6 +178,14 @@ async def test_weights_that_are_missing_are_named_by_the_error(tmp_path):
     assert str(model) in str(caught.value)
     assert "weights" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+async def test_a_hub_that_cannot_be_reached_is_model_not_found():
+    spec = EngineSpec(model="someone/nothing", env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"})
+    async with LocalCluster(cpus=8) as cluster:
+        with pytest.raises(ModelNotFound, match=r"'someone/nothing'.*couldn't connect.*Name a folder"):
+            async with cluster.engines(spec):
+                pytest.fail("the pool must not open")
 
 
 async def test_an_unknown_engine_argument_is_refused():

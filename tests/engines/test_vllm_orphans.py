@@ -18,7 +18,8 @@ from actors.engine import EngineSpec
 from actors.vllm_engine import VLLMEngine
 
 async def main():
-    await VLLMEngine(EngineSpec(model="tiny", max_model_len=256)).start()
+    engine = VLLMEngine(EngineSpec(model="tiny", max_model_len=256))
+    await engine.start()
     print("ready", flush=True)
     await asyncio.sleep(3600)
 
@@ -34,14 +35,17 @@ def owner():
     process.communicate()
 
 
-def test_a_killed_owner_leaves_no_process_and_no_socket(owner, descendants):
+def test_a_killed_owner_leaves_no_process_no_socket_and_no_shared_memory(owner, descendants, shared_memory):
+    before = shared_memory()
     assert owner.stdout.readline() == "ready\n"
     processes = descendants(owner.pid)
     assert any("EngineCore" in command for command in processes.commands.values())
     folder = next(c.split()[-1] for c in processes.commands.values() if "parent_watch" in c)
+    assert shared_memory() > before
     os.kill(owner.pid, signal.SIGKILL)
-    assert processes.wait_gone(timeout=10) == []
+    assert processes.wait_gone(timeout=10) == []  # the guard among them, after it has cleaned up
     assert not os.path.exists(folder)
+    assert shared_memory() == before
     assert owner.communicate() == ("", "")  # vLLM keeps its talk to itself
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
-
 
 from arun import Application, ApplicationBuilder
 from arun.guards import Level
@@ -15,7 +15,7 @@ def app_of(*actions: Any, check: Level = "error", **state: Any) -> Application:
     """An application of one action after the other."""
     builder = ApplicationBuilder().with_actions(*actions).with_state(**state).with_check(check)
     names = [one.display_name for one in actions]
-    return builder.with_transitions(*zip(names, names[1:], strict=False)).with_entrypoint(names[0]).build()
+    return builder.with_transitions(*itertools.pairwise(names)).with_entrypoint(names[0]).build()
 
 
 def place(function: Callable[..., Any], marker: str = "# here") -> str:

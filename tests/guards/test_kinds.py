@@ -87,7 +87,7 @@ async def one(state: State) -> State:
 
 def mapping(give: Callable[[State], Any]) -> MapStates:
     class Mapping(MapStates):
-        writes = ["y"]
+        writes = ("y",)
 
         def action(self, state: State, inputs: Any) -> Any:
             return one
@@ -142,7 +142,7 @@ async def test_any_iterable_will_do() -> None:
 
 async def test_an_action_of_the_wrong_kind_is_refused_at_its_yield() -> None:
     class Many(MapActions):
-        writes = ["y"]
+        writes = ("y",)
 
         async def actions(self, state: State, context: Any, inputs: Any) -> AsyncIterator[Any]:
             yield one

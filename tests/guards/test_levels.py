@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 import msgspec
 import pytest
+from anyio.lowlevel import checkpoint
 
 from arun import ApplicationBuilder, MapStates, MisuseError, MisuseWarning, Runtime, State, action, fan_out
 from arun.guards import default_level, set_default_level
@@ -56,7 +57,7 @@ async def test_off_looks_for_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # trio's own, for what it has to finalise
         await app_of(dropping, check="off").arun()
-        await anyio.sleep(0)
+        await checkpoint()
 
 
 async def test_error_is_the_default_and_strict_is_no_milder() -> None:
@@ -79,12 +80,12 @@ async def test_the_level_reaches_subtasks_and_what_they_fan_out() -> None:
         async def source() -> AsyncIterator[Any]:
             scope = make_scope()
             with scope:
-                yield anyio.sleep(0)
+                yield checkpoint()
 
         return state.update(n=len([one async for one in fan_out(source())]))
 
     class Each(MapStates):
-        writes = ["n"]
+        writes = ("n",)
 
         def action(self, state: State, inputs: Any) -> Any:
             return fanning
@@ -101,15 +102,15 @@ async def test_the_level_reaches_subtasks_and_what_they_fan_out() -> None:
         with pytest.warns(MisuseWarning, match="source yielded"):
             await app_of(Each(), check="warn").arun()
         assert (await app_of(Each(), check="off").arun()).state["n"] == 1
+        outcomes = fan_out(_awaitables(in_scope.function(State())), check="warn")
         with pytest.warns(MisuseWarning, match="in_scope yielded"):
-            agen = in_scope.function(State())
-            async for _ in fan_out(_as_awaitables(agen), check="warn"):
-                pass
+            await anext(outcomes)
+        await outcomes.aclose()
 
 
-async def _as_awaitables(items: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _awaitables(items: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for _ in items:
-        yield anyio.sleep(0)
+        yield checkpoint()
 
 
 def test_declarations_are_held_to_the_default_level(arun_level: Any) -> None:
@@ -178,7 +179,7 @@ async def test_a_state_that_a_subtask_changes_in_place() -> None:
         return state.update(y=1)
 
     class Each(MapStates):
-        reads, writes = ["xs"], ["y"]
+        reads, writes = ("xs",), ("y",)
 
         def action(self, state: State, inputs: Any) -> Any:
             return appending

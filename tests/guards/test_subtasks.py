@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 
 from arun import (
     ApplicationBuilder,
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.anyio
 
 @action(reads=["i"], writes=["y"])
 async def one(state: State) -> State:
-    await anyio.sleep(0)
+    await checkpoint()
     return state.update(y=state["i"])
 
 
@@ -50,7 +51,7 @@ def parallel(
         return sum([done["y"] async for done in states])
 
     class Parallel(TaskBasedParallelAction):
-        writes = ["y"]
+        writes = ("y",)
 
         def tasks(self, state: State, context: Any, inputs: Any) -> Any:
             return (tasks or two)(state)
@@ -83,7 +84,7 @@ async def test_results_read_twice() -> None:
         first = [done async for done in states]
         return len(first) - len([done async for done in states])  # here
 
-    with pytest.raises(MisuseError, match="read to their end already.*keep what you need") as caught:
+    with pytest.raises(MisuseError, match=r"read to their end already.*keep what you need") as caught:
         await app_of(parallel(reduce=again)).arun()
     assert raised_at(caught.value) == place(test_results_read_twice)
 
@@ -178,7 +179,7 @@ async def test_a_subtask_that_awaits_itself_or_its_parent() -> None:
 
     @action(reads=["i"], writes=["y"])
     async def selfish(state: State) -> State:
-        await anyio.sleep(0)
+        await checkpoint()
         await handles[0]
         return state
 
@@ -193,7 +194,7 @@ async def test_a_subtask_that_awaits_itself_or_its_parent() -> None:
 
     for tasks in (itself, above):
         handles.clear()
-        with anyio.fail_after(5), pytest.raises(MisuseError, match="deadlock: .* awaits "):
+        with anyio.fail_after(5), pytest.raises(MisuseError, match=r"deadlock: .* awaits "):
             await app_of(parallel(tasks)).arun()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import pytest
+from anyio.lowlevel import checkpoint
 from structlog.testing import capture_logs
 
 from arun import MapStates, Policy, Runtime, State, action, fan_out
@@ -68,7 +69,7 @@ async def test_a_loop_in_a_generator_a_subtask_or_a_reducer_is_named_by_its_line
             yield state.update(y=1)
 
         class Each(MapStates):
-            writes = ["y"]
+            writes = ("y",)
             policy = Policy(limit=1)
 
             def action(self, state: State, inputs: Any) -> Any:
@@ -122,7 +123,7 @@ async def test_the_threshold_can_be_set_and_off_watches_nothing() -> None:
     @action(reads=[], writes=[])
     async def step(state: State) -> State:
         time.sleep(0.3)  # noqa: ASYNC251 - the mistake
-        await anyio.sleep(0)
+        await checkpoint()
         return state
 
     for app in (app_of(step, check="off"), _patient(step)):

@@ -24,7 +24,7 @@ var: ContextVar[str] = ContextVar("var", default="unset")
 class Each(MapStates):
     """Runs ``work`` on every state of ``source``; ``y`` becomes what ``total`` makes of the results."""
 
-    writes = ["y"]
+    writes = ("y",)
     work: Any = None
     source: Any = staticmethod(lambda state: (state.update(i=i) for i in range(10)))
     total: Any = None

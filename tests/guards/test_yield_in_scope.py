@@ -13,8 +13,9 @@ from typing import Any
 import anyio
 import pytest
 import trio
+from anyio.lowlevel import checkpoint
 
-from arun import MapStates, MisuseError, SingleStepAction, State, SubGraphTask, TaskBasedParallelAction, action
+from arun import MapStates, MisuseError, Runtime, SingleStepAction, State, SubGraphTask, TaskBasedParallelAction, action
 from tests.guards.programs import app_of, place, raised_at
 
 pytestmark = pytest.mark.anyio
@@ -150,7 +151,7 @@ async def test_yield_inside_a_scope_is_refused_when_it_runs(anyio_backend_name: 
         assert "hosted" in str(caught.value)
     async with anyio.create_task_group():  # nothing is broken: scopes still nest
         with anyio.move_on_after(1):
-            await anyio.sleep(0)
+            await checkpoint()
 
 
 async def test_the_refusal_is_raised_at_the_users_own_line() -> None:
@@ -163,7 +164,7 @@ async def test_the_refusal_is_raised_at_the_users_own_line() -> None:
         async with manager:
             yield 1  # here
 
-    with pytest.raises(MisuseError, match="crawl yielded at .* inside a TaskGroup") as caught:
+    with pytest.raises(MisuseError, match=r"crawl yielded at .* inside a TaskGroup") as caught:
         await app_of(crawl).arun()
     assert raised_at(caught.value) == place(test_the_refusal_is_raised_at_the_users_own_line)
     assert raised_at(caught.value) in str(caught.value)
@@ -205,7 +206,7 @@ async def test_a_source_or_a_reducer_that_yields_inside_a_scope_is_refused_at_it
         return state.update(y=1)
 
     class Each(MapStates):
-        writes = ["y"]
+        writes = ("y",)
 
         def action(self, state: State, inputs: Any) -> Any:
             return one
@@ -219,7 +220,7 @@ async def test_a_source_or_a_reducer_that_yields_inside_a_scope_is_refused_at_it
             return state.update(y=len([done async for done in states]))
 
     class Tasks(TaskBasedParallelAction):
-        writes = ["y"]
+        writes = ("y",)
 
         async def tasks(self, state: State, context: Any, inputs: Any) -> AsyncIterator[Any]:
             yield SubGraphTask(one, state)
@@ -231,7 +232,7 @@ async def test_a_source_or_a_reducer_that_yields_inside_a_scope_is_refused_at_it
                     yield state.update(y=1)  # here
 
     for parallel, method in ((Each(), Each.states), (Tasks(), Tasks.reduce)):
-        with pytest.raises(MisuseError, match="yielded at .* inside a CancelScope") as caught:
+        with pytest.raises(MisuseError, match=r"yielded at .* inside a CancelScope") as caught:
             await app_of(parallel).arun()
         assert raised_at(caught.value) == place(method)
 
@@ -252,7 +253,7 @@ async def test_what_only_looks_like_a_scope_is_let_through(tmp_path: Path) -> No
     @contextlib.asynccontextmanager
     async def connection() -> AsyncIterator[int]:
         with anyio.fail_after(1):
-            await anyio.sleep(0)
+            await checkpoint()
         yield 1
 
     def create_task_group() -> contextlib.nullcontext[None]:
@@ -294,13 +295,10 @@ async def test_hosted_a_timeout_means_the_generator_and_not_its_consumer() -> No
         assert scope.cancelled_caught
         yield state.update(n=1, late=scope.cancelled_caught)
 
-    class Slow:
-        """A stream whose consumer is slower than the generator's timeout."""
-
     stream = app_of(step).astream()
     seen = 0
-    async with _runtime():
-        async for event in stream:
+    async with Runtime():
+        async for _ in stream:
             seen += 1
             await anyio.sleep(0.001)
         assert stream.result.state["n"] == 1
@@ -366,7 +364,7 @@ async def test_hosted_a_generator_that_is_left_ends_its_scopes_in_its_own_task()
     async def step(state: State) -> AsyncIterator[Any]:
         async with anyio.create_task_group() as group:
             group.start_soon(child)
-            await anyio.sleep(0)
+            await checkpoint()
             try:
                 while True:
                     yield 1
@@ -387,7 +385,7 @@ async def test_hosted_reduce() -> None:
         return state.update(y=state["i"])
 
     class Sum(MapStates):
-        writes = ["y"]
+        writes = ("y",)
         hosted = True
 
         def action(self, state: State, inputs: Any) -> Any:
@@ -405,9 +403,3 @@ async def test_hosted_reduce() -> None:
                         yield state.update(y=total)
 
     assert (await app_of(Sum()).arun()).state["y"] == 10
-
-
-def _runtime() -> Any:
-    from arun import Runtime
-
-    return Runtime()
