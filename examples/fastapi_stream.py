@@ -26,13 +26,14 @@ STYLES = {
     "vivid": "Answer with a vivid comparison: {prompt}",
     "doubt": "Name one thing that is often misunderstood about: {prompt}",
 }
+MAX_TOKENS = int(os.environ.get("MAX_TOKENS", "48"))
 
 
 @action(reads=["prompt"], writes=["answer"])
 async def ask(state: State, style: str, engine: EnginePool) -> AsyncIterator[Any]:
     answer = ""
     messages = [{"role": "user", "content": STYLES[style].format(prompt=state["prompt"])}]
-    async for delta in engine.generate(messages, max_tokens=48):
+    async for delta in engine.generate(messages, max_tokens=MAX_TOKENS):
         answer += delta.text
         yield delta.text
     yield state.update(answer=answer)

@@ -74,4 +74,5 @@ async def test_the_example_on_echo_engine(example: ModuleType, serve: Serve, mon
 @pytest.mark.engine
 async def test_the_example_on_vllm(example: ModuleType, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL", "tiny")
+    monkeypatch.setattr(example, "MAX_TOKENS", 400)  # long enough to leave in the middle
     await answers_stream_and_leaving_aborts(example, serve, "What is an actor?")
