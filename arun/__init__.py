@@ -17,6 +17,7 @@ from arun.errors import (
     CodecError,
     GraphChangedError,
     MisuseError,
+    MisuseWarning,
     RunConflictError,
     StoreError,
     SubtaskFailed,
@@ -38,9 +39,10 @@ from arun.events import (
     SubtaskStarted,
 )
 from arun.executors import Executor, LocalExecutor, ProcessExecutor, ThreadExecutor
-from arun.fanout import FanOut, FanOutStatistics, fan_out
+from arun.fanout import FanOutStatistics
 from arun.graph import Graph, GraphBuilder
 from arun.handles import Handle
+from arun.outcome_stream import FanOut, fan_out
 from arun.outcomes import Failed, Ok, Outcome, Skipped
 from arun.parallel import (
     MapActions,
@@ -91,6 +93,7 @@ __all__ = (
     "MapStates",
     "MemoryStore",
     "MisuseError",
+    "MisuseWarning",
     "Ok",
     "Outcome",
     "Partial",

@@ -20,9 +20,12 @@ from abc import abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeAlias, TypeVar, cast
 
+from arun.collectors import Collector, ItemsOnly
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
-from arun.events import ActionFinished, ActionStarted, Item, Partial
+from arun.events import ActionFinished, ActionStarted
+from arun.guards import Owner, Watched, check_function, check_methods, close_unused, shown, spelling
+from arun.hosted import drive_hosted
 from arun.hosting import drive
 from arun.policies import Capacity
 from arun.signatures import Kind, Parameters, describe, kind_of, name_of, refuse_unknown, where
@@ -31,7 +34,6 @@ from arun.threads import run_in_thread, step_in_thread
 
 __all__ = (
     "Action",
-    "Collector",
     "FunctionAction",
     "Input",
     "Result",
@@ -63,7 +65,13 @@ class Action:
     version: str | int | None = None
     #: whether it does work itself, and not only through actions below it
     leaf: bool = True
+    #: whether its async generator gets a task of its own, so that it may yield inside task groups and cancel scopes
+    hosted: bool = False
     _bound: Mapping[str, Any] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_methods(cls, hosted=cls.hosted)
 
     # -- what users override ---------------------------------------------------------------------------
 
@@ -147,7 +155,7 @@ class Action:
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         """Run once: ``(result, new State)``. Items and partial States go to ``context`` as events."""
         kwargs = self._arguments(self.run, inputs, context)
-        result = await _call(self.run, kind_of(self.run), state, kwargs, _ItemsOnly(context))
+        result = await _call(self.run, kind_of(self.run), state, kwargs, ItemsOnly(context), hosted=self.hosted)
         new_state: Any = self.update(result, state)
         if inspect.isawaitable(new_state):
             new_state = await new_state
@@ -190,8 +198,9 @@ class SingleStepAction(Action):
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         kwargs = self._arguments(self.run_and_update, inputs, context)
+        function = self.run_and_update
         return await _execute(
-            self.run_and_update, kind_of(self.run_and_update), self.display_name, state, kwargs, context
+            function, kind_of(function), self.display_name, state, kwargs, context, hosted=self.hosted
         )
 
 
@@ -207,6 +216,7 @@ class FunctionAction(Action):
         *,
         blocking: bool = True,
         version: str | int | None = None,
+        hosted: bool = False,
     ) -> None:
         self.function = function
         self.name = name_of(function)
@@ -216,12 +226,19 @@ class FunctionAction(Action):
         self.kind: Kind = kind_of(function)
         self.blocking = blocking
         self.version = version
+        self.hosted = hosted
         self._parameters = Parameters.of(function)
         if not self._parameters.takes_state:
             raise MisuseError(
                 f"@action on {where(function)}: it takes no argument; an action's first parameter is the State: "
                 f"def {self.name}(state: State, ...)"
             )
+        if hosted and self.kind != "async generator":
+            raise MisuseError(
+                f"@action(hosted=True) on {where(function)}, which is a {self.kind}: hosting keeps scopes open across "
+                "the yields of an async generator; leave it out"
+            )
+        check_function(function, hosted=hosted)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **{**self._bound, **kwargs})
@@ -242,10 +259,10 @@ class FunctionAction(Action):
         parameters = self._parameters
         kwargs = parameters.resolve(self.display_name, self._bound, inputs, context) if parameters.any else {}
         if self.kind == "coroutine":
-            return _result(await self.function(state, **kwargs), self.display_name)
+            return _result(await self.function(state, **kwargs), self.display_name, self.function)
         if self.kind == "function" and not self.blocking and (context.threads is None or not context.threads.always):
-            return _result(self.function(state, **kwargs), self.display_name)
-        return await _execute(self.function, self.kind, self.display_name, state, kwargs, context)
+            return _result(self.function(state, **kwargs), self.display_name, self.function)
+        return await _execute(self.function, self.kind, self.display_name, state, kwargs, context, hosted=self.hosted)
 
     def _check_bind(self, inputs: Mapping[str, Any]) -> None:
         parameters = self._parameters
@@ -262,6 +279,7 @@ def action(
     *,
     blocking: bool = True,
     version: str | int | None = None,
+    hosted: bool = False,
 ) -> Callable[[Callable[..., Any]], FunctionAction]:
     """Make an :class:`Action` of a function.
 
@@ -272,7 +290,10 @@ def action(
         wait nor compute for long.
     :param version: of its code, where a store is used: a resumed run takes nothing from the store that another version
         has computed.
-    :raises MisuseError: on anything that is no function (a class, a call's result), at the decorator.
+    :param hosted: for async generators: True gives each a task of its own, so that it may yield inside task groups,
+        timeouts and cancel scopes. It costs two task switches an item.
+    :raises MisuseError: on anything that is no function (a class, a call's result), and on an async generator that
+        yields inside a scope and is not hosted, at the decorator.
 
     >>> @action(reads=["n"], writes=["n"])
     ... async def add(state: State, by: int = 1) -> State:
@@ -283,7 +304,7 @@ def action(
             raise MisuseError(f"@action({what}={keys!r}): a list of names is meant: {what}=[{keys!r}]")
 
     def decorate(function: Callable[..., Any]) -> FunctionAction:
-        return FunctionAction(function, reads, writes, tags, blocking=blocking, version=version)
+        return FunctionAction(function, reads, writes, tags, blocking=blocking, version=version, hosted=hosted)
 
     return decorate
 
@@ -295,6 +316,7 @@ def as_action(candidate: object, *, where: str) -> Action:
     if isinstance(candidate, type) and issubclass(candidate, Action):
         raise MisuseError(f"{where}: {candidate.__name__} is a class; pass an instance: {candidate.__name__}()")
     hint = "decorate the function with @action(reads=[...], writes=[...])" if callable(candidate) else "pass an Action"
+    close_unused(candidate)
     raise MisuseError(f"{where}: {describe(candidate)} is not an action; {hint}")
 
 
@@ -305,12 +327,20 @@ async def perform(
 
     :raises MisuseError: if the action read or wrote an undeclared key, or left a declared one unwritten.
     """
+    checks = context.checks
+    watched = Watched(_readable(what, state)) if checks is not None and checks.strict else None
     if context.capacities and what.leaf:
         result, changes = await within(
             context.capacities, what, functools.partial(what.execute, state.scoped(what.scope), inputs, context)
         )
     else:
         result, changes = await what.execute(state.scoped(what.scope), inputs, context)
+    if watched is not None:
+        for key in watched.changed():
+            raise MisuseError(
+                f"state[{key!r}] was changed in place while action {what.display_name!r} ran; siblings and earlier "
+                f"States share that object: return state.append({key}=...) or state.update({key}=<a new object>)"
+            )
     written, allowed = changes.written_keys(), what.allowed_writes
     if not written <= allowed:
         # What merge() and the like wrote back as it was is no change.
@@ -328,6 +358,11 @@ async def perform(
                 f"it wrote: {', '.join(written) or 'nothing'}"
             )
     return result, changes
+
+
+def _readable(what: Action, state: State) -> dict[str, Any]:
+    readable = what.scope.readable
+    return {key: value for key, value in state.get_all().items() if key in readable}
 
 
 async def within(
@@ -405,61 +440,6 @@ class Result(SingleStepAction):
 # -- driving the four kinds ---------------------------------------------------------------------------------
 
 
-class Collector:
-    """Takes what a generator yields: States are kept (and sent as Partials), everything else is sent as an Item."""
-
-    __slots__ = ("context", "name", "result", "state")
-
-    def __init__(self, name: str, context: ApplicationContext) -> None:
-        self.name = name
-        self.context = context
-        self.state: State | None = None
-        self.result: Any = None
-
-    async def take(self, yielded: Any) -> None:
-        for beat in self.context.beats:
-            beat()
-        item, state = yielded, None
-        if isinstance(yielded, State):
-            item, state = None, yielded
-        elif _is_burr_pair(yielded):
-            item, state = yielded
-            if state is not None:  # (result, State), as a function returns it: the result is no item
-                self.result, item = item, None
-        listening = self.context.run.listening
-        if item is not None and listening:
-            await self.context.emit(Item, values=[item])
-        if state is not None:
-            before, self.state = self.state, state
-            if listening:
-                await self.context.emit(Partial, changed=state.changed_from(before))
-
-    def performed(self) -> Performed:
-        if self.state is None:
-            raise MisuseError(
-                f"action {self.name!r} ended without yielding a State; a generator's last State is its result: "
-                "yield state.update(...)"
-            )
-        return self.result, self.state
-
-
-class _ItemsOnly:
-    """Takes what a class action's generator yields: all are items, the last is the result."""
-
-    __slots__ = ("context", "result")
-
-    def __init__(self, context: ApplicationContext) -> None:
-        self.context = context
-        self.result: Any = None
-
-    async def take(self, item: Any) -> None:
-        self.result = item
-        for beat in self.context.beats:
-            beat()
-        if self.context.run.listening:
-            await self.context.emit(Item, values=[item])
-
-
 async def _execute(
     function: Callable[..., Any],
     kind: Kind,
@@ -467,10 +447,12 @@ async def _execute(
     state: State,
     kwargs: Mapping[str, Any],
     context: ApplicationContext,
+    *,
+    hosted: bool,
 ) -> Performed:
-    collector = Collector(name, context)
-    returned = await _call(function, kind, state, kwargs, collector)
-    return collector.performed() if kind in {"async generator", "generator"} else _result(returned, name)
+    collector = Collector(name, context, where(function))
+    returned = await _call(function, kind, state, kwargs, collector, hosted=hosted)
+    return collector.performed() if kind in {"async generator", "generator"} else _result(returned, name, function)
 
 
 async def _call(
@@ -478,7 +460,9 @@ async def _call(
     kind: Kind,
     state: State,
     kwargs: Mapping[str, Any],
-    collector: Collector | _ItemsOnly,
+    collector: Collector | ItemsOnly,
+    *,
+    hosted: bool,
 ) -> Any:
     """Call a function of any kind; of a generator, feed the collector and return its result."""
     if kind == "coroutine":
@@ -488,7 +472,9 @@ async def _call(
         call = functools.partial(function, state, **kwargs)
         return await run_in_thread(call, label=context.label, threads=context.threads)
     if kind == "async generator":
-        await drive(cast("AsyncIterator[Any]", function(state, **kwargs)), collector.take)
+        owner = Owner(context, context.checks) if context.checks is not None else None
+        host = drive_hosted if hosted else drive
+        await host(cast("AsyncIterator[Any]", function(state, **kwargs)), collector.take, None, owner)
         return collector.result
 
     iterate = functools.partial(function, state, **kwargs)
@@ -496,21 +482,15 @@ async def _call(
     return collector.result
 
 
-def _result(returned: Any, name: str) -> Performed:
+def _result(returned: Any, name: str, function: Callable[..., Any]) -> Performed:
     if isinstance(returned, State):
         return None, returned
     if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], State):
         return cast("Performed", returned)
-    if inspect.iscoroutine(returned):
-        returned.close()
-    raise MisuseError(
-        f"action {name!r} returned {describe(returned)}; an action returns or yields a State: "
-        "return state.update(...), or (result, state)"
+    hint = spelling(returned)
+    message = (
+        f"action {name!r} returned {shown(returned)}; {hint + '; ' if hint else ''}"
+        f"an action returns or yields a State: return state.update(...), or (result, state) ({where(function)})"
     )
-
-
-def _is_burr_pair(yielded: Any) -> bool:
-    if not isinstance(yielded, tuple) or len(yielded) != 2:
-        return False
-    item, state = yielded
-    return isinstance(state, State) or (state is None and isinstance(item, dict))
+    close_unused(returned)
+    raise MisuseError(message)

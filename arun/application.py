@@ -16,6 +16,7 @@ and a failing sibling in the caller's task group reach everything that it has st
 
 from __future__ import annotations
 
+import inspect
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from contextvars import copy_context
@@ -31,7 +32,22 @@ from arun.context import ApplicationContext, Run
 from arun.errors import ApplicationBusyError, MisuseError
 from arun.events import RunCancelled, RunFailed, RunFinished, RunStarted
 from arun.graph import Graph, GraphBuilder, check_entrypoint
-from arun.hosting import BUDGET, GRACE, in_context
+from arun.guards import (
+    BLOCKED_AFTER,
+    Checks,
+    Level,
+    Owner,
+    Seat,
+    begin_run,
+    checks_here,
+    checks_of,
+    close_unused,
+    default_level,
+    end_run,
+    shown,
+    spelling,
+)
+from arun.hosting import BUDGET, GRACE, in_context, let_go
 from arun.journal import OnFinished, Store
 from arun.keys import graph_hash
 from arun.parallel import TaskBasedParallelAction
@@ -68,6 +84,7 @@ class _Wiring(msgspec.Struct, frozen=True):
     needed_keys: Mapping[str, str]
     initial: State
     partition_key: str | None
+    checks: Checks | None
     store: Store | None = None
     on_finished: OnFinished = "raise"
     graph_hash: str = ""
@@ -89,6 +106,7 @@ class Application:
         self._position: str | None = None
         self._next: Any = wiring.entrypoint
         self._busy = False
+        self._seat: Seat | None = None
         #: the background work of the run that is going on; None where that runs in its caller's task
         self._owner: Background[Any] | None = None
         self._resumable: Resumable | None = None
@@ -332,11 +350,20 @@ class Application:
             context.ledger = self._resumable.ledger(name)
             commit = partial(self._resumable.commit, self._sequence_id, name)
         context.executor = self._wiring.executor
+        context.checks = checks = self._wiring.checks
+        owner = Owner(context, checks) if checks is not None else None
+        own = copy_context()
+        own.run(checks_here.set, checks)
+        failure: BaseException | None = None
         try:
-            result, changes = await in_context(copy_context(), take_step(action, self._state, context, commit))
-        except Exception as exc:
+            result, changes = await in_context(own, take_step(action, self._state, context, commit), None, owner)
+        except BaseException as exc:
+            failure = exc
             exc.add_note(f"in action {name!r} of application {self.uid!r}, step {self._sequence_id}")
             raise
+        finally:
+            if owner is not None and owner.generators is not None:
+                await let_go(owner, own, failure)  # noqa: ASYNC102 - shields itself
         self._state = self._state.committed(changes, name)
         self._position, self._next = name, _UNKNOWN
         self._sequence_id += 1
@@ -366,12 +393,17 @@ class Application:
                 await self._resumable.close()
         finally:
             self._busy = False
+            if self._seat is not None:
+                end_run(self._seat)
+                self._seat = None
 
     async def _acquire(self, owner: Background[Any] | None = None) -> None:
         while self._busy and self._owner is not None and self._owner.cancelling:
             await self._owner.ended()
         self._refuse_busy()
         self._busy, self._owner = True, owner
+        if self._wiring.checks is not None:
+            self._seat = begin_run(self._wiring.checks)
 
     def _refuse_busy(self) -> None:
         if self._busy:
@@ -418,6 +450,8 @@ class ApplicationBuilder:
         self._sequence_id = 0
         self._store: Store | None = None
         self._on_finished: OnFinished = "raise"
+        self._check: Level | None = None
+        self._blocked_after = BLOCKED_AFTER
 
     def with_actions(self, *actions: Any, **named: Any) -> Self:
         """Add actions; a keyword gives the name. See :meth:`arun.GraphBuilder.with_actions`."""
@@ -456,7 +490,14 @@ class ApplicationBuilder:
         """Inject objects (engines, clients, pools) into the actions' parameters of these names.
 
         They reach everything below, are never part of the State and never stored.
+
+        :raises MisuseError: for a coroutine or an async generator, which no action could use twice.
         """
+        for name, resource in resources.items():
+            if inspect.iscoroutine(resource) or inspect.isasyncgen(resource):
+                message = f"with_resources({name}=...) was given {shown(resource)}; {spelling(resource)}"
+                close_unused(resource)
+                raise MisuseError(message)
         self._resources.update(resources)
         return self
 
@@ -476,6 +517,17 @@ class ApplicationBuilder:
         self._app_id = app_id
         self._partition_key = partition_key
         self._sequence_id = sequence_id or 0
+        return self
+
+    def with_check(self, level: Level, *, blocked_after: float = BLOCKED_AFTER) -> Self:
+        """Set how severely the guard-rails look; by default the level of ``ARUN_CHECK``, else "error".
+
+        :param level: "off", "warn" (a warning instead of an error), "error" or "strict" (also what takes copies to
+            find). See docs/concepts/guard-rails.md.
+        :param blocked_after: seconds that an action may hold the event loop before the watchdog names it in the log.
+        """
+        checks_of(level, blocked_after)  # refused here rather than in build()
+        self._check, self._blocked_after = level, blocked_after
         return self
 
     def with_store(self, store: Store | None, *, on_finished: OnFinished = "raise") -> Self:
@@ -520,6 +572,7 @@ class ApplicationBuilder:
             on_finished=self._on_finished,
             graph_hash=graph_hash(graph, entrypoint) if self._store is not None else "",
             executor=self._executor,
+            checks=checks_of(self._check or default_level(), self._blocked_after),
         )
         return Application(wiring, self._app_id or uuid.uuid4().hex, wiring.initial, self._sequence_id)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from arun.events import Event
+from arun.guards import Checks
 from arun.policies import Capacity
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class ApplicationContext:
         "attempt",
         "beats",
         "capacities",
+        "checks",
         "executor",
         "inputs",
         "ledger",
@@ -119,6 +121,8 @@ class ApplicationContext:
         self.beats: tuple[Callable[[], None], ...] = ()
         #: budgets that every leaf action below draws on
         self.capacities: tuple[Capacity, ...] = ()
+        #: what the guard-rails look for; None for nothing
+        self.checks: Checks | None = None
         #: where the subtasks below run; None: here
         self.executor: Executor | None = None
         #: how plain functions run in threads; None: as many at once as policies allow
@@ -150,6 +154,7 @@ class ApplicationContext:
         child.attempt = self.attempt
         child.beats = self.beats
         child.capacities = self.capacities
+        child.checks = self.checks
         child.executor = self.executor
         child.threads = self.threads
         return child

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 __all__ = (
+    "AbandonedGenerator",
     "AbandonedWork",
     "ActorDied",
     "ActorNotFound",
@@ -19,6 +20,7 @@ __all__ = (
     "EngineError",
     "GraphChangedError",
     "MisuseError",
+    "MisuseWarning",
     "MissingExtraError",
     "ModelNotFound",
     "PayloadError",
@@ -42,6 +44,10 @@ class ArunError(Exception):
 
 class MisuseError(ArunError):
     """The program uses arun in a way that cannot work; the message names the line and the fix."""
+
+
+class MisuseWarning(UserWarning):
+    """A MisuseError at check level "warn": the program goes on, at its own risk."""
 
 
 class ApplicationBusyError(MisuseError):
@@ -118,6 +124,10 @@ class AlreadyFinishedError(ArunError):
     def __init__(self, message: str, state: dict[str, object] | None = None) -> None:
         super().__init__(message)
         self.state = state or {}
+
+
+class AbandonedGenerator(ArunError, ResourceWarning):
+    """A warning: an action dropped an async generator without closing it, which arun then did; names its line."""
 
 
 class MissingExtraError(ArunError, ImportError):

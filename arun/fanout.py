@@ -18,7 +18,7 @@ Theory of operation::
 * The work side (source and workers) has a cancel scope of its own: a reducer that returns early cancels it, so does
   the first failure under ``on_error="fail"``, and the deadline; the reducer is then told, not cancelled.
 
-No frame of this module yields; the only task groups are in :func:`run_fan_out` and ``_Kernel.work``.
+No frame of this module yields; the only task groups are in :func:`run_fan_out` and ``Kernel.work``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import math
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextvars import Context, copy_context
+from threading import get_ident
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import anyio
@@ -35,15 +36,14 @@ import anyio.lowlevel
 import structlog
 from anyio.abc import TaskGroup
 
-from arun.attempts import run_attempts
 from arun.errors import MisuseError, SubtaskFailed, SubtaskSkipped
+from arun.guards import Checks, Owner, Yields, begin_run, close_unused, end_run, shown, spelling
 from arun.handles import Handle, current_handle
-from arun.hosting import BUDGET, GRACE, as_async_iterator, close, in_context
+from arun.hosting import BUDGET, GRACE, as_async_iterator, close, in_context, let_go, refuse
 from arun.outcomes import Failed, Ok, Outcome, Skipped
 from arun.policies import Policy
-from arun.runtime import Background, Runtime
 
-__all__ = ("FanOut", "FanOutStatistics", "Results", "fan_out", "run_fan_out")
+__all__ = ("FanOutStatistics", "Kernel", "Results", "run_fan_out")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -74,7 +74,7 @@ class Results(Generic[T]):
 
     __slots__ = ("_budget", "_exhausted", "_kernel", "_map", "read")
 
-    def __init__(self, kernel: _Kernel[T], map_: Callable[[Handle[T]], Any]) -> None:
+    def __init__(self, kernel: Kernel[T], map_: Callable[[Handle[T]], Any]) -> None:
         self._kernel = kernel
         self._map = map_
         self._budget = BUDGET
@@ -121,6 +121,8 @@ async def run_fan_out(
     name: str,
     admit: Callable[[Any], object],
     result: Callable[[Handle[T]], Any],
+    checks: Checks | None = None,
+    source_ended: Callable[[Owner], None] | None = None,
 ) -> R:
     """Run a source's subtasks, at most ``policy.limit`` in flight, and reduce their results in the caller's task.
 
@@ -131,12 +133,14 @@ async def run_fan_out(
     :param name: of the fan-out, for errors.
     :param admit: raises MisuseError for a spec that is none; it is raised at the source's ``yield``.
     :param result: what the reducer sees of an ended subtask; called only for results that it is given.
+    :param checks: what the guard-rails look for; None for nothing.
+    :param source_ended: told of the source's owner once the source has come to its own end.
     :return: what ``consume`` returned.
     :raises Exception: the one error of a failed subtask or of the source, with a note naming the subtask; an
         ExceptionGroup of several; or the reducer's own.
     :raises MisuseError: if the reducer ended without reading any result.
     """
-    kernel: _Kernel[T] = _Kernel(source, work, policy, admit)
+    kernel: Kernel[T] = Kernel(source, work, policy, admit, name, checks, source_ended)
     results = Results(kernel, result)
     reduced: R | None = None
     failure: Exception | None = None
@@ -159,105 +163,38 @@ async def run_fan_out(
     return cast("R", reduced)
 
 
-class FanOut(Generic[T]):
-    """Outcomes of a fan-out as a plain async iterator, made by :func:`fan_out`.
-
-    The work belongs to the Runtime and not to the frame that iterates, so this may be used in anybody's generator;
-    it starts with the first item asked for. Leaving it (``aclose()`` or garbage collection) cancels what still runs.
-    """
-
-    _background: Background[None] | None = None
-
-    def __init__(self, source: Any, policy: Policy) -> None:
-        async def attempts(handle: Handle[T]) -> T:
-            return await run_attempts(handle, _await_spec, policy)
-
-        work = _await_spec if policy.plain else attempts
-        self._kernel: _Kernel[T] = _Kernel(lambda: source, work, policy, _admit_awaitable(policy))
-        self._results = Results(self._kernel, _outcome)
-        self._closed = False
-
-    def __aiter__(self) -> AsyncIterator[Outcome[T]]:
-        return self
-
-    async def __anext__(self) -> Outcome[T]:
-        if self._background is None:
-            if self._closed:
-                raise StopAsyncIteration
-            self._background = Runtime.current().start(self._kernel.work, name="arun fan_out")
-        return cast("Outcome[T]", await self._results.__anext__())
-
-    def statistics(self) -> FanOutStatistics:
-        """Counts of this fan-out's subtasks and workers."""
-        return self._kernel.statistics()
-
-    async def aclose(self) -> None:
-        """Cancel what still runs and wait for its clean-up."""
-        self._closed = True
-        self._kernel.cancel()
-        if self._background is not None:
-            with anyio.CancelScope(shield=True):
-                await self._background.wait()
-            self._kernel.log_failures()
-
-    def __del__(self) -> None:
-        background = self._background
-        if background is not None and not background.done:
-            background.cancel_soon()
+def _no_source(name: str, produced: Any) -> MisuseError:
+    hint = spelling(produced) or "give it an (async) iterable or generator"
+    message = f"the source of {name!r} is {shown(produced)}, which can't be iterated over; {hint}"
+    close_unused(produced)
+    return MisuseError(message)
 
 
-def fan_out(source: Any, policy: Policy | None = None) -> FanOut[Any]:
-    """Await many awaitables, bounded, and iterate over their outcomes as they end.
+class _Called:
+    """What an owner is called after that has nothing but a name."""
 
-    :param source: an (async) iterable or generator of awaitables, or of functions of no arguments that return one (a
-        retry needs these); read only as slots come free, so it may be endless.
-    :param policy: limit, order, timeouts and what a failure does; by default ``Policy()``.
+    __slots__ = ("_name",)
 
-    >>> async for outcome in fan_out(fetch(url) for url in urls):
-    ...     print(outcome.value)
-    """
-    return FanOut(source, policy or Policy())
+    def __init__(self, name: str) -> None:
+        self._name = name
 
-
-def _admit_awaitable(policy: Policy) -> Callable[[Any], object]:
-    def admit(spec: Any) -> None:
-        if inspect.isawaitable(spec):
-            if policy.retry is not None:
-                if inspect.iscoroutine(spec):
-                    spec.close()
-                raise MisuseError(
-                    "Policy(retry=...) can't await one coroutine twice; "
-                    "yield functions of no arguments: functools.partial(fetch, url)"
-                )
-        elif not callable(spec):
-            raise MisuseError(
-                f"fan_out() was given a {type(spec).__name__}, {spec!r:.80}; "
-                "yield the awaitable itself, not its result: fan_out(fetch(url) for url in urls)"
-            )
-
-    return admit
+    def label(self) -> str:
+        return self._name
 
 
-async def _await_spec(handle: Handle[T]) -> T:
-    spec = handle.spec
-    return cast("T", await (spec if inspect.isawaitable(spec) else spec()))
-
-
-def _outcome(handle: Handle[T]) -> Outcome[T] | None:
-    return handle.outcome_now
-
-
-class _Kernel(Generic[T]):
+class Kernel(Generic[T]):
     """State and work side of one fan-out; see the module's theory of operation."""
 
     __slots__ = (
         "_admit",
+        "_checks",
         "_consumer",
         "_context",
         "_failures",
         "_group",
         "_idle",
         "_in_flight",
+        "_name",
         "_next",
         "_parent",
         "_pending",
@@ -270,6 +207,9 @@ class _Kernel(Generic[T]):
         "_source_ended",
         "_submitted",
         "_succeeded",
+        "_tell_source_ended",
+        "_thread",
+        "_token",
         "_workers",
         "ended",
         "failed",
@@ -283,6 +223,9 @@ class _Kernel(Generic[T]):
         run: Callable[[Handle[T]], Coroutine[Any, Any, T]],
         policy: Policy,
         admit: Callable[[Any], object],
+        name: str,
+        checks: Checks | None,
+        source_ended: Callable[[Owner], None] | None,
     ) -> None:
         self.policy = policy
         #: ended subtasks that the reducer may take
@@ -293,6 +236,11 @@ class _Kernel(Generic[T]):
         self._source = source
         self._run = run
         self._admit = admit
+        self._name = name
+        self._checks = checks
+        self._tell_source_ended = source_ended
+        self._thread: int | None = None
+        self._token: object = None
         self._scope = anyio.CancelScope()
         self._pending: deque[Handle[T]] = deque()
         self._reorder: dict[int, Handle[T]] | None = {} if policy.order == "submitted" else None
@@ -312,6 +260,8 @@ class _Kernel(Generic[T]):
 
     def take(self) -> Handle[T]:
         """The next ended subtask; its slot is free from now on."""
+        if get_ident() != self._thread:
+            self._refuse_elsewhere()
         handle = self.ready.popleft()
         self._in_flight -= 1
         if self._slot is not None:
@@ -329,11 +279,19 @@ class _Kernel(Generic[T]):
                 "two tasks read the same results, and each would miss what the other gets; read them in one task, "
                 "or combine several reducers over one reading"
             )
+        if self._token is not None and anyio.lowlevel.current_token() != self._token:
+            self._refuse_elsewhere()
         self._consumer = anyio.Event()
         try:
             await self._consumer.wait()
         finally:
             self._consumer = None
+
+    def _refuse_elsewhere(self) -> None:
+        raise MisuseError(
+            f"the results of {self._name} are read on another event loop or thread than the one that {self._name} was "
+            "started on; read them there, and pass on what you need"
+        )
 
     def raise_failures(self) -> None:
         """Raise what failed, if anything did: one error as itself, several as a group."""
@@ -366,14 +324,28 @@ class _Kernel(Generic[T]):
 
     # -- work side -----------------------------------------------------------------------------------
 
+    async def work_alone(self) -> None:
+        """As :meth:`work`, for a fan-out that may be part of no run of an application."""
+        if self._checks is None:
+            return await self.work()
+        seat = begin_run(self._checks)
+        try:
+            return await self.work()
+        finally:
+            end_run(seat)
+
     async def work(self) -> None:
         """Host the source and run the workers until both have ended."""
+        self._thread, self._token = get_ident(), anyio.lowlevel.current_token()
         if self.policy.deadline is not None:
             self._scope.deadline = anyio.current_time() + self.policy.deadline
         try:
             with self._scope:
                 async with anyio.create_task_group() as self._group:
-                    await self._host_source()
+                    if self._checks is None:
+                        await self._host_source(None)
+                    else:
+                        await self._host_owned_source(self._checks)
                     self._source_ended = True
                     while self._idle:
                         self._idle.pop().set()
@@ -391,17 +363,40 @@ class _Kernel(Generic[T]):
             self.ended = True
             self._wake_consumer()
 
-    async def _host_source(self) -> None:
+    async def _host_owned_source(self, checks: Checks) -> None:
+        owner, context = Owner(_Called(f"the source of {self._name!r}"), checks), copy_context()
+        failure: BaseException | None = None
+        try:
+            await in_context(context, self._host_source(owner), None, owner)
+            if owner.unyielded and not self._failures and self._tell_source_ended is not None:
+                self._tell_source_ended(owner)
+        except Exception as exc:  # noqa: BLE001 - a warning that is an error; travels in-band to the consumer
+            self._fail(exc)
+        except BaseException as exc:
+            failure = exc
+            raise
+        finally:
+            if owner.generators is not None:
+                # Closed before its end, it had no say in what it left open.
+                early = failure or (self._failures[0] if self._failures else None)
+                try:
+                    await let_go(owner, context, early)  # noqa: ASYNC102 - shields itself
+                except Exception as exc:  # noqa: BLE001 - travels in-band to the consumer
+                    self._fail(exc)
+
+    async def _host_source(self, owner: Owner | None) -> None:
         budget = BUDGET
         with anyio.CancelScope() as scope:
             try:
-                source = await as_async_iterator(self._source())
+                produced = self._source()
+                source = await as_async_iterator(produced)
                 if source is None:
-                    raise MisuseError("the source of a fan-out is neither iterable nor async iterable")
+                    raise _no_source(self._name, produced)
             except Exception as exc:  # noqa: BLE001 - travels in-band to the consumer
                 self._fail(exc)
                 return
             send = getattr(source, "asend", None)
+            yields = Yields.of(source, owner.checks) if owner is not None else None
             handle: Handle[T] | None = None
             try:
                 while True:  # noqa: ASYNC913 - a real checkpoint every BUDGET items
@@ -409,10 +404,18 @@ class _Kernel(Generic[T]):
                         await self._wait_slot()
                         budget = BUDGET
                     spec = await (send(handle) if send is not None else source.__anext__())
-                    try:
-                        self._admit(spec)
-                    except MisuseError as misuse:
-                        spec = await self._refuse(source, misuse)
+                    misuse = yields.look() if yields is not None else None
+                    while True:
+                        if misuse is not None:
+                            close_unused(spec)
+                            spec = await refuse(source, misuse, yields)
+                            misuse = yields.look() if yields is not None else None
+                            continue
+                        try:
+                            self._admit(spec)
+                            break
+                        except MisuseError as exc:  # the source may go on, if it catches this
+                            misuse = exc
                     handle = self._submit(spec)
                     budget -= 1
                     if not budget:
@@ -431,22 +434,13 @@ class _Kernel(Generic[T]):
                 except Exception as exc:  # noqa: BLE001 - travels in-band to the consumer
                     self._fail(exc)
 
-    async def _refuse(self, source: AsyncIterator[Any], misuse: MisuseError) -> Any:
-        """Raise at the source's own ``yield``, where it has one; a source that goes on gets another try."""
-        throw = getattr(source, "athrow", None)
-        if throw is None:
-            raise misuse
-        spec = await throw(misuse)
-        self._admit(spec)
-        return spec
-
     async def _wait_slot(self) -> None:
         while self._in_flight >= self.policy.limit:
             self._slot = anyio.Event()
             await self._slot.wait()
 
     def _submit(self, spec: Any) -> Handle[T]:
-        handle: Handle[T] = Handle(spec, self._submitted, self._parent)
+        handle: Handle[T] = Handle(spec, self._submitted, self._parent, self._token)
         self._submitted += 1
         self._in_flight += 1
         self._pending.append(handle)
@@ -495,10 +489,13 @@ class _Kernel(Generic[T]):
                 self._wake_worker()
 
         outcome: Outcome[T]
+        owner = Owner(handle, self._checks) if self._checks is not None else None
         try:
-            outcome = Ok(await in_context(context, self._run(handle), on_suspend))
+            outcome = Ok(await in_context(context, self._run(handle), on_suspend, owner))
         except anyio.get_cancelled_exc_class() as exc:  # noqa: ASYNC103 - re-raised if it is a real cancellation
             if anyio.current_effective_deadline() == -math.inf:
+                if owner is not None and owner.generators is not None:
+                    await let_go(owner, context, exc)  # noqa: ASYNC102 - shields itself
                 self._skip(handle)
                 raise
             error = RuntimeError(f"{handle.label()} raised {type(exc).__name__} though nobody had cancelled it")
@@ -512,6 +509,11 @@ class _Kernel(Generic[T]):
         finally:
             if suspended:
                 self._runnable += 1
+        if owner is not None and owner.generators is not None:
+            try:
+                await let_go(owner, context, outcome.error if isinstance(outcome, Failed) else None)
+            except Exception as exc:  # noqa: BLE001 - travels in-band to the consumer
+                outcome = Failed(exc)
         self._finish(handle, outcome)
 
     def _finish(self, handle: Handle[T], outcome: Ok[T] | Failed) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-__all__ = ("line_of", "user_line")
+__all__ = ("innermost_user_frame", "line_of", "user_line")
 
-_OWN = str(Path(__file__).parent)
+_OWN = str(Path(__file__).parent) + os.sep
+# The standard library's own folder; users' programs may live below its parents.
+_LIBRARY = str(Path(os.__file__).parent) + os.sep
 
 
 def user_line(awaitable: Any) -> str:
@@ -27,6 +30,17 @@ def line_of(suspended: Any) -> str:
     """``function at file:line`` of a frame, or of a suspended generator of either kind; "" if it has none."""
     frame = suspended if isinstance(suspended, FrameType) else _frame(suspended)
     return f"{frame.f_code.co_qualname} at {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+
+
+def innermost_user_frame(frame: FrameType) -> FrameType:
+    """The frame nearest to ``frame``, itself or a caller, that is neither arun's nor a library's."""
+    found: FrameType | None = frame
+    while found is not None:
+        name = found.f_code.co_filename
+        if not name.startswith((_OWN, _LIBRARY, "<frozen")) and "site-packages" not in name:
+            return found
+        found = found.f_back
+    return frame
 
 
 def _frame(suspended: Any) -> FrameType | None:

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 import anyio
+from anyio.lowlevel import current_token
 
 from arun.errors import MisuseError, SubtaskFailed, SubtaskSkipped
 from arun.outcomes import Failed, Ok, Outcome, Skipped
@@ -26,15 +27,28 @@ current_handle: ContextVar[Handle[Any] | None] = ContextVar("arun_current_handle
 class Handle(Generic[T]):
     """A started subtask. Await it for its result; ``outcome()`` never raises for the subtask's sake."""
 
-    __slots__ = ("_awaiting", "_ended", "attempt", "beat", "describe", "ordinal", "outcome_now", "parent", "spec")
+    __slots__ = (
+        "_awaiting",
+        "_ended",
+        "attempt",
+        "beat",
+        "describe",
+        "ordinal",
+        "outcome_now",
+        "parent",
+        "spec",
+        "token",
+    )
 
-    def __init__(self, spec: Any, ordinal: int, parent: Handle[Any] | None = None) -> None:
+    def __init__(self, spec: Any, ordinal: int, parent: Handle[Any] | None = None, token: object = None) -> None:
         #: what the source yielded
         self.spec = spec
         #: 0, 1, 2, ... in the order in which the source yielded
         self.ordinal = ordinal
         #: the subtask that the whole fan-out is a part of
         self.parent = parent
+        #: the event loop that it runs on
+        self.token = token
         #: computes what a person calls this subtask; None calls it by its ordinal
         self.describe: Callable[[], str] | None = None
         #: attempts begun so far
@@ -66,6 +80,11 @@ class Handle(Generic[T]):
             asking = current_handle.get()
             lineage = list(_lineage(asking))
             self._refuse_cycle(asking, lineage)
+            if self.token is not None and current_token() != self.token:
+                raise MisuseError(
+                    f"{self.label()} was started on another event loop, which is the one to await it on; pass on its "
+                    "result instead of its handle"
+                )
             if self._ended is None:
                 self._ended = anyio.Event()
             for one in lineage:

@@ -14,26 +14,29 @@ import dis
 import inspect
 import time
 from abc import abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Mapping, Sequence
 from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, cast
 
 import anyio.lowlevel
 import msgspec
 
-from arun.actions import Action, Collector, as_action, perform, take_step
+from arun.actions import Action, as_action, perform, take_step
 from arun.attempts import run_attempts
+from arun.collectors import Collector
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
 from arun.events import SubtaskFinished, SubtaskRetried, SubtaskStarted
 from arun.fanout import run_fan_out
-from arun.frames import line_of
 from arun.graph import Graph, GraphBuilder, check_entrypoint
+from arun.guards import Owner, Yields, close_unused, here, shown, spelling
 from arun.handles import Handle
-from arun.hosting import BUDGET, as_async_iterator, close, drive, in_context
+from arun.hosted import drive_hosted
+from arun.hosting import BUDGET, close, drive, run_owned
 from arun.ledger import Entry
 from arun.outcomes import Ok
 from arun.policies import Policy
+from arun.sources import corrected, iterate, maybe_await, not_a_task, note_made, refusal, warn_of_unyielded
 from arun.state import State
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ __all__ = (
 )
 
 _DEFAULT_POLICY = Policy()
+_NO_INPUTS: Mapping[str, Any] = {}
 
 
 class RunnableGraph(Action):
@@ -142,7 +146,7 @@ class SubGraphTask:
     :param executor: where it runs, instead of where the parallel action says; None: here.
     """
 
-    __slots__ = ("action", "executor", "inputs", "key", "label", "state")
+    __slots__ = ("_number", "action", "executor", "inputs", "key", "label", "state")
 
     def __init__(
         self,
@@ -159,10 +163,18 @@ class SubGraphTask:
             raise MisuseError(f"SubGraphTask(state=...) takes a State, not a {type(state).__name__}")
         self.action = as_action(graph, where="SubGraphTask(graph=...)")
         self.state = state
-        self.inputs: Mapping[str, Any] = inputs or {}
+        self.inputs: Mapping[str, Any] = inputs or _NO_INPUTS
         self.key = key if key is not None else application_id
         self.label = label
         self.executor = executor
+        owner = here.seat.owner
+        self._number = 0 if owner is None else note_made(owner)
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        raise MisuseError(
+            f"{self.describe()} was awaited, but it has not been started; yield it first, from `tasks`: "
+            "`handle = yield SubGraphTask(...)`, then `await handle`"
+        )
 
     def describe(self) -> str:
         """The label."""
@@ -178,6 +190,8 @@ class TaskBasedParallelAction(Action):
 
     :cvar policy: how many at once, in which order, what a failure does.
     :cvar executor: where the subtasks run; by default where the application says. None: here.
+    :cvar hosted: True gives the generator of ``reduce`` a task of its own, so that it may yield inside task groups,
+        timeouts and cancel scopes. Sources may not: do in the subtasks' actions what needs a scope.
     """
 
     policy: Policy = _DEFAULT_POLICY
@@ -223,13 +237,18 @@ class TaskBasedParallelAction(Action):
         if self.executor is not msgspec.UNSET:
             context = context.with_executor(self.executor)
         policy = self.policy
-        collector = Collector(self.display_name, context)
+        collector = Collector(self.display_name, context, f"{type(self).__qualname__}.reduce")
+        checks = context.checks
         taken_keys: set[str] = set()
         siblings = context.ledger.siblings(self.display_name) if context.ledger is not None else None
 
         def admit(task: Any) -> None:
             if not isinstance(task, SubGraphTask):
-                raise MisuseError(_not_a_task(self, task))
+                raise MisuseError(not_a_task(self, task))
+            if task._number:
+                owner = here.seat.owner
+                if owner is not None and owner.unyielded is not None:
+                    owner.unyielded.pop(task._number, None)
             if task.key is not None:
                 if task.key in taken_keys:
                     raise MisuseError(
@@ -254,10 +273,12 @@ class TaskBasedParallelAction(Action):
 
         async def consume(states: AsyncIterator[Any]) -> None:
             reduced: Any = self.reduce(state, states)
+            owner = Owner(context, checks) if checks is not None else None
             if isinstance(reduced, AsyncGenerator):
-                await drive(cast("AsyncGenerator[Any, None]", reduced), collector.take)
+                host = drive_hosted if self.hosted else drive
+                await host(cast("AsyncGenerator[Any, None]", reduced), collector.take, None, owner)
             else:
-                collector.state = _reduced(self.display_name, await in_context(copy_context(), reduced))
+                collector.state = _reduced(self, await run_owned(copy_context(), reduced, owner))
 
         await run_fan_out(
             lambda: self.tasks(state, context, {**context.inputs, **given}),
@@ -267,6 +288,8 @@ class TaskBasedParallelAction(Action):
             name=self.display_name,
             admit=admit,
             result=self._present,
+            checks=checks,
+            source_ended=warn_of_unyielded,
         )
         return collector.performed()
 
@@ -307,11 +330,15 @@ class MapStates(TaskBasedParallelAction):
         self, state: State, context: ApplicationContext, inputs: dict[str, Any]
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask a State."""
-        action = await _maybe_await(self.action(state, inputs))
-        states = await _iterate(self.states(state, context, inputs), self, "states")
+        action = await maybe_await(self.action(state, inputs))
+        states = await iterate(self.states(state, context, inputs), self, "states")
+        yields = Yields.of(states, context.checks)
+        action = as_action(action, where=f"{type(self).__qualname__}.action")
         try:
             async for one in states:
-                yield SubGraphTask(action, _as_state(one, states, self, "states"))
+                if not isinstance(one, State) or (yields is not None and not yields.fine()):
+                    one = await corrected(one, states, yields, self, "states")
+                yield _task(action, one)
         finally:
             await close(states)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
@@ -331,11 +358,16 @@ class MapActions(TaskBasedParallelAction):
         self, state: State, context: ApplicationContext, inputs: dict[str, Any]
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask an action."""
-        shared = _as_state(await _maybe_await(self.state(state, inputs)), None, self, "state")
-        actions = await _iterate(self.actions(state, context, inputs), self, "actions")
+        shared = await maybe_await(self.state(state, inputs))
+        if (misuse := refusal(shared, self, "state")) is not None:
+            raise misuse
+        actions = await iterate(self.actions(state, context, inputs), self, "actions")
+        yields = Yields.of(actions, context.checks)
         try:
             async for action in actions:
-                yield SubGraphTask(action, shared)
+                if not isinstance(action, Action) or (yields is not None and not yields.fine()):
+                    action = await corrected(action, actions, yields, self, "actions")
+                yield _task(action, shared)
         finally:
             await close(actions)  # noqa: ASYNC102 - the host that closes this generator has shielded it
 
@@ -355,13 +387,19 @@ class MapActionsAndStates(TaskBasedParallelAction):
         self, state: State, context: ApplicationContext, inputs: dict[str, Any]
     ) -> AsyncGenerator[SubGraphTask, Any]:
         """One subtask for every pair."""
-        actions = await _iterate(self.actions(state, context, inputs), self, "actions")
+        actions = await iterate(self.actions(state, context, inputs), self, "actions")
+        of_actions = Yields.of(actions, context.checks)
         try:
             async for action in actions:
-                states = await _iterate(self.states(state, context, inputs), self, "states")
+                if not isinstance(action, Action) or (of_actions is not None and not of_actions.fine()):
+                    action = await corrected(action, actions, of_actions, self, "actions")
+                states = await iterate(self.states(state, context, inputs), self, "states")
+                yields = Yields.of(states, context.checks)
                 try:
                     async for one in states:
-                        yield SubGraphTask(action, _as_state(one, states, self, "states"))
+                        if not isinstance(one, State) or (yields is not None and not yields.fine()):
+                            one = await corrected(one, states, yields, self, "states")
+                        yield _task(action, one)
                 finally:
                     await close(states)  # noqa: ASYNC102 - the host that closes this generator has shielded it
         finally:
@@ -444,43 +482,28 @@ def _shown(error: Exception) -> str:
     return f"{type(error).__qualname__}: {error}"
 
 
-def _not_a_task(owner: Action, task: Any) -> str:
-    said = f"{owner.display_name}.tasks yielded a {type(task).__name__}, {task!r:.80}; "
-    if isinstance(task, State):
-        return said + "yield the task itself, `handle = yield SubGraphTask(...)`, and not what awaiting it gave"
-    if isinstance(task, Action):
-        return said + "yield SubGraphTask(graph=<the action>, state=<its State>)"
-    return said + "yield SubGraphTask(graph=..., state=...)"
-
-
-def _reduced(name: str, reduced: Any) -> State:
+def _reduced(owner: Action, reduced: Any) -> State:
     if not isinstance(reduced, State):
-        raise MisuseError(f"{name}.reduce returned {reduced!r:.80}; it returns the new State: state.update(...)")
+        hint = spelling(reduced)
+        message = (
+            f"{type(owner).__qualname__}.reduce returned {shown(reduced)}; {hint + '; ' if hint else ''}"
+            "it returns the new State: state.update(...)"
+        )
+        close_unused(reduced)
+        raise MisuseError(message)
     return reduced
 
 
-def _as_state(candidate: Any, source: Any, owner: Action, method: str) -> State:
-    if not isinstance(candidate, State):
-        at = line_of(source)
-        raise MisuseError(
-            f"{type(owner).__qualname__}.{method} gave a {type(candidate).__name__}, {candidate!r:.80}"
-            f"{f' ({at})' if at else ''}; it gives States: yield state.update(...)"
-        )
-    return candidate
-
-
-async def _maybe_await(value: Any) -> Any:
-    return await value if inspect.isawaitable(value) else value
-
-
-async def _iterate(produced: Any, owner: Action, method: str) -> AsyncIterator[Any]:
-    iterator = await as_async_iterator(produced)
-    if iterator is None:
-        raise MisuseError(
-            f"{type(owner).__qualname__}.{method} gave {produced!r:.80}, which can't be iterated over; "
-            f"make it a generator: async def {method}(...): yield ..."
-        )
-    return iterator
+def _task(action: Action, state: State) -> SubGraphTask:
+    """As SubGraphTask(action, state), of what has been checked and is yielded at once."""
+    task = object.__new__(SubGraphTask)
+    task.action = action
+    task.state = state
+    task.inputs = _NO_INPUTS
+    task.key = task.label = None
+    task.executor = msgspec.UNSET
+    task._number = 0
+    return task
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final, Generic, Literal, Self, TypeAlias, TypeVar
 
 import anyio
 import msgspec
+from anyio.lowlevel import current_token
 
 from arun.context import Run
 from arun.errors import MisuseError
@@ -48,6 +49,7 @@ class RunStream(Generic[R]):
         self._mailbox = _Mailbox(conflate=deliver != "every", period=0.0 if isinstance(deliver, str) else deliver)
         self._closed = False
         self._waiting = False
+        self._token: object = None
 
     @property
     def result(self) -> R:
@@ -69,10 +71,16 @@ class RunStream(Generic[R]):
     async def __anext__(self) -> Event:
         if self._closed:
             raise StopAsyncIteration
+        if self._background is not None and current_token() != self._token:
+            raise MisuseError(
+                "this stream was started on another event loop, where its run goes on; iterate over it there, or start "
+                "a stream of another session here"
+            )
         if self._waiting:
             raise MisuseError("two tasks iterate over one stream; a stream has one consumer")
         if self._background is None:
             self._background = Runtime.current().start(_host, self._run, self._mailbox, name="arun run")
+            self._token = current_token()
             self._started(self._background)
         self._waiting = True
         try:

@@ -25,6 +25,7 @@ REFERENCE = {
         "arun",
         "arun.events",
         "arun.fanout",
+        "arun.outcome_stream",
         "arun.executors",
         "arun.reducers",
         "arun.channel",

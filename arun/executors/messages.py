@@ -7,6 +7,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from arun.channel.limits import Limits
+from arun.guards import Checks
 
 __all__ = (
     "LIMITS",
@@ -111,6 +112,7 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     :ivar attempt: which one of the subtask it is, 1 for the first.
     :ivar listening: whether anybody wants the events.
     :ivar beating: whether anybody wants to know that something was yielded.
+    :ivar checks: what the guard-rails look for.
     """
 
     action: Reference
@@ -126,6 +128,7 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     attempt: int
     listening: bool
     beating: bool
+    checks: Checks | None = None
 
 
 class Emitted(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -199,6 +199,7 @@ def _order(action: Action, state: State, inputs: Mapping[str, Any], context: App
         context.attempt,
         context.run.listening,
         bool(context.beats),
+        context.checks,
     )
 
 

@@ -143,7 +143,7 @@ class _Execution:
             resources=_LeftBehind(order.resources),
             run=Run(self._answers if order.listening else None),
         )
-        context.threads, context.attempt = self._threads, order.attempt
+        context.threads, context.attempt, context.checks = self._threads, order.attempt, order.checks
         if order.beating:
             context.beats = (self._answers.beat,)
         state = State(decode(order.state)).scoped(None)

@@ -220,7 +220,7 @@ async def test_a_forgotten_await_is_named_and_leaves_no_coroutine() -> None:
     def step(state: State) -> Any:
         return _three(1, state)
 
-    with pytest.raises(MisuseError, match="returned coroutine"):
+    with pytest.raises(MisuseError, match="returned a coroutine"):
         await run(step)
 
 

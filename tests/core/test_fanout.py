@@ -121,9 +121,9 @@ async def test_collect_gives_every_outcome_in_order() -> None:
 
 
 async def test_what_is_not_awaitable_is_refused() -> None:
-    with pytest.raises(MisuseError, match=r"was given a int, 3; yield the awaitable itself"):
+    with pytest.raises(MisuseError, match=r"was given an int, 3; yield the awaitable itself"):
         await values_of([3])
-    with pytest.raises(MisuseError, match="neither iterable nor async iterable"):
+    with pytest.raises(MisuseError, match="is an int, 3, which can't be iterated over"):
         await values_of(3)
 
 

@@ -219,9 +219,9 @@ async def test_every_action_runs_over_every_state() -> None:
 @pytest.mark.parametrize(
     ("states", "message"),
     [
-        (lambda *_: None, "states gave None, which can't be iterated over"),
-        (lambda *_: [1], "states gave a int, 1; it gives States"),
-        (lambda *_: "text", "can't be iterated"),
+        (lambda *_: None, "states gave None, which is no iterable"),
+        (lambda *_: [1], "states gave an int, 1; it gives States"),
+        (lambda *_: "text", "which is no iterable of states"),
     ],
 )
 async def test_a_wrong_source_is_refused_by_name(states: Any, message: str) -> None:
@@ -1065,13 +1065,14 @@ async def test_a_hundred_thousand_subtasks_need_no_more_memory_than_the_limit(or
         assert isinstance(load, Load)
         return 1
 
+    template = Each(work).task(State(), 0).action
+
     async def source(task: Callable[[int], SubGraphTask]) -> Any:
         nonlocal most
-        one = task(0)
         for _ in range(count):
             load = Load()
             alive.add(load)
-            yield SubGraphTask(one.action, State({"i": load}))
+            yield SubGraphTask(template, State({"i": load}))
             del load
             most = max(most, len(alive))
 
