@@ -36,6 +36,7 @@ FLOORS: dict[str, int] = {
         "ledger",
         "parallel resume",
         "application executors",
+        "builder",
         "store telemetry testing web",
         "cli",
     ))
