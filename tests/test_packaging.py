@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FLOORS: dict[str, int] = {
     name: floor
     for floor, names in enumerate((
-        "errors frames",
+        "errors frames logs",
         "events guards outcomes policies registry runtime state",
         "codec conditions context handles hosted hosting threads",
         "attempts collectors reductions signatures stream",
