@@ -359,7 +359,8 @@ class Application:
             result, changes = await in_context(own, take_step(action, self._state, context, commit), None, owner)
         except BaseException as exc:
             failure = exc
-            exc.add_note(f"in action {name!r} of application {self.uid!r}, step {self._sequence_id}")
+            if isinstance(exc, Exception):
+                exc.add_note(f"in action {name!r} of application {self.uid!r}, step {self._sequence_id}")
             raise
         finally:
             if owner is not None and owner.generators is not None:
