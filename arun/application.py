@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -97,6 +97,8 @@ class Application:
         self._next: Any = wiring.entrypoint
         self._busy = False
         self._seat: Seat | None = None
+        #: the contextvars of the caller of the run, of which every step gets a copy
+        self._context = Context()
         #: the background work of the run that is going on; None where that runs in its caller's task
         self._owner: Background[Any] | None = None
         self._resumable: Resumable | None = None
@@ -342,14 +344,14 @@ class Application:
         context.executor = self._wiring.executor
         context.checks = checks = self._wiring.checks
         owner = Owner(context, checks) if checks is not None else None
-        own = copy_context()
-        own.run(checks_here.set, checks)
+        own = self._context.copy()
         failure: BaseException | None = None
         try:
             result, changes = await in_context(own, take_step(action, self._state, context, commit), None, owner)
         except BaseException as exc:
             failure = exc
-            exc.add_note(f"in action {name!r} of application {self.uid!r}, step {self._sequence_id}")
+            if isinstance(exc, Exception):
+                exc.add_note(f"in action {name!r} of application {self.uid!r}, step {self._sequence_id}")
             raise
         finally:
             if owner is not None and owner.generators is not None:
@@ -392,6 +394,8 @@ class Application:
             await self._owner.ended()
         self._refuse_busy()
         self._busy, self._owner = True, owner
+        self._context = copy_context()
+        self._context.run(checks_here.set, self._wiring.checks)
         if self._wiring.checks is not None:
             self._seat = begin_run(self._wiring.checks)
 

@@ -218,11 +218,11 @@ def test_yield_where_the_generator_is_being_closed_is_refused_where_it_is_declar
 async def test_a_generator_that_swallows_generator_exit_is_named_with_its_line() -> None:
     @action(reads=[], writes=[])
     async def stubborn(state: State) -> AsyncIterator[Any]:
-        for _ in range(3):
-            try:
-                yield "item"  # here
-            except BaseException:
-                continue
+        try:
+            yield "item"
+        except BaseException:
+            state = state.update()
+        yield state  # here
 
     class Full:
         """A listener that takes no items."""
