@@ -122,6 +122,10 @@ class Action:
 
     # -- for the runtime ----------------------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        kind = type(self).__qualname__
+        return f"<{kind}>" if self.display_name == kind else f"<{kind} {self.display_name!r}>"
+
     @property
     def display_name(self) -> str:
         """The name, or that of the class where none was given."""

@@ -1,14 +1,22 @@
-"""Loggers that import structlog when something is first logged: it takes half as long to import as all of arun."""
+"""arun's own loggers: structlog's, with two manners of a library.
+
+structlog is imported when something is first logged (it takes as long to import as half of arun). And as long as the
+program has not configured structlog, only warnings and worse are written, to stderr: structlog's own default would
+print every debug line into the program's stdout. (The standard library's ``logging.lastResort`` does the same.)
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 __all__ = ("get_logger",)
 
+_LOUD = frozenset({"warning", "warn", "error", "exception", "critical", "fatal"})
+
 
 class _Logger:
-    """Passes everything to ``structlog.get_logger(name)``, asked for anew each time, so that configuring it works."""
+    """Passes on to ``structlog.get_logger(name)``, asked for anew each time, so that configuring it later works."""
 
     __slots__ = ("_name",)
 
@@ -18,9 +26,17 @@ class _Logger:
     def __getattr__(self, method: str) -> Any:
         import structlog
 
-        return getattr(structlog.get_logger(self._name), method)
+        if structlog.is_configured():
+            return getattr(structlog.get_logger(self._name), method)
+        if method not in _LOUD:
+            return _drop
+        return getattr(structlog.wrap_logger(structlog.PrintLogger(sys.stderr)), method)
 
 
 def get_logger(name: str) -> Any:
     """A structlog logger."""
     return _Logger(name)
+
+
+def _drop(*args: Any, **kwargs: Any) -> None:
+    """Nobody has asked for what is less than a warning."""
