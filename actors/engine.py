@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, Protocol, TypedDict, TypeGuard
 
 import anyio
 import msgspec
-import structlog
 
 from arun.errors import MisuseError, RequestError
+from arun.logs import get_logger
 
 __all__ = (
     "ChatMessage",
@@ -43,7 +43,7 @@ __all__ = (
     "to_prompt",
 )
 
-log = structlog.get_logger("arun.engine")
+log = get_logger("arun.engine")
 
 Lane = Literal["interactive", "batch"]
 Outcome = Literal["finished", "failed", "aborted"]

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import msgspec
-import structlog
 
 from actors import pickling
 from arun.channel import serve_unix
 from arun.errors import MisuseError
+from arun.logs import get_logger
 from arun.runtime import Background, Runtime
 from arun.telemetry import configure_logging_as_parent
 
@@ -42,7 +42,7 @@ START = "@start"
 
 No class has a method of that name."""
 
-log = structlog.get_logger("actors.host")
+log = get_logger("actors.host")
 
 
 class Host:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-import structlog
 
 from arun.errors import MisuseError
+from arun.logs import get_logger
 
 __all__ = ("ActorSpec", "Interface", "Method", "describe", "specify")
 
-log = structlog.get_logger("actors.interface")
+log = get_logger("actors.interface")
 
 LIFECYCLE = ("on_start", "on_stop")
 _ASYNC_ITERATORS = (AsyncIterator, AsyncGenerator, AsyncIterable)

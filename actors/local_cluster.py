@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import anyio
-import structlog
 
 from actors.bundles import Bundle, Group, Placement, Reservation, Strategy
 from actors.cluster import ActorInfo, ClusterResources, NodeResources
@@ -22,6 +21,7 @@ from actors.host_process import HostProcess
 from actors.roster import Body, Roster
 from arun.channel import Connection, memory_pair
 from arun.errors import MisuseError, PlacementError
+from arun.logs import get_logger
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ("LocalCluster",)
 
-log = structlog.get_logger("actors.local_cluster")
+log = get_logger("actors.local_cluster")
 
 Isolation = Literal["process", "task"]
 

@@ -19,13 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import structlog
-
 from arun.errors import EngineError, MissingExtraError, ModelNotFound
+from arun.logs import get_logger
 
 __all__ = ("check_model", "demo_model", "resolve_model", "stop_making", "tiny_model")
 
-log = structlog.get_logger("arun.models")
+log = get_logger("arun.models")
 
 Progress = Callable[[str], object]
 

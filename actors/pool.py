@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 import anyio
 import msgspec
-import structlog
 
 from actors.bundles import Placement
 from actors.engine import Completion, EngineActor, EngineInfo, GenerateRequest, Sampling, Usage, to_prompt
 from actors.finish import finish
 from actors.routing import DeltaStream, Replica, ReplicaState, ReplicaStats, Router
 from arun.errors import EngineError, MisuseError
+from arun.logs import get_logger
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ("DeltaStream", "EnginePool", "PoolStats", "ReplicaProgress", "ReplicaStats")
 
-log = structlog.get_logger("arun.pool")
+log = get_logger("arun.pool")
 
 _HEADROOM = 16  # messages besides requests that an engine's actor takes at a time
 _PROGRESS_SECONDS = 1.0

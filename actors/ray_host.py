@@ -14,12 +14,12 @@ import secrets
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import structlog
 
 from actors import pickling
 from actors.host import Host
 from arun.channel import Connection, connect_tcp, serve_tcp
 from arun.errors import ChannelLost
+from arun.logs import get_logger
 from arun.runtime import Runtime
 from arun.telemetry import configure_logging_as_parent
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ("RayBody", "RayHost", "import_ray")
 
-log = structlog.get_logger("actors.ray_host")
+log = get_logger("actors.ray_host")
 
 _KILL_TIMEOUT = 5.0
 """Seconds that a killed process may take to be gone."""

@@ -9,7 +9,6 @@ import itertools
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
-import structlog
 
 from actors.actor import ActorHandle, Link, link_of
 from actors.cluster import ActorInfo
@@ -17,6 +16,7 @@ from actors.finish import finish
 from actors.host import START
 from actors.interface import ActorSpec, specify
 from arun.errors import ActorNotFound, MisuseError
+from arun.logs import get_logger
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Body", "Roster")
 
-log = structlog.get_logger("actors.roster")
+log = get_logger("actors.roster")
 
 _DEATH_NOTICE = 5.0
 """Seconds that a lost connection waits to hear that the process ended, before it counts as only that."""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio
 import anyio.lowlevel
 import msgspec
-import structlog
 
 from actors.assignment import Assignment
 from actors.engine import Tally
 from arun.errors import ActorDied, ArunError, ChannelLost, EngineDead, EngineError, RequestError
+from arun.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ("DeltaStream", "Replica", "ReplicaState", "ReplicaStats", "Router")
 
-log = structlog.get_logger("arun.pool")
+log = get_logger("arun.pool")
 
 ReplicaState = Literal["reserving bundles", "preparing model", "loading model", "ready", "dead", "stopped"]
 

@@ -6,7 +6,8 @@ Parallel actions, async reducers with partial results, long-lived engines: see t
 from __future__ import annotations
 
 from arun.actions import Action, FunctionAction, Input, Result, SingleStepAction, action
-from arun.application import Application, ApplicationBuilder, RunResult
+from arun.application import Application, RunResult
+from arun.builder import ApplicationBuilder
 from arun.conditions import Condition, default, expr, when
 from arun.context import ApplicationContext
 from arun.errors import (

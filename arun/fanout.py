@@ -33,13 +33,13 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import anyio
 import anyio.lowlevel
-import structlog
 from anyio.abc import TaskGroup
 
 from arun.errors import MisuseError, SubtaskFailed, SubtaskSkipped
 from arun.guards import Checks, Owner, Yields, begin_run, close_unused, end_run, shown, spelling
 from arun.handles import Handle, current_handle
 from arun.hosting import BUDGET, GRACE, as_async_iterator, close, in_context, let_go, refuse
+from arun.logs import get_logger
 from arun.outcomes import Failed, Ok, Outcome, Skipped
 from arun.policies import Policy
 
@@ -47,7 +47,7 @@ __all__ = ("FanOutStatistics", "Kernel", "Results", "run_fan_out")
 
 T = TypeVar("T")
 R = TypeVar("R")
-log = structlog.get_logger("arun.fanout")
+log = get_logger("arun.fanout")
 
 
 class FanOutStatistics(NamedTuple):

@@ -23,11 +23,11 @@ from typing import Any, Final, TypeVar
 
 import anyio
 import anyio.lowlevel
-import structlog
 
 from arun.errors import AbandonedGenerator, AbandonedWork, MisuseError
 from arun.frames import line_of, user_line
 from arun.guards import Owner, Yields, close_unused, forget, here, holds_scope, line_at, warn_at
+from arun.logs import get_logger
 
 __all__ = (
     "BUDGET",
@@ -44,7 +44,7 @@ __all__ = (
 )
 
 T = TypeVar("T")
-log = structlog.get_logger("arun.hosting")
+log = get_logger("arun.hosting")
 
 #: Items handled without a task switch before a real checkpoint is due.
 BUDGET: Final = 64

@@ -19,15 +19,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, Self, TypeVar
 
 import anyio
-import structlog
 from anyio.lowlevel import current_token
 
 from arun.errors import MisuseError
+from arun.logs import get_logger
 
 __all__ = ("Background", "Runtime", "post_to_this_loop")
 
 T = TypeVar("T")
-log = structlog.get_logger("arun.runtime")
+log = get_logger("arun.runtime")
 
 _implicit: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Runtime] = weakref.WeakKeyDictionary()
 _explicit: dict[object, Runtime] = {}

@@ -21,17 +21,17 @@ import anyio
 import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
-import structlog
 from anyio.lowlevel import RunVar
 
 from arun.errors import AbandonedWork
 from arun.frames import line_of
 from arun.hosting import GRACE
+from arun.logs import get_logger
 
 __all__ = ("Threads", "run_in_thread", "step_in_thread")
 
 T = TypeVar("T")
-log = structlog.get_logger("arun.threads")
+log = get_logger("arun.threads")
 _unlimited: RunVar[anyio.CapacityLimiter] = RunVar("arun thread limiter")
 
 

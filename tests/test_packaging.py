@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FLOORS: dict[str, int] = {
     name: floor
     for floor, names in enumerate((
-        "errors frames",
+        "errors frames logs",
         "events guards outcomes policies registry runtime state",
         "codec conditions context handles hosted hosting threads",
         "attempts collectors reductions signatures stream",
@@ -36,6 +36,7 @@ FLOORS: dict[str, int] = {
         "ledger",
         "parallel resume",
         "application executors",
+        "builder",
         "store telemetry testing web",
         "cli",
     ))

@@ -6,7 +6,6 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import structlog
 from anyio.lowlevel import current_token
 
 from arun.channel.codec import FrameReader, decoder_for, encode_payload, largest_frame
@@ -15,6 +14,7 @@ from arun.channel.serving import Handler, Interrupt, serve
 from arun.channel.session import Allowed, Effects, Inbound, Outbound, Session
 from arun.channel.stream import Stream
 from arun.errors import MisuseError, PayloadError, ProtocolError
+from arun.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Connection",)
 
-log = structlog.get_logger("arun.channel")
+log = get_logger("arun.channel")
 
 
 class Connection:

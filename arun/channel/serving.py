@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 import anyio
-import structlog
 from anyio.lowlevel import checkpoint
 from msgspec import Raw
 
@@ -15,6 +14,7 @@ from arun.channel.codec import encode_payload
 from arun.channel.failures import describe
 from arun.channel.messages import End, Fail
 from arun.errors import ArunError
+from arun.logs import get_logger
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ("CHECKPOINT_ITEMS", "Handler", "Interrupt", "serve")
 
-log = structlog.get_logger("arun.channel")
+log = get_logger("arun.channel")
 
 Handler: TypeAlias = Callable[[str, Raw], AsyncIterator[object]]
 """``handler(method, payload)``: called once per Open; an async iterator, usually a generator, of items.

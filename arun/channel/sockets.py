@@ -9,13 +9,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
-import structlog
 from anyio.abc import AnyByteStream, Listener, SocketAttribute, SocketStream
 
 from arun.channel.connection import Connection
 from arun.channel.handshake import Secret, authenticate_client, authenticate_to_server
 from arun.channel.limits import Limits
 from arun.errors import ChannelLost, MisuseError, PortInUse, ProtocolError
+from arun.logs import get_logger
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ("Server", "connect_tcp", "connect_unix", "serve_tcp", "serve_unix")
 
-log = structlog.get_logger("arun.channel")
+log = get_logger("arun.channel")
 
 _DEFAULT_LIMITS = Limits()
 # After an accept() that failed, for example because the process has too many files open.

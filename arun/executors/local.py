@@ -29,7 +29,7 @@ class Executor(Protocol):
     async def run(
         self, action: Action, state: State, inputs: Mapping[str, Any], context: ApplicationContext
     ) -> tuple[Any, State]:
-        """As :func:`arun.actions.perform`: ``(result, changes)``, where the delta of ``changes`` is what was written.
+        """As ``arun.actions.perform``: ``(result, changes)``, where the delta of ``changes`` is what was written.
 
         What the action yields goes to ``context.run`` in order. Cancelled, it returns when the action's clean-up
         has ended.

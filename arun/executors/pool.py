@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import anyio
-import structlog
 from anyio.abc import SocketStream
 
 from arun.channel import Connection, Stream
@@ -21,11 +20,12 @@ from arun.channel.session import Allowed
 from arun.errors import ChannelLost, MisuseError, WorkerDied
 from arun.executors.messages import LIMITS, PREPARE, RUN, Answer, Order, Preparation
 from arun.executors.references import main_source
+from arun.logs import get_logger
 from arun.runtime import Background, Runtime
 
 __all__ = ("Pool", "Worker")
 
-log = structlog.get_logger("arun.executors")
+log = get_logger("arun.executors")
 
 #: Events of a subtask that may lie unread before its worker has to wait.
 _WINDOW: Final = 8

@@ -45,7 +45,7 @@ class ProcessExecutor:
     one process as a whole; a parallel action stays here, and its subtasks go to processes.
 
     An action of the program's main module works, too: a process imports that module under the name ``__mp_main__``, as
-    :mod:`multiprocessing` does, so what the program does at its start stands below ``if __name__ == "__main__":``.
+    ``multiprocessing`` does, so what the program does at its start stands below ``if __name__ == "__main__":``.
 
     A cancelled async action or generator may clean up; a plain function is killed with its process. If a process dies,
     its subtask fails with :class:`~arun.errors.WorkerDied`.

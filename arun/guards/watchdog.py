@@ -15,15 +15,15 @@ from types import FrameType
 from typing import Final
 
 import msgspec
-import structlog
 
 from arun.frames import innermost_user_frame, line_of
 from arun.guards.levels import Checks
 from arun.guards.owners import Owner, Seat, enter_run, leave_run
+from arun.logs import get_logger
 
 __all__ = ("begin_run", "end_run")
 
-log = structlog.get_logger("arun.watchdog")
+log = get_logger("arun.watchdog")
 
 #: Samples per threshold: a block is told of at most a quarter of it late.
 _SAMPLES: Final = 4

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import anyio
-import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from arun.events import Event, RunFailed
+from arun.logs import get_logger
 from arun.stream import RunStream
 from arun.web.disconnect import disconnected
 from arun.web.sse import PING, encode_error, encode_event
 
 __all__ = ("EventStream",)
 
-log = structlog.get_logger("arun.web")
+log = get_logger("arun.web")
 
 
 class EventStream(Response):
