@@ -8,7 +8,7 @@ then open http://127.0.0.1:8000, or: curl -N -X POST localhost:8000/ask/stream -
 """
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -66,7 +66,7 @@ def build(pool: EnginePool) -> Application:
 
 
 @asynccontextmanager
-async def lifespan(web: FastAPI) -> AsyncIterator[None]:
+async def lifespan(web: FastAPI) -> AsyncGenerator[None, None]:
     model = os.environ.get("MODEL", "echo")
     if model == "echo":
         spec = EngineSpec(model=model, engine="echo", engine_args={"token_seconds": 0.05})
