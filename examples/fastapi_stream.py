@@ -7,9 +7,11 @@ then open http://127.0.0.1:8000, or: curl -N -X POST localhost:8000/ask/stream -
     -d '{"prompt": "What is a generator?"}'
 """
 
+import contextlib
 import os
+import socket
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import uvicorn
@@ -65,7 +67,7 @@ def build(pool: EnginePool) -> Application:
     return ApplicationBuilder().with_actions(AskAll().with_name("ask_all")).with_resources(engine=pool).build()
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def lifespan(web: FastAPI) -> AsyncGenerator[None, None]:
     model = os.environ.get("MODEL", "echo")
     if model == "echo":
@@ -120,7 +122,7 @@ document.forms[0].onsubmit = async (submit) => {
     for (const message of messages) {
       const data = message.split("\\n").find(line => line.startsWith("data: "))
       const event = data && JSON.parse(data.slice(6))
-      if (event?.type !== "Partial") continue
+      if (event?.type !== "Partial" || event.path) continue  // those with a path are a branch's own
       list.replaceChildren(...Object.entries(event.changed.answers).flatMap(([style, answer]) => {
         const dt = document.createElement("dt"), dd = document.createElement("dd")
         dt.textContent = style; dd.textContent = answer
@@ -131,5 +133,18 @@ document.forms[0].onsubmit = async (submit) => {
 }
 </script>"""
 
+
+def main() -> None:
+    port = int(os.environ.get("PORT", "8000"))
+    try:  # before the engines start, and not after
+        listener = socket.create_server(("127.0.0.1", port))
+    except OSError as exc:
+        sys.exit(f"port {port} of 127.0.0.1 can't be used ({exc.strerror}); choose another one with PORT={port + 1}")
+    print(f"http://127.0.0.1:{port}")
+    # Open streams end within a second of Ctrl-C.
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(web, timeout_graceful_shutdown=1)).run(sockets=[listener])
+
+
 if __name__ == "__main__":
-    uvicorn.run(web, host="127.0.0.1", port=int(os.environ.get("PORT", "8000")))
+    main()
