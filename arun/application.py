@@ -245,7 +245,8 @@ class Application:
         run of this Application waits for its clean-up.
 
         :param deliver: "every" event; "latest": while the consumer is slow, Partials of one path are merged and Items
-            of one path are joined; a number: as "latest", and at most one delivery of those in so many seconds.
+            of one path are joined; a number: as "latest", and delivered together, so many seconds apart,
+            or sooner where more than a thousand wait.
         """
         for names, what in ((halt_before, "halt_before"), (halt_after, "halt_after")):
             self.graph.select(names, what=what)

@@ -24,6 +24,7 @@ R = TypeVar("R")
 Deliver: TypeAlias = Literal["every", "latest"] | float
 
 _CAPACITY: Final = 64
+_CAPACITY_CONFLATED: Final = 1024
 _LAST: Final[frozenset[object]] = frozenset({RunFinished, RunFailed, RunCancelled})
 _Key: TypeAlias = tuple[type[Partial] | type[Item], str, tuple[str, ...]]
 
@@ -122,10 +123,12 @@ async def _host(run: Callable[[Run], Awaitable[R]], mailbox: _Mailbox) -> R:
 
 
 class _Mailbox:
-    """Events on their way to one consumer; at most ``_CAPACITY`` lifecycle events and items wait in it."""
+    """Events on their way to one consumer; so many lifecycle events and items wait in it at most."""
 
     __slots__ = (
+        "_capacity",
         "_conflate",
+        "_due",
         "_ended",
         "_events",
         "_last",
@@ -139,6 +142,7 @@ class _Mailbox:
 
     def __init__(self, *, conflate: bool, period: float) -> None:
         self._conflate = conflate
+        self._capacity = _CAPACITY_CONFLATED if conflate else _CAPACITY
         self._period = period
         # By number, in the order of arrival.
         self._events: dict[int, Event] = {}
@@ -146,14 +150,16 @@ class _Mailbox:
         self._mergeable: dict[_Key, int] = {}
         self._size = 0
         self._urgent = 0
+        # When the last delivery began, and the number of the last event in it.
         self._last = float("-inf")
+        self._due = 0
         self._ended = False
         self._room: anyio.Event | None = None
         self._taker: anyio.Event | None = None
 
     @property
     def full(self) -> bool:
-        return self._size >= _CAPACITY and not self._ended
+        return self._size >= self._capacity and not self._ended
 
     async def room(self, kind: object) -> None:
         """Wait for room, unless it is for a run's last event, or the consumer has left."""
@@ -189,19 +195,18 @@ class _Mailbox:
     async def take(self) -> Event | None:
         """The next event; None once the run has ended and all events are taken."""
         while True:
-            pause = self._last + self._period - anyio.current_time() if self._period and not self._urgent else 0.0
-            if self._events and (pause <= 0 or self._ended):
+            pause = self._pause() if self._events else None
+            if pause is not None and pause <= 0:
                 break
             if self._ended:
                 return None
             self._taker = anyio.Event()
-            with anyio.move_on_after(pause if self._events else None):
+            with anyio.move_on_after(pause):
                 await self._taker.wait()
             self._taker = None
         number = next(iter(self._events))
         event = self._events.pop(number)
         if self._conflate and isinstance(event, (Partial, Item)):
-            self._last = anyio.current_time()
             key = (type(event), event.action, event.path)
             if self._mergeable.get(key) == number:
                 del self._mergeable[key]
@@ -214,6 +219,17 @@ class _Mailbox:
             self._room.set()
             self._room = None
         return event
+
+    def _pause(self) -> float:
+        """Seconds until the next event may be delivered. Deliveries are a period apart; each takes all that waits."""
+        if not self._period or next(iter(self._events)) <= self._due:
+            return 0.0
+        now = anyio.current_time()
+        pause = self._last + self._period - now
+        if pause > 0 and not (self._urgent or self._ended or self._size >= self._capacity):
+            return pause
+        self._last, self._due = now, next(reversed(self._events))
+        return 0.0
 
     def end(self) -> None:
         """No more events will come."""

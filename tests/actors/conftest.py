@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from actors.cluster import Cluster
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
-    """One local Ray for every test that needs one."""
+    """One local Ray for all tests of a module that need one."""
     import ray
 
     ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)

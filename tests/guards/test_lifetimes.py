@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
@@ -215,6 +216,15 @@ def test_yield_where_the_generator_is_being_closed_is_refused_where_it_is_declar
     assert place(function) in str(caught.value)
 
 
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """What a test leaves to the garbage collector is collected in its own name, and not in that of a later test."""
+    yield
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python's word for the same
+@pytest.mark.usefixtures("collected")
 async def test_a_generator_that_swallows_generator_exit_is_named_with_its_line() -> None:
     @action(reads=[], writes=[])
     async def stubborn(state: State) -> AsyncIterator[Any]:
