@@ -73,7 +73,7 @@ async def test_what_others_hold_is_waited_for_and_then_refused_with_the_numbers(
         states = [group["state"] for group in placement_group_table().values()]
         assert (states.count("CREATED"), states.count("PENDING")) == (3, 0)
         await held.release()
-        await (await cluster.reserve(Placement(tensor_parallel=2))).release()
+        await (await holder.reserve(Placement(tensor_parallel=2))).release()
 
 
 @pytest.mark.asyncio
