@@ -20,8 +20,7 @@ def user_line(awaitable: Any) -> str:
     """``function at file:line`` of the innermost frame below ``awaitable`` that is not arun's nor a library's own."""
     found = ""
     for frame in _frames(awaitable):
-        name = frame.f_code.co_filename
-        if not name.startswith(_OWN) and "site-packages" not in name and "asyncio" not in name:
+        if _is_users(frame):
             found = line_of(frame)
     return found or "an unknown line"
 
@@ -36,11 +35,15 @@ def innermost_user_frame(frame: FrameType) -> FrameType:
     """The frame nearest to ``frame``, itself or a caller, that is neither arun's nor a library's."""
     found: FrameType | None = frame
     while found is not None:
-        name = found.f_code.co_filename
-        if not name.startswith((_OWN, _LIBRARY, "<frozen")) and "site-packages" not in name:
+        if _is_users(found):
             return found
         found = found.f_back
     return frame
+
+
+def _is_users(frame: FrameType) -> bool:
+    name = frame.f_code.co_filename
+    return not name.startswith((_OWN, _LIBRARY, "<frozen")) and "site-packages" not in name
 
 
 def _frame(suspended: Any) -> FrameType | None:
