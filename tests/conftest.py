@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -18,6 +19,21 @@ _KINDS = (("engine", 300), ("ray", 120))
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def older_objects_are_left_alone() -> None:
+    """Garbage collections look at what this module makes, not at the half a million objects of those before it.
+
+    Many tests collect, to see that nothing is left over; without this they take most of the run's time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # hypothesis may be imported for the summary, and asks who refers to what
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
