@@ -64,7 +64,7 @@ docs: $(STAMP) ## build the documentation into docs/_build/html
 bench: $(STAMP) ## measure; prints a table, and judges nothing
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
-soak: $(STAMP) ## random work under faults, half an hour for each program; ARGS="--seconds 60 kernel"
+soak: $(STAMP) ## random work under faults, half an hour for each program; ARGS="--seconds 60 kills"
 	@$(BIN)/python -m tests.soak $(ARGS)
 
 clean: ## remove caches and what was built; keeps .venv

@@ -6,10 +6,20 @@ import gc
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Neither Ray nor vLLM reports usage from a test run, nor do the processes that they start.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+
+# `make soak` runs the same properties with the other profile.
+settings.register_profile(
+    "brief", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.register_profile(
+    "soak", settings.get_profile("brief"), max_examples=3000, suppress_health_check=list(HealthCheck), database=None
+)
+settings.load_profile("brief")
 
 # The slower a kind of test, the later it runs, so that a plain mistake shows within seconds. Seconds are for one test,
 # its fixtures included: the first engine test of a module starts the engine that the others share.

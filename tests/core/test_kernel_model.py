@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Struct
 
@@ -168,7 +168,6 @@ class World:
         return Parallel().with_name("parallel")
 
 
-@settings(max_examples=80, deadline=None)
 @given(tree=TREES)
 async def test_a_random_tree_gives_what_the_model_allows_and_leaves_nothing(tree: Fan) -> None:
     world, model = World(), Model()
@@ -191,7 +190,6 @@ async def test_a_random_tree_gives_what_the_model_allows_and_leaves_nothing(tree
     assert not working_threads() - threads
 
 
-@settings(max_examples=40, deadline=None)
 @given(tree=TREES, after=st.integers(0, 40))
 async def test_a_random_tree_cancelled_at_a_random_moment_leaves_nothing(tree: Fan, after: int) -> None:
     world = World()
