@@ -75,14 +75,26 @@ class Graph:
         selected: set[str] = set()
         for name in [names] if isinstance(names, str) else names:
             if name.startswith("@tag:"):
-                tagged = {n for n, a in self.actions.items() if name.removeprefix("@tag:") in a.tags}
-                if not tagged:
-                    raise MisuseError(f"{what}={name!r}: no action has that tag")
-                selected |= tagged
+                try:
+                    tagged = self.get_actions_by_tag(name.removeprefix("@tag:"))
+                except ValueError as exc:
+                    raise MisuseError(f"{what}={name!r}: {exc}") from None
+                selected.update(action.display_name for action in tagged)
             else:
                 self.check_name(name, what)
                 selected.add(name)
         return frozenset(selected)
+
+    def get_actions_by_tag(self, tag: str) -> list[Action]:
+        """The actions that have a tag, in the order in which they were added.
+
+        :raises ValueError: if there is none.
+        """
+        tagged = [action for action in self.actions.values() if tag in action.tags]
+        if not tagged:
+            tags = sorted({tag for action in self.actions.values() for tag in action.tags})
+            raise ValueError(f"tag {tag!r} was not found; the actions' tags are: {', '.join(tags) or 'none'}")
+        return tagged
 
     def check_name(self, name: str, what: str) -> None:
         """:raises MisuseError: if there is no action of that name."""
