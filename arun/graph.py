@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from arun.actions import Action, as_action
@@ -46,16 +46,12 @@ class Graph:
     def __repr__(self) -> str:
         return f"<Graph {', '.join(self.actions)}; {len(self.transitions)} transitions>"
 
-    async def following(self, name: str, state: State) -> str | None:
-        """The action after ``name``; None where no condition holds, which ends the run."""
-        for transition in self._by_source.get(name, ()):
-            condition = transition.condition
-            if condition is default:
-                return transition.to
-            holds = condition.resolver(state)
-            if holds is True or (holds is not False and await truth(holds)):
-                return transition.to
-        return None
+    def following(self, name: str, state: State) -> str | Awaitable[str | None] | None:
+        """The action after ``name``; None where no condition holds, which ends the run.
+
+        To be awaited only where a condition has to be, which spares the others a coroutine.
+        """
+        return _first(iter(self._by_source.get(name, ())), state)
 
     def reachable(self, entrypoint: str) -> set[str]:
         """Names of the actions that a run from ``entrypoint`` can get to."""
@@ -189,3 +185,23 @@ def check_entrypoint(graph: Graph, entrypoint: str) -> None:
             f"no transition leads from {entrypoint!r} to: {', '.join(sorted(unreachable))}; "
             "add a transition or remove the action"
         )
+
+
+def _first(transitions: Iterator[Transition], state: State) -> str | Awaitable[str | None] | None:
+    for transition in transitions:
+        condition = transition.condition
+        if condition is default:
+            return transition.to
+        holds = condition.resolver(state)
+        if holds is True:
+            return transition.to
+        if holds is not False:
+            return _decided(transition, holds, transitions, state)
+    return None
+
+
+async def _decided(transition: Transition, holds: Any, rest: Iterator[Transition], state: State) -> str | None:
+    if await truth(holds):
+        return transition.to
+    following = _first(rest, state)
+    return following if following is None or isinstance(following, str) else await following

@@ -243,8 +243,13 @@ class State(Mapping[str, Any]):
         return state
 
     def _with(self, values: dict[str, Any]) -> State:
-        base, overlay = self._merged(values)
-        return self._new(base, overlay, self._changed | values if self._changed else values, self._scope, None)
+        changed = self._changed | values if self._changed else values
+        state = _blank(State)
+        state._base, state._overlay = self._merged(values)
+        state._changed = changed
+        state._scope = self._scope
+        state.action = None
+        return state
 
     def _merged(self, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         base, overlay = self._base, self._overlay | values
