@@ -56,18 +56,27 @@ class LocalCluster:
         arguments and results still encoded; it shares the event loop, so a busy actor stalls everybody.
     :param cpus: CPUs to place by; by default those that this process may use.
     :param gpus: GPUs to place by.
+    :param labels: of this machine, to place by.
     :param grace: seconds that ``on_stop`` gets before a process is killed.
     """
 
     def __init__(
-        self, *, isolation: Isolation = "process", cpus: float | None = None, gpus: float = 0, grace: float = 5.0
+        self,
+        *,
+        isolation: Isolation = "process",
+        cpus: float | None = None,
+        gpus: float = 0,
+        labels: Mapping[str, str] = {},
+        grace: float = 5.0,
     ) -> None:
         self._isolation = _checked(isolation)
         self._cpus = len(os.sched_getaffinity(0)) if cpus is None else cpus
         self._gpus = gpus
+        self._labels = dict(labels)
         self._grace = grace
         self._roster = Roster(grace=grace)
         self._reservations: list[Reservation] = []
+        self._given_back = anyio.Event()
         self._folder = _Folder()
         self._closing: Background[None] | None = None
 
@@ -110,19 +119,26 @@ class LocalCluster:
         """The handle of a running actor of this cluster."""
         return self._roster.get(name)
 
-    async def reserve(self, placement: Placement) -> Reservation:
+    async def reserve(self, placement: Placement, *, wait: float | None = None) -> Reservation:
         """Set the placement's CPUs and GPUs aside.
 
         They are only counted: an actor's process is held to nothing.
 
-        :raises PlacementError: they are not free.
+        :param wait: seconds to wait for what other reservations hold.
+        :raises PlacementError: they are not free, or can never be.
         """
+        if wait and placement.refusal(await self.resources(), idle=True) is None:
+            with anyio.move_on_after(wait):
+                while placement.refusal(await self.resources()) is not None:
+                    await self._given_back.wait()
         if self._roster.closed:
             raise MisuseError("this cluster is closed, so nothing can be reserved in it")
         refusal = placement.refusal(await self.resources())
         if refusal is not None:
             raise PlacementError(refusal)
         groups = [Group(replica, bundles) for replica, bundles in enumerate(placement.bundles())]
+        for group in groups:
+            group.nodes = ("local",) * len(group.bundles)
         reservation = Reservation(placement, groups, self._give_back)
         self._reservations.append(reservation)
         return reservation
@@ -134,7 +150,10 @@ class LocalCluster:
         replicas: int = 1,
         name: str | None = None,
         cpus: float = 1.0,
+        gpus: float | None = None,
         strategy: Strategy = "STRICT_PACK",
+        labels: Mapping[str, str] = {},
+        wait: float | None = None,
         max_in_flight: int = 256,
         on_progress: Callable[[ReplicaProgress], object] | None = None,
     ) -> EnginePool:
@@ -147,7 +166,10 @@ class LocalCluster:
             replicas=replicas,
             name=name,
             cpus=cpus,
+            gpus=gpus,
             strategy=strategy,
+            labels=labels,
+            wait=wait,
             max_in_flight=max_in_flight,
             on_progress=on_progress,
         )
@@ -162,6 +184,7 @@ class LocalCluster:
                 cpus_free=self._cpus - sum(bundle.get("CPU", 0) for bundle in taken),
                 gpus=self._gpus,
                 gpus_free=self._gpus - sum(bundle.get("GPU", 0) for bundle in taken),
+                labels=self._labels,
             ),
         ))
 
@@ -193,6 +216,8 @@ class LocalCluster:
     async def _give_back(self, reservation: Reservation) -> None:
         await self._roster.stop_all(reservation.groups)
         self._reservations.remove(reservation)
+        self._given_back.set()
+        self._given_back = anyio.Event()
 
 
 class _Task:
