@@ -210,7 +210,8 @@ class Server:
             for listener in getattr(self._listener, "listeners", (self._listener,)):
                 sock = listener.extra(SocketAttribute.raw_socket)
                 serve = loop.create_unix_server if isinstance(self.address, str) else loop.create_server
-                servers.append(await serve(lambda: AsyncioWire(made), sock=sock))
+                servers.append(await serve(lambda: AsyncioWire(made), sock=sock, start_serving=False))
+                await servers[-1].start_serving()
             await anyio.sleep_forever()
         finally:
             for server in servers:
