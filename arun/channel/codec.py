@@ -163,7 +163,7 @@ class FrameReader(Generic[M]):
         self._data: bytes | bytearray = b""
         self._at = 0
         self._need = _LENGTH_BYTES
-        self._decoder: Decoder[list[M]] = Decoder(list[expected])
+        self._decoder: Decoder[list[M]] = decoder_for(list[expected])
         self._frame_bytes = frame_bytes
 
     def switch(self, expected: Any, frame_bytes: int) -> FrameReader[Any]:
