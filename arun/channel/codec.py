@@ -163,7 +163,7 @@ class FrameReader(Generic[M]):
         self._data: bytes | bytearray = b""
         self._at = 0
         self._need = _LENGTH_BYTES
-        self._decoder: Decoder[list[M]] = decoder_for(list[expected])
+        self._decoder: Decoder[list[M]] = _frame_decoder(expected)
         self._frame_bytes = frame_bytes
 
     def switch(self, expected: Any, frame_bytes: int) -> FrameReader[Any]:
@@ -171,6 +171,11 @@ class FrameReader(Generic[M]):
         reader: FrameReader[Any] = FrameReader(self._peer, expected, frame_bytes)
         reader.feed(bytes(self._data[self._at :]))
         return reader
+
+    @property
+    def held(self) -> int:
+        """Bytes that arrived and belong to no complete frame yet."""
+        return len(self._data) - self._at
 
     def feed(self, data: bytes | bytearray) -> None:
         """Take bytes that arrived. They must not change afterwards."""
@@ -303,6 +308,12 @@ def decoder_for(wanted: Any) -> PayloadDecoder[Any]:
         return _cached_decoder(wanted)
     except TypeError as exc:
         raise PayloadError(f"nothing that arrives over a channel can become a {wanted!r}: {exc}") from exc
+
+
+@functools.cache
+def _frame_decoder(expected: Any) -> Decoder[Any]:
+    """The decoder of frames, of which there are few kinds; one for each connection would be most of what it costs."""
+    return Decoder(list[expected])
 
 
 @functools.lru_cache(maxsize=256)
