@@ -112,7 +112,11 @@ class AsyncioWire(asyncio.Protocol):
     def wake(self) -> None:
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self._write)
+            self._loop.call_soon(self._write_soon)
+
+    def flush(self) -> None:
+        if self._carried is not None and not self._paused:
+            self._write()
 
     def finish(self) -> None:
         self._finishing = True
@@ -151,8 +155,11 @@ class AsyncioWire(asyncio.Protocol):
             self._transport.resume_reading()
             self.wake()
 
-    def _write(self) -> None:
+    def _write_soon(self) -> None:
         self._scheduled = False
+        self._write()
+
+    def _write(self) -> None:
         carried, transport = self._carried, self._transport
         if carried is None or transport.is_closing():
             return

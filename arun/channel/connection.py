@@ -112,6 +112,8 @@ class Connection:
         """
         decoder = decoder_for(result_type)
         inbound = self._open(method, payload, 2)  # two, so that a second item shows itself
+        if self.session.opened == 1:
+            self._wire.flush()  # nobody to wait for
         result: Raw | Batch | None = None
         try:
             while True:
@@ -199,7 +201,10 @@ class Connection:
         self._waiters.pop(outbound, None)
         self._interrupts.pop(outbound, None)
         self._handlers.pop(outbound, None)
-        self._wire.wake()
+        if self._handlers:
+            self._wire.wake()  # others may have something to say in the same turn of the loop
+        else:
+            self._wire.flush()
 
     # For the wire.
 

@@ -214,6 +214,11 @@ class Session:
 
     # The opener's side.
 
+    @property
+    def opened(self) -> int:
+        """Streams that this side opened and that have not ended."""
+        return len(self._inbound)
+
     def open(self, method: str, payload: bytes, window: int) -> Inbound:
         """Open a stream.
 

@@ -58,6 +58,9 @@ class Wire(Protocol):
     def wake(self) -> None:
         """The connection has something to write. Whatever else it has by the time of writing goes along."""
 
+    def flush(self) -> None:
+        """As ``wake``, and at once if that can be done without waiting."""
+
     def finish(self) -> None:
         """The connection's next None from ``next_frame`` is its last: end this direction then."""
 
@@ -102,6 +105,8 @@ class StreamWire:
         if self._idle is not None:
             self._idle.set()
             self._idle = None
+
+    flush = wake
 
     def finish(self) -> None:
         self._finishing = True
