@@ -26,7 +26,7 @@ FLOORS: dict[str, int] = {
     name: floor
     for floor, names in enumerate((
         "errors frames logs",
-        "events guards outcomes policies registry runtime state",
+        "events guards outcomes policies registry runtime state timed",
         "codec conditions context handles hosted hosting threads",
         "attempts collectors reductions signatures stream",
         "kernel",

@@ -12,6 +12,7 @@ from arun.channel.messages import Fail
 from arun.channel.serving import CHECKPOINT_ITEMS
 from arun.channel.session import Inbound, Lost
 from arun.errors import PayloadError
+from arun.timed import Timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,6 +85,13 @@ class Stream(Generic[T]):
             exc.add_note(f"sent by {self._connection.peer} on the stream of {inbound.method!r}")
             self.cancel()
             raise
+
+    def with_timeout(self, seconds: float) -> Timed[T]:
+        """The same items, each with a time limit.
+
+        :param seconds: until the next item has come; after that a TimeoutError is raised, and the stream goes on.
+        """
+        return Timed(self, seconds)
 
     def cancel(self) -> None:
         """Tell the peer to close its handler, without waiting for that. Unread items are dropped."""
