@@ -26,6 +26,7 @@ REFERENCE = {
         "arun.events",
         "arun.fanout",
         "arun.outcome_stream",
+        "arun.timed",
         "arun.executors",
         "arun.reducers",
         "arun.channel",
