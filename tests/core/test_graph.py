@@ -70,7 +70,10 @@ def test_graphs_can_be_joined() -> None:
         ),
         (lambda: ApplicationBuilder().with_actions(count).with_entrypoint("counts").build(), "did you mean 'count'?"),
         (lambda: RunnableGraph(builder().build(), "count"), "no transition leads from 'count' to: show"),
-        (lambda: builder().build().select(["@tag:no"], what="halt_after"), "tag 'no' was not found; the actions' tags are: counts"),
+        (
+            lambda: builder().build().select(["@tag:no"], what="halt_after"),
+            "tag 'no' was not found; the actions' tags are: counts",
+        ),
         (lambda: builder().build().select("sho", what="halt_before"), "halt_before names 'sho'"),
     ],
 )
