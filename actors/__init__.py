@@ -18,12 +18,13 @@ from actors.engine import (
     EngineLoad,
     EngineSpec,
     GenerateRequest,
+    Reset,
     Sampling,
     Usage,
 )
 from actors.local_cluster import LocalCluster
 from actors.models import demo_model, tiny_model
-from actors.pool import DeltaStream, EnginePool, PoolStats, ReplicaProgress, ReplicaStats
+from actors.pool import DeltaStream, EnginePool, PoolOptions, PoolStats, ReplicaProgress, ReplicaStats
 from actors.ray_cluster import RayCluster
 from actors.vllm_engine import VLLMEngine
 
@@ -48,11 +49,13 @@ __all__ = (
     "LocalCluster",
     "NodeResources",
     "Placement",
+    "PoolOptions",
     "PoolStats",
     "RayCluster",
     "ReplicaProgress",
     "ReplicaStats",
     "Reservation",
+    "Reset",
     "Sampling",
     "Usage",
     "VLLMEngine",

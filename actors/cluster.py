@@ -11,14 +11,14 @@ import msgspec
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from types import TracebackType
-    from typing import Self
+    from typing import Self, Unpack
 
     from actors.actor import ActorHandle
-    from actors.bundles import Group, Placement, Reservation, Strategy
+    from actors.bundles import Group, Placement, Reservation
     from actors.engine import EngineSpec
-    from actors.pool import EnginePool, ReplicaProgress
+    from actors.pool import EnginePool, PoolOptions
 
 __all__ = ("ActorInfo", "Cluster", "ClusterResources", "NodeResources")
 
@@ -144,22 +144,10 @@ class Cluster(Protocol):
         """
         ...
 
-    def engines(
-        self,
-        spec: EngineSpec,
-        *,
-        replicas: int = 1,
-        name: str | None = None,
-        cpus: float = 1.0,
-        strategy: Strategy = "STRICT_PACK",
-        max_in_flight: int = 256,
-        on_progress: Callable[[ReplicaProgress], object] | None = None,
-    ) -> EnginePool:
+    def engines(self, spec: EngineSpec, **options: Unpack[PoolOptions]) -> EnginePool:
         """A pool of engines in this cluster; nothing starts before it is entered.
 
-        :param cpus: CPUs of each worker's bundle.
-        :param max_in_flight: most requests in one replica at a time; more wait in order of arrival.
-        :param on_progress: told about once a second how far the start of each replica is.
+        :param options: of :class:`~actors.EnginePool`: replicas, name, cpus, max_in_flight and so on.
         """
         ...
 

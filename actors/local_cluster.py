@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import anyio
 
-from actors.bundles import Bundle, Group, Placement, Reservation, Strategy
+from actors.bundles import Bundle, Group, Placement, Reservation
 from actors.cluster import ActorInfo, ClusterResources, NodeResources
 from actors.finish import finish
 from actors.host import Host
@@ -26,14 +26,14 @@ from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
     from types import TracebackType
-    from typing import Self
+    from typing import Self, Unpack
 
     from actors.actor import ActorHandle
     from actors.engine import EngineSpec
     from actors.interface import ActorSpec
-    from actors.pool import EnginePool, ReplicaProgress
+    from actors.pool import EnginePool, PoolOptions
 
 __all__ = ("LocalCluster",)
 
@@ -127,30 +127,11 @@ class LocalCluster:
         self._reservations.append(reservation)
         return reservation
 
-    def engines(
-        self,
-        spec: EngineSpec,
-        *,
-        replicas: int = 1,
-        name: str | None = None,
-        cpus: float = 1.0,
-        strategy: Strategy = "STRICT_PACK",
-        max_in_flight: int = 256,
-        on_progress: Callable[[ReplicaProgress], object] | None = None,
-    ) -> EnginePool:
+    def engines(self, spec: EngineSpec, **options: Unpack[PoolOptions]) -> EnginePool:
         """A pool of engines on this machine; see :meth:`actors.cluster.Cluster.engines`."""
         from actors.pool import EnginePool
 
-        return EnginePool(
-            self,
-            spec,
-            replicas=replicas,
-            name=name,
-            cpus=cpus,
-            strategy=strategy,
-            max_in_flight=max_in_flight,
-            on_progress=on_progress,
-        )
+        return EnginePool(self, spec, **options)
 
     async def resources(self) -> ClusterResources:
         """This machine as one node."""

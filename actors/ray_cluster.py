@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.to_thread
 
-from actors.bundles import Group, Placement, Reservation, Strategy
+from actors.bundles import Group, Placement, Reservation
 from actors.cluster import ActorInfo, ClusterResources, NodeResources
 from actors.finish import finish
 from actors.ray_host import RayBody, import_ray
@@ -23,14 +23,14 @@ from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Generator, Mapping
     from types import TracebackType
-    from typing import Self
+    from typing import Self, Unpack
 
     from actors.actor import ActorHandle
     from actors.engine import EngineSpec
     from actors.interface import ActorSpec
-    from actors.pool import EnginePool, ReplicaProgress
+    from actors.pool import EnginePool, PoolOptions
 
 __all__ = ("RayCluster",)
 
@@ -157,30 +157,11 @@ class RayCluster:
             raise
         return reservation
 
-    def engines(
-        self,
-        spec: EngineSpec,
-        *,
-        replicas: int = 1,
-        name: str | None = None,
-        cpus: float = 1.0,
-        strategy: Strategy = "STRICT_PACK",
-        max_in_flight: int = 256,
-        on_progress: Callable[[ReplicaProgress], object] | None = None,
-    ) -> EnginePool:
+    def engines(self, spec: EngineSpec, **options: Unpack[PoolOptions]) -> EnginePool:
         """A pool of engines in this cluster; see :meth:`actors.cluster.Cluster.engines`."""
         from actors.pool import EnginePool
 
-        return EnginePool(
-            self,
-            spec,
-            replicas=replicas,
-            name=name,
-            cpus=cpus,
-            strategy=strategy,
-            max_in_flight=max_in_flight,
-            on_progress=on_progress,
-        )
+        return EnginePool(self, spec, **options)
 
     async def resources(self) -> ClusterResources:
         """CPUs and GPUs of every node, in all and free. What actors freed a moment ago may still count as taken."""
