@@ -22,6 +22,7 @@ from actors.engine import (
     Sampling,
     Usage,
 )
+from actors.front import PoolFront
 from actors.local_cluster import LocalCluster
 from actors.models import demo_model, tiny_model
 from actors.pool import DeltaStream, EnginePool, PoolOptions, PoolStats, ReplicaProgress, ReplicaStats
@@ -49,6 +50,7 @@ __all__ = (
     "LocalCluster",
     "NodeResources",
     "Placement",
+    "PoolFront",
     "PoolOptions",
     "PoolStats",
     "RayCluster",

@@ -10,12 +10,13 @@ scope, so it works as a fixture and in an ``AsyncExitStack``.
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Literal, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict
 
 import anyio
 
 from actors.answers import Completion, Embedding, Reset
 from actors.assignment import PoolCore
+from actors.batches import calls
 from actors.engine import EngineInfo, EngineMetrics
 from actors.finish import finish
 from actors.fleet import Fleet, FleetOptions, Replica
@@ -26,18 +27,22 @@ from actors.routing import DeltaStream, Router
 from actors.supervision import Supervisor
 from arun.errors import EngineError, MisuseError, RequestError
 from arun.logs import get_logger
+from arun.outcome_stream import fan_out
+from arun.policies import Policy
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
     from types import TracebackType
     from typing import Self, Unpack
 
     from actors.actor import ActorHandle
+    from actors.batches import BatchRequest
     from actors.bundles import Strategy
     from actors.cluster import Cluster
     from actors.engine import Delta, EngineSpec, GenerateRequest, Lane, PromptLike, RequestOptions
     from actors.pool_state import Reroute
+    from arun.outcome_stream import FanOut
     from arun.runtime import Background
 
 __all__ = ("DeltaStream", "EnginePool", "PoolOptions", "PoolStats", "ReplicaProgress", "ReplicaStats")
@@ -47,6 +52,7 @@ log = get_logger("arun.pool")
 _PROGRESS_SECONDS = 1.0
 _PULSE_SECONDS = 5.0
 _SUPERVISOR = Supervisor()
+_BATCH_LIMIT = 1024
 _SERVING = {"reserving bundles", "preparing model", "loading model", "ready", "restarting"}
 
 
@@ -125,6 +131,7 @@ class EnginePool:
         self.name = name or f"engines-{uuid.uuid4().hex[:6]}"
         self.on_progress = on_progress
         self._spec = spec
+        self._max_in_flight = max_in_flight
         self._count = replicas
         self._core = PoolCore(
             limit=max_in_flight,
@@ -252,6 +259,30 @@ class EnginePool:
                 deltas.append(delta)
         return Completion.of(stream.request_id, deltas, first)
 
+    def map(
+        self,
+        requests: Iterable[BatchRequest] | AsyncIterable[BatchRequest],
+        policy: Policy | None = None,
+        **options: Any,
+    ) -> FanOut[Completion]:
+        """Answer many requests and iterate over their Outcomes as they end.
+
+        >>> async for outcome in pool.map(prompts, max_tokens=64):
+        ...     match outcome:
+        ...         case Ok(completion): print(completion.text)
+        ...         case Failed(error): print(error.request_id, error)
+
+        :param requests: an (async) iterable of prompts, or of mappings with ``prompt`` and other arguments of
+            :meth:`generate`; read only as there is room, so it may be endless.
+        :param policy: limit, order, retries, and what a failure does; by default as many at a time as the replicas
+            take, in order of completion, with every failure as an Outcome.
+        :param options: arguments of :meth:`generate` for all requests; the lane is ``"batch"`` unless one is named.
+        :return: outcomes. A request without a ``request_id`` gets one that ends in ``-`` and its number, from 0; the
+            Completion has it, and an EngineError too.
+        """
+        policy = policy or Policy(limit=self.batch_limit, on_error="collect")
+        return fan_out(calls(self.complete, requests, {"lane": "batch", **options}), policy)
+
     async def embed(
         self,
         prompt: PromptLike,
@@ -376,6 +407,16 @@ class EnginePool:
         log.info("pool.drain", pool=self.name, replica=replica, in_flight=known.counts.in_flight)
         router.do(self._core.drain(replica))
         await known.gone.wait()
+
+    @property
+    def started(self) -> bool:
+        """Whether :meth:`start` was called."""
+        return self._state != "new"
+
+    @property
+    def batch_limit(self) -> int:
+        """Requests that :meth:`map` has in flight by default."""
+        return min(_BATCH_LIMIT, self._max_in_flight * max(1, len(self._fleet.replicas) or self._count))
 
     async def aclose(self) -> None:
         """Fail what is in flight, stop the engines, give the bundles back. Idempotent, never cut short."""

@@ -412,7 +412,9 @@ class DeltaStream:
                 if core.delta(request_id, delta.epoch, len(delta.token_ids), delta.load):
                     delta = route.received(delta)
                     break
-        except Exception:
+        except Exception as exc:
+            if isinstance(exc, EngineError):
+                exc.request_id = request_id
             router.end(route, "failed")
             raise
         except BaseException:
