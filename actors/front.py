@@ -91,17 +91,26 @@ class PoolFront:
     async def start(self) -> None:
         """Start the pools that are not open; when one fails, those that were started here are closed.
 
-        :raises Exception: as :meth:`EnginePool.start`; several as a group.
+        :raises Exception: as :meth:`EnginePool.start`.
         """
         self._started = [pool for pool in self._pools.values() if not pool.started]
+        failures: list[Exception] = []
+
+        async def start(pool: EnginePool) -> None:
+            try:
+                await pool.start()
+            except Exception as exc:  # noqa: BLE001  # whatever it is, it is raised below, and not in a group
+                failures.append(exc)
+                starting.cancel_scope.cancel()
+
         try:
             async with anyio.create_task_group() as starting:
                 for pool in self._started:
-                    starting.start_soon(pool.start)
-        except BaseException as exc:
+                    starting.start_soon(start, pool)
+            if failures:
+                raise failures[0]
+        except BaseException:
             await self.aclose()  # noqa: ASYNC102 - a pool's aclose() lets no cancellation cut it short
-            if isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
-                raise exc.exceptions[0] from None
             raise
 
     async def aclose(self) -> None:
