@@ -16,7 +16,6 @@ from arun.runtime import Background, Runtime
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from actors.actor import ActorHandle
     from actors.bundles import Reservation, Strategy
     from actors.cluster import Cluster
 
@@ -85,7 +84,7 @@ class Replica:
         self.number = number
         self.generation = 1
         self.state: ReplicaState = "reserving bundles"
-        self.actor: ActorHandle | None = None
+        self.actor: Any = None
         self.pid: int | None = None
         self.resumes = False
         self.start_seconds = 0.0
@@ -271,7 +270,7 @@ class Fleet:
         self._events.ready(replica)
 
     async def _watch(self, replica: Replica, generation: int) -> None:
-        actor: Any = replica.actor
+        actor = replica.actor
         assert self._events is not None  # report_to() was first
         cause = "its signs of life ended"
         signs = actor.pulse(self._options.pulse)

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, Unpack
 
-    from actors.actor import ActorHandle
     from actors.batches import BatchRequest
     from actors.bundles import Strategy
     from actors.cluster import Cluster
@@ -453,7 +452,7 @@ class EnginePool:
             raise MisuseError(f"pool {self.name!r} is draining, so it takes no more requests")
         return router.submit(request, reroute)
 
-    def _actors(self) -> list[ActorHandle]:
+    def _actors(self) -> list[Any]:
         return [replica.actor for replica in self._fleet.replicas.values() if replica.actor is not None]
 
     def _replica_stats(self, replica: Replica, now: float) -> ReplicaStats:

@@ -292,9 +292,8 @@ class Route:
         self.tokens = self.resumed = start.resume_from
         self.reset = start.again
         replica.counts.started += 1
-        actor: Any = replica.actor
         try:
-            self.stream = actor.generate(self._continued())
+            self.stream = replica.actor.generate(self._continued())
         except EngineError as exc:
             self.error = exc
         except ArunError as exc:
