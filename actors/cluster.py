@@ -34,13 +34,14 @@ Isolation = Literal["process", "task"]
 
 
 class NodeResources(msgspec.Struct, frozen=True, kw_only=True):
-    """CPUs and GPUs of one node, in all and free."""
+    """CPUs and GPUs of one node, in all and free, and its labels."""
 
     name: str
     cpus: float
     cpus_free: float
     gpus: float = 0.0
     gpus_free: float = 0.0
+    labels: dict[str, str] = {}
 
     def amounts(self, *, idle: bool = False) -> tuple[float, float]:
         """CPUs and GPUs: what is free, or with ``idle=True`` what there is in all."""
@@ -198,10 +199,12 @@ class Cluster(ABC):
         return self._roster.infos()
 
     @abstractmethod
-    async def reserve(self, placement: Placement) -> Reservation:
+    async def reserve(self, placement: Placement, *, wait: float | None = None) -> Reservation:
         """Reserve one group a replica.
 
-        :raises PlacementError: the cluster can't hold it; raised at once where that is certain, else within seconds.
+        :param wait: seconds to wait for what others hold, and on Ray also for a cluster that grows (autoscaling).
+        :raises PlacementError: the cluster can't hold it; raised at once where that is certain and no ``wait`` was
+            given, else within seconds.
         """
 
     @abstractmethod

@@ -9,7 +9,7 @@ import msgspec
 
 from actors.bundles import Placement
 from actors.engine import EngineActor, EngineInfo, EngineSpec
-from arun.errors import ArunError, PlacementError
+from arun.errors import ArunError, MisuseError, PlacementError
 from arun.logs import get_logger
 from arun.runtime import Background, Runtime
 
@@ -42,6 +42,8 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How the replicas of a pool are placed and watched.
 
     :ivar cpus: CPUs of each worker's bundle.
+    :ivar gpus: GPUs of it; None for what the engine needs where the cluster has any.
+    :ivar wait: seconds to wait for resources; None refuses at once what the cluster can't hold.
     :ivar concurrency: requests that an engine's actor takes at a time.
     :ivar pulse: seconds between two signs of life of a replica.
     :ivar watchdog: seconds without one until it counts as lost.
@@ -49,7 +51,10 @@ class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     cpus: float
+    gpus: float | None
     strategy: Strategy
+    labels: dict[str, str]
+    wait: float | None
     concurrency: int
     pulse: float
     watchdog: float
@@ -165,20 +170,26 @@ class Fleet:
         :raises ModelNotFound: there is no such model, where the engines will run on this machine.
         """
         resources = await self._cluster.resources()
-        if self._spec.engine == "vllm":
-            self._gpus = 1.0 if resources.gpus else 0.0
-            if len(resources.nodes) == 1:
-                from actors.vllm_engine import check_here
+        vllm, asked = self._spec.engine == "vllm", self._options.gpus
+        self._gpus = asked if asked is not None else 1.0 if vllm and resources.gpus else 0.0
+        placement = self._placement(replicas)
+        if vllm and not self._gpus and placement.workers > 1 and placement.strategy != "STRICT_PACK":
+            raise MisuseError(
+                f"strategy={placement.strategy!r}: without GPUs vLLM runs all {placement.workers} workers of a replica "
+                "on one node; use STRICT_PACK"
+            )
+        if vllm and len(resources.nodes) == 1:
+            from actors.vllm_engine import check_here
 
-                check_here(self._spec)
-        refusal = self._placement(replicas).refusal(resources, idle=True)
+            check_here(self._spec)
+        refusal = None if self._options.wait is not None else placement.refusal(resources, idle=True)
         if refusal is not None:
             raise PlacementError(refusal)
 
     async def prepare(self, replica: Replica) -> None:
         """Take the bundles of a place, if it has none."""
         if replica.reservation is None:
-            replica.reservation = await self._cluster.reserve(self._placement(1))
+            replica.reservation = await self._cluster.reserve(self._placement(1), wait=self._options.wait)
 
     async def prepare_model(self) -> None:
         """Make or fetch the model, once for all replicas, where they will run on this machine."""
@@ -324,4 +335,5 @@ class Fleet:
             cpus=self._options.cpus,
             gpus=self._gpus,
             strategy=self._options.strategy,
+            labels=self._options.labels,
         )

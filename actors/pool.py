@@ -32,7 +32,7 @@ from arun.policies import Policy
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -61,7 +61,10 @@ class PoolOptions(TypedDict, total=False):
     replicas: int
     name: str | None
     cpus: float
+    gpus: float | None
     strategy: Strategy
+    labels: Mapping[str, str]
+    wait: float | None
     max_in_flight: int
     max_waiting: int
     restarts: int | Supervisor
@@ -83,6 +86,10 @@ class EnginePool:
     answering goes on at another replica after the last token that was delivered.
 
     :param cpus: CPUs of each worker's bundle.
+    :param gpus: GPUs of each worker's bundle; by default 1 for a vLLM engine where the cluster has any, else 0.
+    :param strategy: how the workers of one replica lie on nodes; see :class:`~actors.bundles.Placement`.
+    :param labels: of the nodes that will do; see :class:`~actors.bundles.Placement`.
+    :param wait: seconds to wait for resources that others hold, and for a cluster that grows.
     :param max_in_flight: most requests that one replica has at a time; others wait, ``interactive`` before ``batch``.
     :param max_waiting: most requests that wait; more are refused with PoolBusy.
     :param restarts: how often a replica is started again within 60 seconds, or a Supervisor with other numbers. When
@@ -105,7 +112,10 @@ class EnginePool:
         replicas: int = 1,
         name: str | None = None,
         cpus: float = 1.0,
+        gpus: float | None = None,
         strategy: Strategy = "STRICT_PACK",
+        labels: Mapping[str, str] = {},
+        wait: float | None = None,
         max_in_flight: int = 256,
         max_waiting: int = 4096,
         restarts: int | Supervisor = _SUPERVISOR,
@@ -142,7 +152,10 @@ class EnginePool:
         )
         options = FleetOptions(
             cpus=cpus,
+            gpus=gpus,
             strategy=strategy,
+            labels=dict(labels),
+            wait=wait,
             concurrency=max_in_flight,
             pulse=min(_PULSE_SECONDS, watchdog / 4),
             watchdog=watchdog,

@@ -38,7 +38,7 @@ REFERENCE = {
         "arun.runtime",
         "arun.errors",
     ],
-    "reference/actors": ["actors", "actors.engine", "actors.echo_engine", "actors.models"],
+    "reference/actors": ["actors", "actors.engine", "actors.fitting", "actors.echo_engine", "actors.models"],
 }
 
 project = "arun"
