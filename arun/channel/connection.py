@@ -9,6 +9,7 @@ import anyio
 from anyio.lowlevel import current_token
 
 from arun.channel.codec import FrameReader, decoder_for, encode_payload, largest_frame
+from arun.channel.limits import Budget
 from arun.channel.messages import End, Fail, SessionMessage
 from arun.channel.serving import Handler, Interrupt, serve
 from arun.channel.session import Allowed, Effects, Inbound, Outbound, Session
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ("Connection",)
 
 log = get_logger("arun.channel")
+
+# Seconds for which a peer that is over its budget is not read at a time.
+_LONGEST_PAUSE = 1.0
 
 
 class Connection:
@@ -219,10 +223,18 @@ class Connection:
             log.debug("connection.closed", peer=self.peer, reason=self._reason)
 
     async def _read(self) -> None:
+        limits = self._limits
+        budget = Budget(limits.disturbances, limits.streams, anyio.current_time())
         try:
             while True:
+                disturbances = 0
                 while (messages := self._reader.next_frame()) is not None:
-                    self._apply(self.session.receive(messages))
+                    effects = self.session.receive(messages)
+                    disturbances += effects.disturbances
+                    self._apply(effects)
+                if disturbances and (wait := budget.spend(disturbances, anyio.current_time())):
+                    # Not longer at a time, so that it still learns soon of a Goodbye.
+                    await anyio.sleep(min(wait, _LONGEST_PAUSE))
                 self._reader.feed(await self._stream.receive())
         except ProtocolError as exc:
             log.warning("connection.protocol_broken", peer=self.peer, error=str(exc))

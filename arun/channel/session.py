@@ -139,7 +139,7 @@ class Started(NamedTuple):
 class Effects:
     """What the shell must do after a frame or a loss."""
 
-    __slots__ = ("goodbye", "interrupted", "ready", "started")
+    __slots__ = ("disturbances", "goodbye", "interrupted", "ready", "started")
 
     def __init__(self) -> None:
         #: handlers to start
@@ -148,6 +148,8 @@ class Effects:
         self.ready: list[Inbound | Outbound] = []
         #: halves whose handler must be closed
         self.interrupted: list[Outbound] = []
+        #: messages that cost this side work and move no data, see `Budget`
+        self.disturbances = 0
         #: why the peer ends the connection
         self.goodbye: str | None = None
 
@@ -161,6 +163,7 @@ class Session:
     """
 
     __slots__ = (
+        "_breached",
         "_closing",
         "_credit_due",
         "_finished",
@@ -189,6 +192,8 @@ class Session:
         self._credit_due: dict[int, Inbound] = {}
         self._pong_due: int | None = None
         self._closing: Lost | None = None
+        #: what a frame has done that is not through, or broke the protocol
+        self._breached: Effects | None = None
 
     # The opener's side.
 
@@ -261,7 +266,7 @@ class Session:
 
         :raises ProtocolError: the peer broke the protocol; nothing of the connection can be trusted.
         """
-        effects = Effects()
+        effects = self._breached = Effects()
         # A payload is a view of its whole frame; one that shares it must not keep it in memory.
         shared = len(messages) > 1
         for message in messages:
@@ -280,6 +285,7 @@ class Session:
                     inbound.items.append(payload.copy() if shared else payload)
             else:
                 self._receive_control(message, effects)
+        self._breached = None
         return effects
 
     def _receive_control(self, message: SessionMessage, effects: Effects) -> None:
@@ -299,6 +305,7 @@ class Session:
                 effects.ready.append(inbound)
             case Ping():
                 self._pong_due = message.number
+                effects.disturbances += 1
             case Pong():
                 raise ProtocolError(f"{self.peer} answered a Ping that was never sent")
             case Goodbye():
@@ -331,6 +338,7 @@ class Session:
             return
         if isinstance(message, Cancel):
             effects.interrupted.append(outbound)
+            effects.disturbances += 1
             return
         outbound.items_left += message.items
         outbound.bytes_left += message.bytes
@@ -365,9 +373,11 @@ class Session:
         Streams that the peer serves for us are cancelled too, so that it cleans up meanwhile. Calling it
         again changes nothing.
         """
-        effects = Effects()
         if self._closing is not None:
-            return effects
+            return Effects()
+        # A frame that breaks the protocol half way has had effects, which nobody was told.
+        effects = self._breached or Effects()
+        effects.started.clear()
         lost = Lost(reason, cause)
         for inbound in self._inbound.values():
             if inbound.state == "open":
@@ -376,7 +386,7 @@ class Session:
             inbound.outcome = lost
         self._credit_due.clear()
         self._closing = lost
-        effects.ready = [*self._inbound.values(), *self._outbound.values()]
+        effects.ready += [*self._inbound.values(), *self._outbound.values()]
         for outbound in self._outbound.values():
             if outbound.state == "open":
                 self._advance(outbound, outbound.id, Cancel)
