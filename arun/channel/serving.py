@@ -35,7 +35,7 @@ they need a shield there) or closed if it has yielded. Its slot is free only whe
 """
 
 # A handler or consumer that never has to wait lets others run after so many items.
-CHECKPOINT_ITEMS = 64
+CHECKPOINT_ITEMS = 256
 
 
 class Interrupt:
@@ -62,7 +62,7 @@ class Interrupt:
         return self
 
     def interrupt(self) -> None:
-        """Cancel the block. Call it at most once, while the block runs."""
+        """Cancel the block, if it still runs. Call it at most once."""
         if self._scope is not None:
             self._scope.cancel()
         elif self._task is not None and not self._task.cancelling():  # else it is being cancelled for good
@@ -72,10 +72,11 @@ class Interrupt:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        if self._scope is not None:
-            return self._scope.__exit__(exc_type, exc, traceback)
-        if self._called and self._task is not None:
-            left = self._task.uncancel()
+        scope, task, self._scope, self._task = self._scope, self._task, None, None
+        if scope is not None:
+            return scope.__exit__(exc_type, exc, traceback)
+        if self._called and task is not None:
+            left = task.uncancel()
             return left == 0 and isinstance(exc, asyncio.CancelledError)
         return False
 
@@ -110,9 +111,8 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
 
 
 async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncIterator[object]) -> None:
-    send = connection.session.send
-    limit = connection.session.allowed.message_bytes
-    what = f"item of {outbound.method!r}"
+    session, wake = connection.session, connection.wake_writer
+    send, limit, what = session.send, session.allowed.message_bytes, f"item of {outbound.method!r}"
     streak = 0
     async for item in iterator:
         payload = encode_payload(item, what, limit)
@@ -121,7 +121,7 @@ async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncI
                 return
             await connection.wait(outbound)
             streak = 0
-        connection.wake_writer()
+        wake()
         if connection.congested:
             await connection.wait_for_room()
         streak += 1

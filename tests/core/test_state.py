@@ -7,7 +7,7 @@ import pickle
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from arun import State
@@ -40,7 +40,6 @@ def apply(state: State, model: dict[str, Any], name: str, argument: Any) -> tupl
 
 
 @given(st.dictionaries(KEYS, st.integers()), st.lists(OPERATION, max_size=25))
-@settings(deadline=None)
 def test_a_state_is_a_dict_that_never_changes(initial: dict[str, int], operations: list[tuple[str, Any]]) -> None:
     state, model = State(initial), dict(initial)
     committed = dict(model)

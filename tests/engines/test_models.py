@@ -55,6 +55,7 @@ def test_the_demo_model_without_its_package_names_the_command_that_installs_it(t
         models.demo_model()
 
 
+@pytest.mark.engine
 @needs_transformers
 def test_two_processes_that_need_the_tiny_model_make_it_once(tmp_path):
     code = "from actors.models import tiny_model; print(tiny_model(progress=print))"

@@ -1,0 +1,81 @@
+"""Ten thousand seeds, the rare paths that they must have taken, replay bit for bit, and the planted bugs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.simulation.plants import PLANTS
+from tests.simulation.runner import UNIVERSES, Swept, play, replay, sweep
+
+SEEDS = 10_000
+
+
+@pytest.fixture(scope="module")
+def swept() -> Swept:
+    return sweep(range(SEEDS))
+
+
+@pytest.mark.timeout(300)
+def test_no_universe_breaks_an_invariant(swept: Swept) -> None:
+    assert not swept.findings, "\n".join(map(str, swept.findings))
+    assert swept.universes == SEEDS * len(UNIVERSES)
+
+
+def test_every_rare_path_was_taken(swept: Swept) -> None:
+    assert swept.never == []
+
+
+@pytest.mark.parametrize("universe", list(UNIVERSES))
+def test_a_seed_replays_bit_for_bit(universe: str) -> None:
+    logs = {seed: play(universe, seed)[0].digest() for seed in range(7)}
+    assert len(set(logs.values())) == 7
+    # Elsewhere: other addresses, another order of hashes, and with something before it.
+    program = (
+        "from tests.simulation import replay\n"
+        f"for seed, log in reversed({sorted(logs.items())!r}): replay({universe!r}, seed=seed, log=log, show=0)"
+    )
+    for hashes in ("1", "2"):
+        subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "PYTHONHASHSEED": hashes})
+
+
+def test_another_log_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"has the event log \w+, not 00"):
+        replay("channel", seed=1, log="00", show=0)
+
+
+@pytest.mark.parametrize("name", list(PLANTS))
+def test_a_planted_bug_is_found(name: str) -> None:
+    command = [sys.executable, "-m", "tests.simulation", "--plant", name, "--seeds", str(SEEDS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "was found by seed" in done.stdout
+
+
+def test_a_finding_prints_a_program_that_replays_it() -> None:
+    name = "late item after cancel accepted"
+    found = subprocess.run(
+        [sys.executable, "-c", _PLANT.format(name=name) + _SWEEP], capture_output=True, text=True, check=True
+    )
+    program = "\n".join(line.strip() for line in found.stdout.splitlines() if line.startswith("    "))
+    assert program.startswith("from tests.simulation import replay\nreplay('channel', seed=")
+    planted = f"{_PLANT.format(name=name)}{program}"
+    again = subprocess.run([sys.executable, "-c", planted], capture_output=True, text=True, check=False)
+    assert "keeps items after the cancel" in again.stderr
+    # Without the bug, it is another universe, and says so.
+    healthy = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "RuntimeError: seed" in healthy.stderr
+
+
+_PLANT = """
+from tests.simulation.planting import plant
+from tests.simulation.plants import PLANTS
+plant(PLANTS[{name!r}])
+"""
+_SWEEP = """
+from tests.simulation.runner import sweep
+print(sweep(range(1000), ("channel",), jobs=1).findings[0])
+"""

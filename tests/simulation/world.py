@@ -1,0 +1,97 @@
+"""World: the clock, the chance and the log of one universe."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from random import Random
+from typing import Any, TypeVar
+
+__all__ = ("Violation", "World")
+
+T = TypeVar("T")
+
+
+class Violation(AssertionError):
+    """An invariant doesn't hold."""
+
+
+class World:
+    """Everything that a universe may depend on. Same seed, same universe.
+
+    Time is counted in whole ticks, so that events collide; what is due at one tick happens in an order that is drawn.
+
+    :ivar now: ticks since the beginning.
+    :ivar log: (tick, what happened, details), of numbers and strings.
+    :ivar seen: rare paths that were taken, see :meth:`sometimes`.
+    """
+
+    __slots__ = ("_due", "_events", "_uniform", "log", "now", "seen")
+
+    def __init__(self, universe: str, seed: int) -> None:
+        self.now = 0
+        self.log: list[tuple[Any, ...]] = []
+        self.seen: set[str] = set()
+        self._uniform = Random(f"{universe} {seed}").random
+        self._due: list[tuple[int, float, int, Callable[..., object], tuple[Any, ...]]] = []
+        self._events = 0
+
+    # What chance decides.
+
+    def below(self, n: int) -> int:
+        """0 to n - 1."""
+        return int(self._uniform() * n)
+
+    def between(self, low: int, high: int) -> int:
+        """Low to high, both included."""
+        return low + int(self._uniform() * (high - low + 1))
+
+    def chance(self, percent: int) -> bool:
+        return self._uniform() * 100 < percent
+
+    def pick(self, choices: Sequence[T]) -> T:
+        return choices[int(self._uniform() * len(choices))]
+
+    def shuffle(self, items: list[Any]) -> None:
+        for i in range(len(items) - 1, 0, -1):
+            j = int(self._uniform() * (i + 1))
+            items[i], items[j] = items[j], items[i]
+
+    # What happens.
+
+    def after(self, ticks: int, act: Callable[..., object], *args: Any) -> None:
+        """Let ``act(*args)`` happen so many ticks from now."""
+        self._events += 1
+        heapq.heappush(self._due, (self.now + ticks, self._uniform(), self._events, act, args))
+
+    def run(self, check: Callable[[], None], horizon: int) -> None:
+        """Let everything happen that is due, and look after each event whether the invariants hold.
+
+        :param horizon: the tick at which everything must be quiet.
+        """
+        due = self._due
+        while due:
+            self.now, _, _, act, args = heapq.heappop(due)
+            if self.now > horizon:
+                raise Violation(f"still going on at tick {horizon}: {act.__qualname__}{args}")
+            act(*args)
+            check()
+
+    # What is told.
+
+    def note(self, what: str, *details: object) -> None:
+        """Log an event."""
+        self.log.append((self.now, what, *details))
+
+    def sometimes(self, path: str) -> None:
+        """A rare path was taken. Over many seeds each must have been, or they prove nothing about it."""
+        self.seen.add(path)
+
+    def require(self, holds: bool, message: str) -> None:
+        if not holds:
+            raise Violation(message)
+
+    def digest(self) -> str:
+        """Hash of the log: equal where every event was."""
+        return blake2b("\n".join(map(repr, self.log)).encode(), digest_size=8).hexdigest()
