@@ -214,11 +214,15 @@ class Server:
                 await servers[-1].start_serving()
             await anyio.sleep_forever()
         finally:
-            for server in servers:
-                server.close()
             with anyio.CancelScope(shield=True):
+                # What was accepted a moment ago has no transport yet, and would never get one from a closed server.
+                for server in servers:
+                    for sock in server.sockets:
+                        loop.remove_reader(sock.fileno())
                 for _ in range(_ACCEPT_TURNS):
                     await anyio.lowlevel.checkpoint()
+                for server in servers:
+                    server.close()
                 for wire, task in list(authenticating.items()):
                     task.cancel()
                     await asyncio.wait((task,))
