@@ -35,6 +35,8 @@ log = get_logger("arun.channel")
 _DEFAULT_LIMITS = Limits()
 # After an accept() that failed, for example because the process has too many files open.
 _ACCEPT_PAUSE = 0.1
+# Seconds after a logged failure of a stranger in which others' are only counted.
+_QUIET_SECONDS = 1.0
 # Turns of asyncio's loop from an accept() to the protocol's connection_made.
 _ACCEPT_TURNS = 4
 # sizeof(sockaddr_un.sun_path) less the final zero, on Linux.
@@ -147,6 +149,8 @@ class Server:
         self._secret = secret
         self._limits = limits
         self._half_open = 0
+        # Strangers' failures since the last that was logged, and until when none is.
+        self._unlogged, self._quiet_until = 0, 0.0
         self._connections: set[Connection] = set()
         self._runtime = runtime
         self._accepting = runtime.start(self._accept_all, name=f"channel server {self._name}")
@@ -234,7 +238,7 @@ class Server:
     async def _accept(self, wire: Wire) -> None:
         peer = self._peer_name(wire)
         if self._half_open >= self._limits.half_open:
-            log.warning("authentication.refused", peer=peer, half_open=self._half_open)
+            self._warn("authentication.refused", peer=peer, half_open=self._half_open)
             await wire.aclose()
             return
         self._half_open += 1
@@ -242,7 +246,7 @@ class Server:
             with anyio.fail_after(self._limits.handshake_timeout):
                 agreed = await authenticate_client(wire, self._secret, peer, self._limits)
         except (ProtocolError, anyio.EndOfStream, anyio.BrokenResourceError, OSError) as exc:
-            log.warning("authentication.failed", peer=peer, error=repr(exc))
+            self._warn("authentication.failed", peer=peer, error=repr(exc))
             await wire.aclose()
             return
         except BaseException:
@@ -262,6 +266,15 @@ class Server:
             on_closed=self._connections.discard,
         )
         self._connections.add(connection)
+
+    def _warn(self, event: str, **details: object) -> None:
+        """Log a stranger's failure; of many in a short time the first, so that strangers can't fill the disk."""
+        now = anyio.current_time()
+        if now < self._quiet_until:
+            self._unlogged += 1
+            return
+        log.warning(event, **details, unlogged=self._unlogged)
+        self._quiet_until, self._unlogged = now + _QUIET_SECONDS, 0
 
     def _peer_name(self, wire: Wire) -> str:
         if isinstance(self.address, str):
