@@ -61,7 +61,9 @@ async def connect_tcp(
             return (await loop.create_connection(AsyncioWire, host, port, happy_eyeballs_delay=0.25))[1]
         return StreamWire(await anyio.connect_tcp(host, port))
 
-    return await _connect(dial, _tcp_name(host, port), Secret(token), handler, limits)
+    secret = Secret(token)
+    del token  # tracebacks may show local variables
+    return await _connect(dial, _tcp_name(host, port), secret, handler, limits)
 
 
 async def connect_unix(
@@ -76,7 +78,9 @@ async def connect_unix(
             return (await loop.create_unix_connection(AsyncioWire, os.fspath(path)))[1]
         return StreamWire(await anyio.connect_unix(path))
 
-    return await _connect(dial, name, Secret(token), handler, limits)
+    secret = Secret(token)
+    del token  # as above
+    return await _connect(dial, name, secret, handler, limits)
 
 
 async def serve_tcp(
@@ -95,6 +99,7 @@ async def serve_tcp(
             "name one address, such as 127.0.0.1 or the node's own"
         )
     secret, runtime = Secret(token), Runtime.current()
+    del token  # tracebacks may show local variables
     try:
         listener = await anyio.create_tcp_listener(local_host=host, local_port=port)
     except OSError as exc:
@@ -122,6 +127,7 @@ async def serve_unix(
     if len(os.fsencode(name)) > _UNIX_PATH_BYTES:
         raise MisuseError(f"{name!r} is longer than the {_UNIX_PATH_BYTES} bytes that a Unix socket's path may have")
     secret, runtime = Secret(token), Runtime.current()
+    del token  # tracebacks may show local variables
     await _refuse_taken_path(name)
     listener = await anyio.create_unix_listener(name, mode=0o600)
     return Server(listener, name, handler, secret, limits, runtime)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ("NIL", "TOKEN", "RawPeer", "Site", "frame", "open_files", "resident", "site")
 
 TOKEN = b"a token that only the two sides know"
+DEFAULT_LIMITS = Limits()
 NIL = msgspec.Raw(b"\xc0")
 
 
@@ -90,7 +91,7 @@ class Site:
 
 
 @asynccontextmanager
-async def site(handler: Handler, *, limits: Limits = Limits()) -> AsyncIterator[Site]:
+async def site(handler: Handler, *, limits: Limits = DEFAULT_LIMITS) -> AsyncIterator[Site]:
     """A TCP server with one honest client; both are closed at the end."""
     server = await serve_tcp(handler, token=TOKEN, limits=limits)
     client = await connect_tcp(*server.address, token=TOKEN)

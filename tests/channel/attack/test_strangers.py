@@ -135,6 +135,13 @@ async def test_silent_peers_are_capped_and_dropped_and_do_not_keep_others_out_fo
     await server.aclose()
 
 
+async def _dribble(stream, data: bytes) -> None:
+    for n in range(len(data)):
+        await stream.send(data[n : n + 1])
+        await anyio.sleep(0.02)
+    await stream.receive()
+
+
 async def test_a_peer_that_dribbles_is_dropped_at_the_deadline(runtime):
     """A byte now and then does not prolong the handshake."""
     server = await serve_tcp(nobody, token=TOKEN, limits=Limits(handshake_timeout=0.2))
@@ -142,9 +149,6 @@ async def test_a_peer_that_dribbles_is_dropped_at_the_deadline(runtime):
         hello = frame(Hello(1, 1, bytes(32), bytes(32), 1, 2**20))
         began = anyio.current_time()
         with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
-            for n in range(len(hello) - 1):
-                await stream.send(hello[n : n + 1])
-                await anyio.sleep(0.02)
-            await stream.receive()
+            await _dribble(stream, hello[:-1])
         assert len(hello) * 0.02 > 1 > anyio.current_time() - began
     await server.aclose()
