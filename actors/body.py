@@ -37,8 +37,8 @@ class Body(Protocol):
         """
         ...
 
-    async def connect_health(self) -> Connection | None:
-        """Connect to its health thread; None where it has none. After :meth:`connect`.
+    async def connect_health(self) -> Connection:
+        """Connect to what tells its health (:data:`actors.health.HEALTH`). After :meth:`connect`.
 
         :raises ChannelLost: it has ended.
         """

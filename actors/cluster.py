@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     import builtins
     from collections.abc import Callable, Mapping
     from types import TracebackType
-    from typing import Self
+    from typing import Self, Unpack
 
     from actors.body import Body
-    from actors.bundles import Group, Placement, Reservation, Strategy
+    from actors.bundles import Group, Placement, Reservation
     from actors.engine import EngineSpec
     from actors.interface import ActorSpec
     from actors.lives import ActorHealth, Monitor
-    from actors.pool import EnginePool, ReplicaProgress
+    from actors.pool import EnginePool, PoolOptions
     from actors.supervision import RestartPolicy, Supervisor
 
 __all__ = ("ActorInfo", "Cluster", "ClusterResources", "Isolation", "NodeResources")
@@ -208,35 +208,14 @@ class Cluster(ABC):
     async def resources(self) -> ClusterResources:
         """CPUs and GPUs of every node, in all and free."""
 
-    def engines(
-        self,
-        spec: EngineSpec,
-        *,
-        replicas: int = 1,
-        name: str | None = None,
-        cpus: float = 1.0,
-        strategy: Strategy = "STRICT_PACK",
-        max_in_flight: int = 256,
-        on_progress: Callable[[ReplicaProgress], object] | None = None,
-    ) -> EnginePool:
+    def engines(self, spec: EngineSpec, **options: Unpack[PoolOptions]) -> EnginePool:
         """A pool of engines in this cluster; nothing starts before it is entered.
 
-        :param cpus: CPUs of each worker's bundle.
-        :param max_in_flight: most requests in one replica at a time; more wait in order of arrival.
-        :param on_progress: told about once a second how far the start of each replica is.
+        :param options: of :class:`~actors.EnginePool`: replicas, name, cpus, max_in_flight and so on.
         """
         from actors.pool import EnginePool
 
-        return EnginePool(
-            self,
-            spec,
-            replicas=replicas,
-            name=name,
-            cpus=cpus,
-            strategy=strategy,
-            max_in_flight=max_in_flight,
-            on_progress=on_progress,
-        )
+        return EnginePool(self, spec, **options)
 
     async def aclose(self) -> None:
         """Stop every actor, last started first, and give back every reservation. Idempotent, never cut short."""

@@ -138,8 +138,6 @@ class Generation:
             try:
                 if self._health is None or self._health.closed:
                     self._health = await self.body.connect_health()
-                if self._health is None:
-                    return Vitals(blocked_for=0.0, where="", running=0, waiting=0, mailbox=0)
                 vitals: Vitals = await self._health.call(HEALTH, result_type=Vitals)
             except ChannelLost:
                 return None
@@ -147,22 +145,25 @@ class Generation:
         return None
 
     async def _watch_health(self) -> None:
+        heard = anyio.current_time()
         while self.how is None:
             vitals = await self._vitals(self._vigil.silence)
+            hung_after = self._vigil.hung_after
             if vitals is None:
-                with anyio.move_on_after(_DEATH_NOTICE):  # a connection that broke tells of an end more often
-                    await self._ended.wait()
-                self._kill(f"was killed: it gave no sign of life for {self._vigil.silence:g} s, as if stopped")
-            elif self._vigil.hung_after is not None and vitals.blocked_for >= self._vigil.hung_after:
-                self._kill(
-                    f"was killed: its event loop stood still for {vitals.blocked_for:.1f} s in {vitals.where}, and "
-                    f"@actor(hung_after={self._vigil.hung_after:g}) allows less"
-                )
+                if anyio.current_time() - heard >= self._vigil.silence:
+                    self._kill(f"was killed: it gave no sign of life for {self._vigil.silence:g} s, as if stopped")
+            else:
+                heard = anyio.current_time()
+                if hung_after is not None and vitals.blocked_for >= hung_after:
+                    self._kill(
+                        f"was killed: its event loop stood still for {vitals.blocked_for:.1f} s in {vitals.where}, and "
+                        f"@actor(hung_after={hung_after:g}) allows less"
+                    )
             with anyio.move_on_after(self._vigil.interval):
                 await self._ended.wait()
 
     def _kill(self, how: str) -> None:
-        if self.how is None:
+        if self.how is None and self._killed_because is None:
             log.warning("actor.killed", actor=self.name, generation=self.number, pid=self.pid, how=how)
             self._killed_because = how
             self.body.kill()

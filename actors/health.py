@@ -55,7 +55,7 @@ class HealthThread:
         self._load = load
         self._watched = asyncio.get_running_loop()
         self._watched_thread = threading.get_ident()
-        self._asked_at: float | None = None
+        self._asked_at = 0.0  # the oldest question without a sign; 0: there is none
         self._ready = threading.Event()
         self._server: Server | None = None
         self._error: BaseException | None = None
@@ -87,13 +87,11 @@ class HealthThread:
     async def _answer(self, method: str, payload: msgspec.Raw) -> AsyncIterator[Vitals]:
         if method != HEALTH:
             raise MisuseError(f"this connection answers {HEALTH!r} only, not {method!r}")
-        now = anyio.current_time()
         sign, here = anyio.Event(), asyncio.get_running_loop()
-        if self._asked_at is None:
-            self._asked_at = now
+        asked_at = self._asked_at = self._asked_at or anyio.current_time()
 
         def turned() -> None:
-            self._asked_at = None
+            self._asked_at = 0.0
             here.call_soon_threadsafe(sign.set)
 
         try:
@@ -102,11 +100,10 @@ class HealthThread:
             sign.set()
         with anyio.move_on_after(_SIGN_SECONDS):
             await sign.wait()
-        asked_at = self._asked_at
+        blocked = not sign.is_set()
         running, waiting, mailbox = self._load()
-        blocked = not sign.is_set() and asked_at is not None
         yield Vitals(
-            blocked_for=anyio.current_time() - asked_at if blocked and asked_at is not None else 0.0,
+            blocked_for=anyio.current_time() - asked_at if blocked else 0.0,
             where=self._where() if blocked else "",
             running=running,
             waiting=waiting,

@@ -11,6 +11,7 @@ import anyio
 from actors.body import Body, End
 from actors.bundles import Bundle, Group, Placement, Reservation
 from actors.cluster import Cluster, ClusterResources, Isolation, NodeResources
+from actors.health import Vitals
 from actors.host import Host
 from actors.host_process import HostProcess
 from arun.channel import Connection, memory_pair
@@ -18,7 +19,7 @@ from arun.errors import MisuseError, PlacementError
 from arun.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
     from actors.interface import ActorSpec
 
@@ -120,8 +121,14 @@ class _Task:
     async def connect(self) -> Connection:
         return self._client
 
-    async def connect_health(self) -> None:
-        return None  # this process's own event loop
+    async def connect_health(self) -> Connection:
+        # No thread: this is the event loop of whoever asks, so it turns.
+        client, _ = memory_pair(handler_b=self._tell_health)
+        return client
+
+    async def _tell_health(self, method: str, payload: object) -> AsyncIterator[Vitals]:
+        running, waiting, mailbox = self._host.load()
+        yield Vitals(blocked_for=0.0, where="", running=running, waiting=waiting, mailbox=mailbox)
 
     async def wait_ended(self) -> End:
         with contextlib.suppress(Exception):  # stop() tells about it

@@ -51,7 +51,7 @@ class Member:
     ) -> None:
         self.spec = spec
         self.group = group
-        self.policy = policy
+        self.policy: RestartPolicy = policy
         self.team = team
         self.link = Link(spec.name, spec.interface)
         self.handle = ActorHandle(self.link)

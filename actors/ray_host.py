@@ -134,9 +134,8 @@ class RayBody:
                 self._pidfd = os.pidfd_open(where.pid)
         return await connect_tcp(where.host, where.port, token=self._token)
 
-    async def connect_health(self) -> Connection | None:
-        if self._where is None:
-            return None
+    async def connect_health(self) -> Connection:
+        assert self._where is not None  # connected
         return await connect_tcp(self._where.host, self._where.health_port, token=self._token)
 
     async def wait_ended(self) -> End:

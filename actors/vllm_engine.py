@@ -84,6 +84,8 @@ class VLLMEngine:
     :param spec: its ``engine_args`` go to vLLM's AsyncEngineArgs by name and win over what is set here.
     """
 
+    resumes = True
+
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._running: Running | None = None

@@ -125,7 +125,16 @@ class Running:
         return EngineError(f"vLLM failed on this request: {sentence(exc.__cause__ or exc)}")
 
     def _prompt(self, request: GenerateRequest) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """vLLM's prompt, and how to tokenize it; it does that in a thread of its own."""
+        """vLLM's prompt, and how to tokenize it; it does that in a thread of its own, save for what goes on."""
+        prompt, tokenization = self._beginning(request)
+        if not request.resume:
+            return prompt, tokenization
+        begun = prompt.get("prompt_token_ids")
+        if begun is None:
+            begun = self.tokenizer.encode(prompt["prompt"], **(tokenization or {}))
+        return {"prompt_token_ids": [*begun, *request.resume]}, None
+
+    def _beginning(self, request: GenerateRequest) -> tuple[dict[str, Any], dict[str, Any] | None]:
         prompt = request.prompt
         if isinstance(prompt, str):
             return {"prompt": prompt}, None

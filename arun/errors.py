@@ -26,10 +26,13 @@ __all__ = (
     "ModelNotFound",
     "PayloadError",
     "PlacementError",
+    "PoolBusy",
     "PortInUse",
     "ProtocolError",
     "RemoteError",
+    "ReplicaLost",
     "RequestError",
+    "RequestQuarantined",
     "RunConflictError",
     "StoreError",
     "StreamRefused",
@@ -197,7 +200,12 @@ class PortInUse(ArunError, OSError):
 
 
 class EngineError(ArunError):
-    """Root of the errors of inference engines."""
+    """Root of the errors of inference engines.
+
+    :ivar request_id: of the request that failed, where it was one.
+    """
+
+    request_id: str | None = None
 
 
 class RequestError(EngineError, ValueError):
@@ -206,6 +214,18 @@ class RequestError(EngineError, ValueError):
 
 class EngineDead(EngineError):
     """The engine itself failed: every request on it has failed with it."""
+
+
+class PoolBusy(EngineError):
+    """A pool has as many waiting requests as it takes; the message has the numbers. Try again later."""
+
+
+class ReplicaLost(EngineError):
+    """The replica that answered a request was lost, and another one could not have gone on with the answer."""
+
+
+class RequestQuarantined(EngineError):
+    """Replica after replica was lost while it ran this request, so it is not tried again."""
 
 
 class ModelNotFound(EngineError):
