@@ -59,6 +59,9 @@ class HostOrder(msgspec.Struct, frozen=True, kw_only=True):
     sys_path: list[str]
     pythonpath: str | None
 
+    def __repr__(self) -> str:
+        return f"<HostOrder for {self.path}>"  # tracebacks may show local variables, and the token is a secret
+
     def write(self) -> bytes:
         """The order as it goes into the pipe: its length in 8 bytes, then msgpack."""
         body = msgspec.msgpack.encode(self)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -43,6 +44,7 @@ class AsyncioWire(asyncio.Protocol):
         self._end: BaseException | None = None
         # After it.
         self._scheduled = self._paused = self._finishing = False
+        self._resting = False  # reads nothing, because the peer sends too much that costs work
         self._finished = asyncio.Event()
         self._lost = asyncio.Event()
 
@@ -61,7 +63,7 @@ class AsyncioWire(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._carried is not None:
-            self._carried.received(data)
+            self._hand_over(data)
             return
         self._unread.append(data)
         if sum(map(len, self._unread)) > _UNREAD_BYTES:
@@ -147,13 +149,26 @@ class AsyncioWire(asyncio.Protocol):
     def _start(self) -> None:
         carried = self._carried
         assert carried is not None  # set by start
-        while self._unread:
-            carried.received(self._unread.popleft())
+        self._hand_over(b"".join(self._unread))  # the handshake's reader may hold more
+        self._unread.clear()
         if self._end is not None:
             self._tell_end(self._end)
         else:
-            self._transport.resume_reading()
+            if not self._resting:
+                self._transport.resume_reading()
             self.wake()
+
+    def _hand_over(self, data: bytes) -> None:
+        if self._carried is None or self._transport.is_closing():
+            return
+        pause = self._carried.received(data)
+        if pause is not None:
+            self._resting = True
+            self._transport.pause_reading()
+            self._loop.call_later(pause, self._hand_over, b"")
+        elif self._resting:
+            self._resting = False
+            self._transport.resume_reading()
 
     def _write_soon(self) -> None:
         self._scheduled = False
@@ -169,7 +184,8 @@ class AsyncioWire(asyncio.Protocol):
                 if self._finishing and not self._finished.is_set():
                     self._finished.set()
                     if transport.can_write_eof():
-                        transport.write_eof()
+                        with suppress(OSError):  # the peer has reset it, which connection_lost will tell
+                            transport.write_eof()
                 break
             transport.write(frame)
         carried.written()

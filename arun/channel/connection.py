@@ -11,6 +11,7 @@ import anyio
 from anyio.lowlevel import current_token
 
 from arun.channel.codec import FrameReader, decoder_for, encode_payload, largest_frame
+from arun.channel.limits import Budget
 from arun.channel.messages import End, Fail, SessionMessage
 from arun.channel.serving import Handler, Interrupt, serve
 from arun.channel.session import Allowed, Batch, Effects, Inbound, Outbound, Session
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 __all__ = ("Connection",)
 
 log = get_logger("arun.channel")
+
+# Seconds for which a peer that is over its budget is not read at a time.
+_LONGEST_PAUSE = 1.0
+# After so many frames of one peer, which may be tiny, others have their turn.
+_FRAMES_A_TURN = 256
 
 
 class Connection:
@@ -69,6 +75,7 @@ class Connection:
         self._reason: str | None = None
         self._broken = False
         self._discarding = False
+        self._budget = Budget(limits.disturbances, limits.streams, anyio.current_time())
         self._ending = anyio.Event()
         self._peer_done = anyio.Event()
         self._closed = anyio.Event()
@@ -215,20 +222,33 @@ class Connection:
 
     # For the wire.
 
-    def received(self, data: bytes) -> None:
-        """Bytes arrived."""
+    def received(self, data: bytes) -> float | None:
+        """Bytes arrived.
+
+        :returns: None, or seconds for which the wire shall read nothing more, and then call again with nothing.
+        """
         if self._discarding:
-            return
+            return None
         reader, session = self._reader, self.session
+        frames = 0
         try:
             reader.feed(data)
             while (messages := reader.next_frame()) is not None:
-                self._apply(session.receive(messages))
+                effects = session.receive(messages)
+                self._apply(effects)
+                if effects.disturbances:
+                    wait = self._budget.spend(effects.disturbances, anyio.current_time())
+                    if wait:
+                        return min(wait, _LONGEST_PAUSE)
+                frames += 1
+                if frames == _FRAMES_A_TURN:
+                    return 0.0
         except ProtocolError as exc:
             log.warning("connection.protocol_broken", peer=self.peer, error=str(exc))
             # Read on to the end without looking: closing a socket with unread bytes could lose our Goodbye.
             self._discarding = True
             self._end(f"protocol error: {exc}", exc)
+        return None
 
     def next_frame(self) -> bytes | None:
         """What to write next, or None when there is nothing to say."""

@@ -6,7 +6,7 @@ from msgspec import Struct
 
 from arun.errors import MisuseError
 
-__all__ = ("Limits",)
+__all__ = ("Budget", "Limits")
 
 
 class Limits(Struct, frozen=True, kw_only=True):
@@ -14,6 +14,8 @@ class Limits(Struct, frozen=True, kw_only=True):
 
     :ivar streams: streams served to the peer at once; a cancelled stream counts until its handler
         has cleaned up. Announced to the peer, whose ``open()`` refuses to go beyond it.
+    :ivar disturbances: Cancels of running handlers, and Pings, that are taken from the peer in a second; a peer that
+        sends more is read more slowly. As many as ``streams`` may come at once.
     :ivar message_bytes: largest payload (of a request or an item) taken from the peer, at least 1 MiB.
         Announced to the peer, which refuses to send a larger one.
     :ivar window_bytes: bytes that the peer may send on a stream ahead of its consumer; one item
@@ -26,6 +28,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     """
 
     streams: int = 1024
+    disturbances: int = 200
     message_bytes: int = 64 * 2**20
     window_bytes: int = 4 * 2**20
     send_buffer: int = 2**20
@@ -42,6 +45,7 @@ class Limits(Struct, frozen=True, kw_only=True):
 
 _RANGES: dict[str, tuple[float, float]] = {
     "streams": (1, 2**31 - 1),
+    "disturbances": (1, 2**31 - 1),
     # At least a frame of coalesced messages. At most so much that a Credit, 31 bits, can give back a
     # window and the message that overshot it.
     "message_bytes": (2**20, 2**30 - 1),
@@ -51,3 +55,31 @@ _RANGES: dict[str, tuple[float, float]] = {
     "half_open": (1, 2**31 - 1),
     "goodbye_timeout": (0.0, float("inf")),
 }
+
+
+class Budget:
+    """What a peer may cost without moving data: a starting sum that refills with time. No clock of its own.
+
+    Opening streams only to cancel them (HTTP/2's rapid reset), or asking for Pongs, keeps this side busy at next to no
+    cost for the peer. Limits on what is open at once do not help: each is gone at once. So it has to wait.
+
+    :param rate: units a second.
+    :param burst: units that it may spend at once.
+    """
+
+    __slots__ = ("_burst", "_left", "_rate", "_seen")
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._left = burst
+        self._seen = now
+
+    def spend(self, units: int, now: float) -> float:
+        """Take units, into debt if need be.
+
+        :returns: seconds until there is no debt.
+        """
+        self._left = min(self._burst, self._left + (now - self._seen) * self._rate) - units
+        self._seen = now
+        return max(0.0, -self._left / self._rate)

@@ -161,7 +161,7 @@ class Started(NamedTuple):
 class Effects:
     """What the shell must do after a frame or a loss."""
 
-    __slots__ = ("goodbye", "interrupted", "ready", "started")
+    __slots__ = ("disturbances", "goodbye", "interrupted", "ready", "started")
 
     def __init__(self) -> None:
         #: handlers to start
@@ -170,6 +170,8 @@ class Effects:
         self.ready: list[Inbound | Outbound] = []
         #: halves whose handler must be closed
         self.interrupted: list[Outbound] = []
+        #: messages that cost this side work and move no data, see `Budget`
+        self.disturbances = 0
         #: why the peer ends the connection
         self.goodbye: str | None = None
 
@@ -183,6 +185,7 @@ class Session:
     """
 
     __slots__ = (
+        "_breached",
         "_closing",
         "_credit_due",
         "_finished",
@@ -211,6 +214,8 @@ class Session:
         self._credit_due: dict[int, Inbound] = {}
         self._pong_due: int | None = None
         self._closing: Lost | None = None
+        #: what a frame has done that is not through, or broke the protocol
+        self._breached: Effects | None = None
 
     # The opener's side.
 
@@ -294,7 +299,7 @@ class Session:
 
         :raises ProtocolError: the peer broke the protocol; nothing of the connection can be trusted.
         """
-        effects = Effects()
+        effects = self._breached = Effects()
         for message in messages:
             if type(message) is Item:
                 self._on_items(message, 1, 0, message.payload, effects)
@@ -302,6 +307,7 @@ class Session:
                 self._on_items(message, *array_head(message.payloads), message.payloads, effects)
             else:
                 self._receive_control(message, effects)
+        self._breached = None
         return effects
 
     def _on_items(self, message: Item | Items, count: int, head: int, raw: Raw, effects: Effects) -> None:
@@ -339,6 +345,7 @@ class Session:
                 effects.ready.append(inbound)
             case Ping():
                 self._pong_due = message.number
+                effects.disturbances += 1
             case Pong():
                 raise ProtocolError(f"{self.peer} answered a Ping that was never sent")
             case Goodbye():
@@ -371,6 +378,7 @@ class Session:
             return
         if isinstance(message, Cancel):
             effects.interrupted.append(outbound)
+            effects.disturbances += 1
             return
         outbound.items_left += message.items
         outbound.bytes_left += message.bytes
@@ -405,9 +413,11 @@ class Session:
         Streams that the peer serves for us are cancelled too, so that it cleans up meanwhile. Calling it
         again changes nothing.
         """
-        effects = Effects()
         if self._closing is not None:
-            return effects
+            return Effects()
+        # A frame that breaks the protocol half way has had effects, which nobody was told.
+        effects = self._breached or Effects()
+        effects.started.clear()
         lost = Lost(reason, cause)
         for inbound in self._inbound.values():
             if inbound.state == "open":
@@ -416,7 +426,7 @@ class Session:
             inbound.outcome = lost
         self._credit_due.clear()
         self._closing = lost
-        effects.ready = [*self._inbound.values(), *self._outbound.values()]
+        effects.ready += [*self._inbound.values(), *self._outbound.values()]
         for outbound in self._outbound.values():
             if outbound.state == "open":
                 self._advance(outbound, outbound.id, Cancel)

@@ -35,6 +35,8 @@ log = get_logger("arun.channel")
 _DEFAULT_LIMITS = Limits()
 # After an accept() that failed, for example because the process has too many files open.
 _ACCEPT_PAUSE = 0.1
+# Seconds after a logged failure of a stranger in which others' are only counted.
+_QUIET_SECONDS = 1.0
 # Turns of asyncio's loop from an accept() to the protocol's connection_made.
 _ACCEPT_TURNS = 4
 # sizeof(sockaddr_un.sun_path) less the final zero, on Linux.
@@ -59,7 +61,9 @@ async def connect_tcp(
             return (await loop.create_connection(AsyncioWire, host, port, happy_eyeballs_delay=0.25))[1]
         return StreamWire(await anyio.connect_tcp(host, port))
 
-    return await _connect(dial, _tcp_name(host, port), Secret(token), handler, limits)
+    secret = Secret(token)
+    del token  # tracebacks may show local variables
+    return await _connect(dial, _tcp_name(host, port), secret, handler, limits)
 
 
 async def connect_unix(
@@ -74,7 +78,9 @@ async def connect_unix(
             return (await loop.create_unix_connection(AsyncioWire, os.fspath(path)))[1]
         return StreamWire(await anyio.connect_unix(path))
 
-    return await _connect(dial, name, Secret(token), handler, limits)
+    secret = Secret(token)
+    del token  # as above
+    return await _connect(dial, name, secret, handler, limits)
 
 
 async def serve_tcp(
@@ -93,6 +99,7 @@ async def serve_tcp(
             "name one address, such as 127.0.0.1 or the node's own"
         )
     secret, runtime = Secret(token), Runtime.current()
+    del token  # tracebacks may show local variables
     try:
         listener = await anyio.create_tcp_listener(local_host=host, local_port=port)
     except OSError as exc:
@@ -120,6 +127,7 @@ async def serve_unix(
     if len(os.fsencode(name)) > _UNIX_PATH_BYTES:
         raise MisuseError(f"{name!r} is longer than the {_UNIX_PATH_BYTES} bytes that a Unix socket's path may have")
     secret, runtime = Secret(token), Runtime.current()
+    del token  # tracebacks may show local variables
     await _refuse_taken_path(name)
     listener = await anyio.create_unix_listener(name, mode=0o600)
     return Server(listener, name, handler, secret, limits, runtime)
@@ -147,6 +155,8 @@ class Server:
         self._secret = secret
         self._limits = limits
         self._half_open = 0
+        # Strangers' failures since the last that was logged, and until when none is.
+        self._unlogged, self._quiet_until = 0, 0.0
         self._connections: set[Connection] = set()
         self._runtime = runtime
         self._accepting = runtime.start(self._accept_all, name=f"channel server {self._name}")
@@ -234,7 +244,7 @@ class Server:
     async def _accept(self, wire: Wire) -> None:
         peer = self._peer_name(wire)
         if self._half_open >= self._limits.half_open:
-            log.warning("authentication.refused", peer=peer, half_open=self._half_open)
+            self._warn("authentication.refused", peer=peer, half_open=self._half_open)
             await wire.aclose()
             return
         self._half_open += 1
@@ -242,7 +252,7 @@ class Server:
             with anyio.fail_after(self._limits.handshake_timeout):
                 agreed = await authenticate_client(wire, self._secret, peer, self._limits)
         except (ProtocolError, anyio.EndOfStream, anyio.BrokenResourceError, OSError) as exc:
-            log.warning("authentication.failed", peer=peer, error=repr(exc))
+            self._warn("authentication.failed", peer=peer, error=repr(exc))
             await wire.aclose()
             return
         except BaseException:
@@ -262,6 +272,15 @@ class Server:
             on_closed=self._connections.discard,
         )
         self._connections.add(connection)
+
+    def _warn(self, event: str, **details: object) -> None:
+        """Log a stranger's failure; of many in a short time the first, so that strangers can't fill the disk."""
+        now = anyio.current_time()
+        if now < self._quiet_until:
+            self._unlogged += 1
+            return
+        log.warning(event, **details, unlogged=self._unlogged)
+        self._quiet_until, self._unlogged = now + _QUIET_SECONDS, 0
 
     def _peer_name(self, wire: Wire) -> str:
         if isinstance(self.address, str):

@@ -22,8 +22,11 @@ __all__ = ("Carried", "StreamWire", "Wire")
 class Carried(Protocol):
     """The connection, as its wire sees it. Nothing here waits, and nothing raises."""
 
-    def received(self, data: bytes) -> None:
-        """Bytes arrived."""
+    def received(self, data: bytes) -> float | None:
+        """Bytes arrived.
+
+        :returns: None, or seconds for which the wire shall read nothing more, and then call this again with nothing.
+        """
 
     def next_frame(self) -> bytes | None:
         """What to write next, or None when there is nothing to say for now."""
@@ -125,7 +128,10 @@ class StreamWire:
     async def _read(self, carried: Carried) -> None:
         try:
             while True:
-                carried.received(await self._stream.receive())
+                pause = carried.received(await self._stream.receive())
+                while pause is not None:
+                    await anyio.sleep(pause)
+                    pause = carried.received(b"")
         except anyio.EndOfStream:
             carried.reached_end()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError, OSError) as exc:

@@ -96,6 +96,7 @@ class Universe:
         self._closed = False
         self._states: dict[Inbound | Outbound, str] = {}
         self._interrupted: set[Outbound] = set()
+        self._woken: set[Inbound | Outbound] = set()
 
     def run(self, ops: list[Op]) -> None:
         """Do these operations, as far as the connection lasts.
@@ -230,8 +231,10 @@ class Universe:
         for inbound in self.opened:
             if inbound.outcome is None:
                 raise Failure(f"stream {inbound.id} waits for ever")
-        if left := [outbound.id for outbound in self.serving if outbound.state == "open"]:
+        if left := [outbound.id for outbound in self.serving if outbound not in self._interrupted]:
             raise Failure(f"the handlers of {left} run on after the end")
+        if left := [inbound.id for inbound in self.opened if inbound not in self._woken]:
+            raise Failure(f"who waits for the items of {left} does so for ever")
 
     def _take_in(self, effects: Effects) -> None:
         for started in effects.started:
@@ -242,6 +245,8 @@ class Universe:
             if outbound in self._interrupted:
                 raise Failure(f"the handler of stream {outbound.id} was interrupted twice")
             self._interrupted.add(outbound)
+        # With an outcome, so that whoever waits finds the end when it wakes.
+        self._woken.update(half for half in effects.ready if getattr(half, "outcome", None) is not None)
         if effects.goodbye is not None:
             self.counts["goodbye"] += 1
             self._end(effects.goodbye)
