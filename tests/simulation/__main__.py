@@ -23,8 +23,9 @@ def main() -> int:
     if given.plant:
         return _find(given.plant, range(given.first, given.first + given.seeds))
 
-    from tests.simulation.runner import sweep
+    from tests.simulation.runner import quiet, sweep
 
+    quiet()
     swept = sweep(range(given.first, given.first + given.seeds), tuple(given.universe or ()), jobs=given.jobs)
     for (universe, path), count in sorted(swept.seen.items()):
         print(f"{count:8} {universe}: {path}")
@@ -40,8 +41,9 @@ def main() -> int:
 def _find(name: str, seeds: range) -> int:
     bug = PLANTS[name]
     plant(bug)
-    from tests.simulation.runner import sweep
+    from tests.simulation.runner import quiet, sweep
 
+    quiet()
     swept = sweep(seeds, (bug.universe,), jobs=1)
     for finding in swept.findings:
         print(f"{name!r} was found by seed {finding.seed}: {finding.error}")

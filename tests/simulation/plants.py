@@ -84,4 +84,90 @@ _CHANNEL = (
     ),
 )
 
-PLANTS: dict[str, Plant] = {bug.name: bug for bug in (*_CHANNEL,)}
+_LEDGER = (
+    Plant(
+        "reduce before ledger write",
+        "ledger",
+        "arun.parallel",
+        "    await entry.record()\n    return state",
+        "    import asyncio\n    asyncio.get_running_loop().create_task(entry.record())\n    return state",
+    ),
+    Plant(
+        "ledger write before reduce, which never sees it",
+        "ledger",
+        "arun.parallel",
+        "task.state.scoped(None).patched(entry.restored)",
+        "task.state.scoped(None)",
+    ),
+    Plant(
+        "cancelled subtask recorded",
+        "ledger",
+        "arun.parallel",
+        "    state = await _under_policy(task, handle, context, policy, entry)\n    await entry.record()\n",
+        "    import anyio\n"
+        "    try:\n"
+        "        state = await _under_policy(task, handle, context, policy, entry)\n"
+        "    finally:\n"
+        "        entry.changes = entry.changes or task.state\n"
+        "        with anyio.CancelScope(shield=True):\n"
+        "            await entry.record()\n",
+    ),
+    Plant(
+        "occurrence of a finished sibling used again",
+        "ledger",
+        "arun.ledger",
+        "        while known.next in known.finished:\n            known.next += 1\n",
+        "",
+    ),
+    Plant(
+        "one of the recorded siblings forgotten",
+        "ledger",
+        "arun.ledger",
+        "        known.left.extend(found)\n",
+        "        known.left.extend(found[1:])\n",
+    ),
+    Plant(
+        "sibling does not wait for the look-up",
+        "ledger",
+        "arun.ledger",
+        "            if known.loading is None:\n                return known\n            await known.loading.wait()\n",
+        "            return known\n",
+    ),
+    Plant(
+        "what is pending counted off too early",
+        "ledger",
+        "arun.journal",
+        "            self.pending -= len(found)",
+        "            self.pending = 0",
+    ),
+    Plant(
+        "retry runs again what finished",
+        "ledger",
+        "arun.ledger",
+        "        self._resuming = again or ledger.journal.pending > 0",
+        "        self._resuming = ledger.journal.pending > 0",
+    ),
+    Plant(
+        "write accepted without the lease",
+        "ledger",
+        "arun.store.memory",
+        '        if app.epoch != lease.epoch:\n            raise outdated(lease, f"epoch',
+        '        if False:\n            raise outdated(lease, f"epoch',
+    ),
+    Plant(
+        "close without aclose",
+        "ledger",
+        "arun.fanout",
+        "                    await close(source)  # noqa: ASYNC102 - the scope around it is shielded now\n",
+        "                    pass\n",
+    ),
+    Plant(
+        "reducer left early and the rest runs on",
+        "ledger",
+        "arun.fanout",
+        "        finally:\n            kernel.cancel()\n",
+        "        finally:\n            pass\n",
+    ),
+)
+
+PLANTS: dict[str, Plant] = {bug.name: bug for bug in (*_CHANNEL, *_LEDGER)}

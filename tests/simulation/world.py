@@ -12,6 +12,9 @@ __all__ = ("Violation", "World")
 
 T = TypeVar("T")
 
+#: A universe that does more goes round in a circle.
+MOST_EVENTS = 50_000
+
 
 class Violation(AssertionError):
     """An invariant doesn't hold."""
@@ -34,7 +37,8 @@ class World:
         self.log: list[tuple[Any, ...]] = []
         self.seen: set[str] = set()
         self._uniform = Random(f"{universe} {seed}").random
-        self._due: list[tuple[int, float, int, Callable[..., object], tuple[Any, ...]]] = []
+        # [tick, what decides among those of one tick, number, what happens or None if that was called off, arguments]
+        self._due: list[list[Any]] = []
         self._events = 0
 
     # What chance decides.
@@ -60,10 +64,16 @@ class World:
 
     # What happens.
 
-    def after(self, ticks: int, act: Callable[..., object], *args: Any) -> None:
-        """Let ``act(*args)`` happen so many ticks from now."""
+    def after(self, ticks: int, act: Callable[..., object], *args: Any) -> list[Any]:
+        """Let ``act(*args)`` happen so many ticks from now; returns what :meth:`forget` takes."""
         self._events += 1
-        heapq.heappush(self._due, (self.now + ticks, self._uniform(), self._events, act, args))
+        entry = [self.now + ticks, self._uniform(), self._events, act, args]
+        heapq.heappush(self._due, entry)
+        return entry
+
+    def forget(self, entry: list[Any]) -> None:
+        """Let it not happen."""
+        entry[3] = None
 
     def run(self, check: Callable[[], None], horizon: int) -> None:
         """Let everything happen that is due, and look after each event whether the invariants hold.
@@ -72,9 +82,12 @@ class World:
         """
         due = self._due
         while due:
-            self.now, _, _, act, args = heapq.heappop(due)
-            if self.now > horizon:
-                raise Violation(f"still going on at tick {horizon}: {act.__qualname__}{args}")
+            at, _, number, act, args = heapq.heappop(due)
+            if act is None:
+                continue
+            if at > horizon or number > MOST_EVENTS:
+                raise Violation(f"still going on at tick {self.now}, event {number}: {act.__qualname__}{args}")
+            self.now = at
             act(*args)
             check()
 
