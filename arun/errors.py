@@ -25,10 +25,13 @@ __all__ = (
     "ModelNotFound",
     "PayloadError",
     "PlacementError",
+    "PoolBusy",
     "PortInUse",
     "ProtocolError",
     "RemoteError",
+    "ReplicaLost",
     "RequestError",
+    "RequestQuarantined",
     "RunConflictError",
     "StoreError",
     "StreamRefused",
@@ -188,6 +191,18 @@ class RequestError(EngineError, ValueError):
 
 class EngineDead(EngineError):
     """The engine itself failed: every request on it has failed with it."""
+
+
+class PoolBusy(EngineError):
+    """A pool has as many waiting requests as it takes; the message has the numbers. Try again later."""
+
+
+class ReplicaLost(EngineError):
+    """The replica that answered a request was lost, and another one could not have gone on with the answer."""
+
+
+class RequestQuarantined(EngineError):
+    """Replica after replica was lost while it ran this request, so it is not tried again."""
 
 
 class ModelNotFound(EngineError):
