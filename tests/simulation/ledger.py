@@ -188,12 +188,12 @@ class Process:
             return
         if _consists_of(error, RunConflictError, Flaky) and not _consists_of(error, Flaky):
             if self.has_lease:
-                raise Violation(f"process {self.number} has the lease and was refused: {error}")
+                raise life.world.broken(f"process {self.number} has the lease and was refused: {error}")
             self._go_on()
             return
         flaky = _consists_of(error, Flaky)
         if not flaky and not isinstance(error, asyncio.CancelledError):
-            raise Violation(f"process {self.number} failed: {error!r}") from error
+            raise life.world.broken(f"process {self.number} failed: {error!r}") from error
         if flaky:
             world.sometimes("a run failed and another went on")
         self._go_on()
@@ -216,7 +216,7 @@ class Process:
             life.world.sometimes("a subtask was tried again")
         # What is recorded is not run again: those that run and those recorded are never more than there are.
         if self.running[item] + life.recorded[item] > life.wanted[item]:
-            raise Violation(
+            raise life.world.broken(
                 f"item {item}: {self.running[item]} run and {life.recorded[item]} are recorded of {life.wanted[item]}"
             )
 
@@ -233,9 +233,11 @@ class Process:
         life.world.note("sees", self.number, item)
         self.reduced[item] += 1
         if self.reduced[item] > life.wanted[item]:
-            raise Violation(f"item {item} was reduced {self.reduced[item]} times, there are {life.wanted[item]}")
+            raise life.world.broken(
+                f"item {item} was reduced {self.reduced[item]} times, there are {life.wanted[item]}"
+            )
         if self.reduced[item] > life.recorded[item]:
-            raise Violation(f"item {item} was reduced before it was recorded")
+            raise life.world.broken(f"item {item} was reduced before it was recorded")
 
 
 class SlowStore:
@@ -256,7 +258,7 @@ class SlowStore:
     async def _after_write(self) -> None:
         process = self._process
         if process.alive and not process.has_lease:
-            raise Violation(f"process {process.number} wrote without its lease")
+            raise self._process.life.world.broken(f"process {process.number} wrote without its lease")
         self._strike("killed between a write and its answer")
         await self._delay()
 
@@ -299,7 +301,7 @@ class SlowStore:
             life.recorded.clear()
             process.reduced.clear()
             if process.alive and process.running:
-                raise Violation(f"subtasks run on behind the step: {sorted(process.running)}")
+                raise self._process.life.world.broken(f"subtasks run on behind the step: {sorted(process.running)}")
         await self._after_write()
 
     async def record(
@@ -314,7 +316,7 @@ class SlowStore:
         await self._refused(inner.record(lease, parent, content, occurrence, delta, key))
         if durable:
             if twice:
-                raise Violation(f"recorded twice: {written}")
+                raise self._process.life.world.broken(f"recorded twice: {written}")
             self._recorded(written)
         await self._after_write()
 
@@ -323,10 +325,12 @@ class SlowStore:
         life.world.note("record", self._process.number, str(written))
         item = written.get("value")
         if item is None:
-            raise Violation(f"recorded though it has not ended: {written}")
+            raise self._process.life.world.broken(f"recorded though it has not ended: {written}")
         life.recorded[item] += 1
         if life.recorded[item] > life.ended[item]:
-            raise Violation(f"item {item} was recorded {life.recorded[item]} times and ended {life.ended[item]} times")
+            raise self._process.life.world.broken(
+                f"item {item} was recorded {life.recorded[item]} times and ended {life.ended[item]} times"
+            )
 
     async def recall(self, lease: Lease, parent: bytes, content: bytes) -> list[tuple[int, bytes]]:
         await self._delay()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from tests.simulation.planting import Plant
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection, wait
 
-__all__ = ("PLANTS",)
+from tests.simulation.planting import Plant, plant
+
+__all__ = ("PLANTS", "find_planted")
 
 _SESSION = "arun.channel.session"
 
@@ -170,4 +175,177 @@ _LEDGER = (
     ),
 )
 
-PLANTS: dict[str, Plant] = {bug.name: bug for bug in (*_CHANNEL, *_LEDGER)}
+_POOL = (
+    Plant(
+        "resume one too early",
+        "pool",
+        "actors.assignment",
+        "entry.epoch, entry.delivered, again)",
+        "entry.epoch, max(0, entry.delivered - 1), again)",
+    ),
+    Plant(
+        "resume one too late",
+        "pool",
+        "actors.assignment",
+        "entry.epoch, entry.delivered, again)",
+        "entry.epoch, entry.delivered + (entry.epoch > 0), again)",
+    ),
+    Plant(
+        "dead replica picked",
+        "pool",
+        "actors.assignment",
+        '            if replica.state == "ready"\n            and replica is not ward',
+        '            if replica.state in {"ready", "stopping"}\n            and replica is not ward',
+    ),
+    Plant(
+        "more in flight than the limit",
+        "pool",
+        "actors.assignment",
+        "            and len(replica.requests) < self._limit",
+        "            and len(replica.requests) <= self._limit",
+    ),
+    Plant(
+        "quarantine off by one",
+        "pool",
+        "actors.assignment",
+        "if entry.losses >= self._quarantine and entry.alone:",
+        "if entry.losses > self._quarantine and entry.alone:",
+    ),
+    Plant(
+        "a suspect gets company",
+        "pool",
+        "actors.assignment",
+        "            and replica is not ward\n            and not replica.suspect\n",
+        "            and replica is not ward\n",
+    ),
+    Plant(
+        "restart while draining",
+        "pool",
+        "actors.assignment",
+        "        known.restart = False\n",
+        "",
+    ),
+    Plant(
+        "drained replica gets requests",
+        "pool",
+        "actors.assignment",
+        '                known.state = "draining"',
+        "                pass",
+    ),
+    Plant(
+        "heartbeat from the wrong generation",
+        "pool",
+        "actors.assignment",
+        "return known if known is not None and known.generation == generation else None",
+        "return known",
+    ),
+    Plant(
+        "late item after re-route accepted",
+        "pool",
+        "actors.assignment",
+        "if entry is None or entry.epoch != epoch or not entry.running:\n            self.dead_letters",
+        "if entry is None or not entry.running:\n            self.dead_letters",
+    ),
+    Plant(
+        "loss told twice counted twice",
+        "pool",
+        "actors.assignment",
+        'if known is None or known.state not in {"starting", "ready", "draining"}:',
+        'if known is None or known.state not in {"starting", "ready", "draining", "stopping"}:',
+    ),
+    Plant(
+        "request lost with its replica",
+        "pool",
+        "actors.assignment",
+        "        else:\n            self._wait(entry)\n        return actions + self._assign()",
+        "        return actions + self._assign()",
+    ),
+    Plant(
+        "what can't be continued is",
+        "pool",
+        "actors.assignment",
+        '(entry.out and not entry.resumable and entry.reroute != "restart")',
+        "False",
+    ),
+    Plant(
+        "priority starvation",
+        "pool",
+        "actors.waiting",
+        "(interactive is None or self._since_batch >= _BATCH_SHARE - 1)",
+        "interactive is None",
+    ),
+    Plant(
+        "shed counted as done",
+        "pool",
+        "actors.assignment",
+        "            in_flight = sum(len(replica.requests) for replica in self._replicas.values())\n            raise",
+        "            self._new_waiting -= 1\n            in_flight = 0\n            raise",
+    ),
+    Plant(
+        "watchdog counts who is not waited for",
+        "pool",
+        "actors.assignment",
+        "elif replica.progressed or not any(entry.hungry for entry in replica.requests.values()):",
+        "elif replica.progressed or not replica.requests:",
+    ),
+    Plant(
+        "restart before the back-off is over",
+        "pool",
+        "actors.assignment",
+        "        if now < replica.restart_at:\n",
+        "        if False:\n",
+    ),
+    Plant(
+        "one restart too many",
+        "pool",
+        "actors.supervision",
+        "        if restarts >= supervisor.intensity:",
+        "        if restarts > supervisor.intensity:",
+    ),
+    Plant(
+        "restarts counted over a lifetime",
+        "pool",
+        "actors.supervision",
+        "        while self._times and now - self._times[0] >= self.supervisor.period:",
+        "        while False:",
+    ),
+)
+
+PLANTS: dict[str, Plant] = {bug.name: bug for bug in (*_CHANNEL, *_LEDGER, *_POOL)}
+
+
+def find_planted(names: Sequence[str], seeds: range, *, jobs: int | None = None) -> Iterator[tuple[str, str | None]]:
+    """Plant one bug after the other, each in a process of its own, and run its universe until something is found.
+
+    To be called in a process that has no threads and has not imported arun.
+
+    :return: each name with the first seed that found it and what that said; None if none did.
+    """
+    context = multiprocessing.get_context("fork")
+    left = list(reversed(names))
+    running: dict[Connection, tuple[str, multiprocessing.process.BaseProcess]] = {}
+    while left or running:
+        while left and len(running) < (jobs or os.cpu_count() or 1):
+            name = left.pop()
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_find_one, args=(PLANTS[name], seeds, theirs))
+            process.start()
+            theirs.close()
+            running[ours] = name, process
+        for ready in wait(list(running)):
+            assert isinstance(ready, Connection)
+            name, process = running.pop(ready)
+            try:
+                yield name, ready.recv()
+            finally:
+                ready.close()
+                process.join()
+
+
+def _find_one(bug: Plant, seeds: range, answer: Connection) -> None:
+    plant(bug)
+    from tests.simulation.runner import quiet, sweep
+
+    quiet()
+    found = sweep(seeds, (bug.universe,), jobs=1).findings
+    answer.send(f"seed {found[0].seed}: {found[0].error}" if found else None)

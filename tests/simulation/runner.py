@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -14,8 +13,8 @@ from typing import NamedTuple
 
 import structlog
 
-from tests.simulation import channel, ledger
-from tests.simulation.world import World
+from tests.simulation import channel, ledger, pool
+from tests.simulation.world import Violation, World
 
 __all__ = ("UNIVERSES", "Finding", "Swept", "play", "quiet", "replay", "sweep")
 
@@ -30,6 +29,7 @@ class Universe(NamedTuple):
 
 UNIVERSES: dict[str, Universe] = {
     "channel": Universe(channel.play, channel.PATHS),
+    "pool": Universe(pool.play, pool.PATHS),
     "ledger": Universe(ledger.play, ledger.PATHS, every=4),
 }
 
@@ -177,8 +177,11 @@ def _sweep_here(seeds: range, names: tuple[str, ...]) -> Swept:
             for path in world.seen:
                 seen[name, path] += 1
             if error is not None:
-                what = "".join(traceback.format_exception_only(error)).strip()
-                findings.append(Finding(name, seed, world.now, len(world.log), world.digest(), what))
+                findings.append(Finding(name, seed, world.now, len(world.log), world.digest(), _told(error)))
         if findings:
             break
     return Swept(universes, events, time.monotonic() - began, seen, findings)
+
+
+def _told(error: BaseException) -> str:
+    return str(error) if isinstance(error, Violation) else f"{type(error).__qualname__}: {error}"

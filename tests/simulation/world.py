@@ -30,7 +30,7 @@ class World:
     :ivar seen: rare paths that were taken, see :meth:`sometimes`.
     """
 
-    __slots__ = ("_due", "_events", "_uniform", "log", "now", "seen")
+    __slots__ = ("_broken", "_due", "_events", "_uniform", "log", "now", "seen")
 
     def __init__(self, universe: str, seed: int) -> None:
         self.now = 0
@@ -40,6 +40,7 @@ class World:
         # [tick, what decides among those of one tick, number, what happens or None if that was called off, arguments]
         self._due: list[list[Any]] = []
         self._events = 0
+        self._broken: Violation | None = None
 
     # What chance decides.
 
@@ -89,6 +90,8 @@ class World:
                 raise Violation(f"still going on at tick {self.now}, event {number}: {act.__qualname__}{args}")
             self.now = at
             act(*args)
+            if self._broken is not None:
+                raise self._broken
             check()
 
     # What is told.
@@ -101,9 +104,10 @@ class World:
         """A rare path was taken. Over many seeds each must have been, or they prove nothing about it."""
         self.seen.add(path)
 
-    def require(self, holds: bool, message: str) -> None:
-        if not holds:
-            raise Violation(message)
+    def broken(self, message: str) -> Violation:
+        """What to raise where an invariant doesn't hold; the universe ends with it, even if somebody catches it."""
+        self._broken = self._broken or Violation(message)
+        return self._broken
 
     def digest(self) -> str:
         """Hash of the log: equal where every event was."""
