@@ -30,11 +30,15 @@ setup: $(STAMP) ## install everything into .venv; the other targets do it by the
 demo: $(STAMP) ## ask a real model about real rows, and watch the partial reductions
 	@$(BIN)/arun demo $(ARGS)
 
+# The fast tests share the cores; a Ray or an engine takes them all for itself.
+FAST = $(BIN)/python -m pytest -n auto --dist worksteal -m "not ray and not engine" $(ARGS)
+SLOW = $(BIN)/python -m pytest -m "ray or engine" $(ARGS)
+
 test: $(STAMP) ## all tests: the fast ones, then those with a real Ray, then those with a real vLLM
-	$(BIN)/python -m pytest $(ARGS)
+	@$(FAST); fast=$$?; $(SLOW); slow=$$?; [[ $$fast =~ ^[05]$$ && $$slow =~ ^[05]$$ ]] # 5: ARGS chose none of these
 
 test-fast: $(STAMP) ## the tests that start neither Ray nor vLLM
-	$(BIN)/python -m pytest -m "not ray and not engine" $(ARGS)
+	$(FAST)
 
 SOURCES := $(wildcard arun actors examples tests docs)
 # examples/quickstart.py is what the README shows: it goes without types, to fit on a screen.
@@ -56,15 +60,12 @@ docs: $(STAMP) ## build the documentation into docs/_build/html
 	$(BIN)/sphinx-build -q -n -W --keep-going docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-# Benchmarks and soak runs are programs, not tests: they print what they measured and judge nothing.
-run-suite = if [ -f tests/$(1)/__main__.py ]; then $(BIN)/python -m tests.$(1) $(ARGS); \
-	else echo "This version has no tests/$(1)/__main__.py, so there is nothing to run."; fi
+# Benchmarks and soak runs are programs, not tests.
+bench: $(STAMP) ## measure; prints a table, and judges nothing
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
 
-bench: $(STAMP) ## measure; prints a table
-	@$(call run-suite,benchmarks)
-
-soak: $(STAMP) ## run for a long time under faults
-	@$(call run-suite,soak)
+soak: $(STAMP) ## random work under faults, half an hour for each program; ARGS="--seconds 60 kills"
+	@$(BIN)/python -m tests.soak $(ARGS)
 
 clean: ## remove caches and what was built; keeps .venv
 	rm -rf build dist docs/_build .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -5,7 +5,7 @@ Importing this imports neither Ray nor vLLM nor torch; what needs them imports t
 
 from __future__ import annotations
 
-from actors.actor import ActorHandle, ActorStream, actor
+from actors.actor import ActorHandle, ActorStream, actor, method
 from actors.bundles import Group, Placement, Reservation
 from actors.cluster import ActorInfo, Cluster, ClusterResources, NodeResources
 from actors.echo_engine import EchoEngine
@@ -21,16 +21,23 @@ from actors.engine import (
     Sampling,
     Usage,
 )
+from actors.lives import ActorHealth, ActorRestarted, ActorStarted, ActorStopped, GaveUp, Monitor
 from actors.local_cluster import LocalCluster
 from actors.models import demo_model, tiny_model
 from actors.pool import DeltaStream, EnginePool, PoolStats, ReplicaProgress, ReplicaStats
 from actors.ray_cluster import RayCluster
+from actors.supervision import Backoff, Supervisor
 from actors.vllm_engine import VLLMEngine
 
 __all__ = (
     "ActorHandle",
+    "ActorHealth",
     "ActorInfo",
+    "ActorRestarted",
+    "ActorStarted",
+    "ActorStopped",
     "ActorStream",
+    "Backoff",
     "ChatMessage",
     "Cluster",
     "ClusterResources",
@@ -43,9 +50,11 @@ __all__ = (
     "EngineLoad",
     "EnginePool",
     "EngineSpec",
+    "GaveUp",
     "GenerateRequest",
     "Group",
     "LocalCluster",
+    "Monitor",
     "NodeResources",
     "Placement",
     "PoolStats",
@@ -54,9 +63,11 @@ __all__ = (
     "ReplicaStats",
     "Reservation",
     "Sampling",
+    "Supervisor",
     "Usage",
     "VLLMEngine",
     "actor",
     "demo_model",
+    "method",
     "tiny_model",
 )

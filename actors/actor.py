@@ -15,33 +15,72 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from arun.errors import ActorDied, ChannelLost, MisuseError
+import anyio
+
+from actors.interface import ActorOptions, MethodOptions
+from actors.link import expired, to_send
+from arun.errors import ChannelLost, MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from actors.interface import Interface, Method
-    from arun.channel import Connection, Stream
+    from actors.interface import Method
+    from actors.link import Line, Link
+    from arun.channel import Stream
 
-__all__ = ("ActorHandle", "ActorStream", "actor")
+__all__ = ("ActorHandle", "ActorStream", "actor", "method")
 
 C = TypeVar("C", bound=type)
+F = TypeVar("F", bound="Callable[..., Any]")
 
 
-def actor(*, concurrency: int = 1) -> Callable[[C], C]:
-    """Say how many messages an actor class takes at a time; without it, one.
+def actor(*, concurrency: int = 1, mailbox: int = 1000, hung_after: float | None = None) -> Callable[[C], C]:
+    """Say how an actor class takes its messages; without it, one at a time.
 
     >>> @actor(concurrency=64)
     ... class Engine: ...
 
-    :raises MisuseError: ``concurrency`` is below 1.
+    :param concurrency: messages at a time.
+    :param mailbox: messages that may wait for their turn; the next one is refused with
+        :class:`~arun.errors.MailboxFull`.
+    :param hung_after: seconds that the event loop may stand still before the actor counts as hung and is killed; by
+        default a busy actor is left alone for as long as its process answers.
+    :raises MisuseError: a value is out of its range.
     """
     if concurrency < 1:
         raise MisuseError(f"@actor(concurrency={concurrency}): it must be at least 1")
+    if mailbox < 0:
+        raise MisuseError(f"@actor(mailbox={mailbox}): it must be at least 0")
+    if hung_after is not None and not hung_after > 0:
+        raise MisuseError(f"@actor(hung_after={hung_after}): it must be more than 0 seconds")
 
     def mark(cls: C) -> C:
-        cls.__arun_concurrency__ = concurrency  # type: ignore[attr-defined]  # read by interface.describe
+        cls.__arun_actor__ = ActorOptions(concurrency, mailbox, hung_after)  # type: ignore[attr-defined]  # read by interface.describe
         return cls
+
+    return mark
+
+
+def method(*, idempotent: bool = False, timeout: float | None = None) -> Callable[[F], F]:
+    """Say how a method of an actor is called; without it, once and for as long as it takes.
+
+    >>> class Catalogue:
+    ...     @method(idempotent=True, timeout=5.0)
+    ...     async def price(self, item: str) -> float: ...
+
+    :param idempotent: calling it twice is as good as once. A call in flight when the actor dies is then sent again to
+        the restarted actor, a stream only if it has given no item yet; other calls fail with
+        :class:`~arun.errors.ActorDied`.
+    :param timeout: seconds that a call may take, waiting for its turn and for a restart included; of a stream, each
+        item. Then it is cancelled in the actor and TimeoutError is raised.
+    :raises MisuseError: ``timeout`` is not above 0.
+    """
+    if timeout is not None and not timeout > 0:
+        raise MisuseError(f"@method(timeout={timeout}): it must be more than 0 seconds")
+
+    def mark(function: F) -> F:
+        function.__arun_method__ = MethodOptions(idempotent, timeout)  # type: ignore[attr-defined]  # read by interface.describe
+        return function
 
     return mark
 
@@ -53,7 +92,9 @@ class ActorHandle:
     TypeError at once for arguments that the method does not take; whatever the method raised, with its remote traceback
     as a note (:class:`~arun.errors.RemoteError` for types that can't be rebuilt here);
     :class:`~arun.errors.ActorDied` when the actor's process ended; :class:`~arun.errors.ChannelLost` when only
-    the connection to it did.
+    the connection to it did; :class:`~arun.errors.MailboxFull` when too many messages wait.
+
+    An actor that is started again keeps its handle: the next call goes to the new generation.
     """
 
     def __init__(self, link: Link) -> None:
@@ -81,112 +122,74 @@ class ActorHandle:
 class ActorStream:
     """The items of one streaming call. Starts at the call; drop, close or cancel it and the method is closed."""
 
-    __slots__ = ("_link", "_lost", "_stream")
+    __slots__ = ("_arguments", "_line", "_link", "_method", "_over", "_stream", "_taken")
 
     def __init__(self, link: Link, method: Method, arguments: dict[str, Any]) -> None:
         self._link = link
+        self._method = method
+        self._arguments = to_send(arguments)
+        self._line: Line | None = None
         self._stream: Stream[Any] | None = None
-        self._lost: ChannelLost | None = None
-        try:
-            self._stream = link.opened().open(method.name, arguments, item_type=method.item_type)
-        except ChannelLost as lost:  # told by __anext__, which can wait to hear how the actor ended
-            self._lost = lost
+        self._taken = False
+        self._over = False
+        if link.line is not None:
+            self._open(link.line)
 
     def __aiter__(self) -> ActorStream:
         return self
 
     async def __anext__(self) -> Any:
-        try:
-            if self._stream is None:
-                raise self._lost or StopAsyncIteration
-            return await self._stream.__anext__()
-        except ChannelLost as lost:
-            died = await self._link.death()
-            if died is None:
-                raise
-            raise died from lost
+        timeout = self._method.options.timeout
+        if timeout is None:
+            return await self._next()
+        with anyio.move_on_after(timeout):
+            return await self._next()
+        self.cancel()
+        raise expired(self._method, self._link)
 
     def cancel(self) -> None:
         """Ask the actor to close the method; does not wait."""
+        self._over = True
         if self._stream is not None:
             self._stream.cancel()
 
     async def aclose(self) -> None:
         """Close the method and wait until its clean-up has finished or the actor is gone."""
-        self._lost = None
+        self._over = True
         if self._stream is not None:
             await self._stream.aclose()
 
+    async def _next(self) -> Any:
+        while not self._over:
+            if self._stream is None or self._line is None:
+                self._open(await self._link.next_line())
+                continue
+            try:
+                item = await self._stream.__anext__()
+            except ChannelLost as lost:
+                stream_again = self._method.options.idempotent and not self._taken
+                await self._link.judge(self._line, lost, may_retry=stream_again)
+                self._stream = None
+            else:
+                self._taken = True
+                return item
+        raise StopAsyncIteration
 
-class Link:
-    """Client side of one actor: its connection, and how its process ended.
+    def _open(self, line: Line) -> None:
+        self._line = line
+        try:
+            self._stream = line.connection.open(self._method.name, self._arguments, item_type=self._method.item_type)
+        except ChannelLost:  # not sent, so the next generation may have it
+            self._stream = None
 
-    :ivar connection: None until the actor is connected to.
-    :ivar ended: how the process ended, as a phrase that continues "the actor"; None while it lives.
+
+def link_of(handle: object) -> Link:
+    """The link behind a handle.
+
+    :raises MisuseError: it is no handle.
     """
-
-    __slots__ = ("_pid", "_wait_ended", "connection", "ended", "interface", "name")
-
-    def __init__(
-        self,
-        name: str,
-        interface: Interface,
-        *,
-        pid: Callable[[], int | None],
-        wait_ended: Callable[[], Coroutine[Any, Any, None]],
-    ) -> None:
-        self.name = name
-        self.interface = interface
-        self._pid = pid
-        self.connection: Connection | None = None
-        self.ended: str | None = None
-        self._wait_ended = wait_ended
-
-    def opened(self) -> Connection:
-        """The connection.
-
-        :raises ChannelLost: there is none.
-        """
-        if self.connection is None or self.ended is not None:
-            raise ChannelLost(f"no connection to the {self.describe()}")
-        return self.connection
-
-    async def connect(self, connect: Callable[[], Coroutine[Any, Any, Connection]]) -> None:
-        try:
-            self.connection = await connect()
-        except ChannelLost as lost:
-            died = await self.death()
-            if died is None:
-                raise
-            raise died from lost
-
-    async def call(self, name: str, arguments: Any = None, *, result_type: Any = Any) -> Any:
-        try:
-            return await self.opened().call(name, arguments, result_type=result_type)
-        except ChannelLost as lost:
-            died = await self.death()
-            if died is None:
-                raise
-            raise died from lost
-
-    async def death(self) -> ActorDied | None:
-        """The error of a call that lost its connection, or None if the actor's process is not to blame."""
-        if self.ended is None:
-            if self.connection is not None and not self.connection.closed:
-                return None  # the method itself raised a ChannelLost of its own
-            await self._wait_ended()
-        if self.ended is None:
-            return None
-        return ActorDied(f"the {self.describe()} {self.ended}")
-
-    def describe(self) -> str:
-        """Who it is: ``actor 'counter' (Counter, pid 4711)``."""
-        pid = self._pid()
-        return f"actor {self.name!r} ({self.interface.class_name}{'' if pid is None else f', pid {pid}'})"
-
-
-def link_of(handle: ActorHandle) -> Link:
-    """The link behind a handle."""
+    if not isinstance(handle, ActorHandle):
+        raise MisuseError(f"{handle!r} is no handle of an actor; spawn() and get() return those")
     link: Link = object.__getattribute__(handle, "_arun_link")  # a handle's own attributes are its actor's methods
     return link
 
@@ -209,7 +212,7 @@ class _UnaryMethod(_Bound):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
         method = self._method
-        return self._link.call(method.name, method.bind(args, kwargs), result_type=method.item_type)
+        return self._link.call(method, method.bind(args, kwargs))
 
 
 class _StreamMethod(_Bound):

@@ -1,13 +1,16 @@
-"""Cluster: where actors live, told apart by nothing but how their processes are started.
-
-``LocalCluster`` and ``RayCluster`` are written against this page, and so is everything that uses them.
-"""
+"""Cluster: where actors live. All that kinds of clusters differ in is what they make bodies and reservations of."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 import msgspec
+
+from actors.finish import finish
+from actors.lives import ActorInfo
+from actors.roster import Roster
+from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     import builtins
@@ -15,29 +18,19 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from actors.actor import ActorHandle
+    from actors.body import Body
     from actors.bundles import Group, Placement, Reservation, Strategy
     from actors.engine import EngineSpec
+    from actors.interface import ActorSpec
+    from actors.lives import ActorHealth, Monitor
     from actors.pool import EnginePool, ReplicaProgress
+    from actors.supervision import RestartPolicy, Supervisor
 
-__all__ = ("ActorInfo", "Cluster", "ClusterResources", "NodeResources")
+__all__ = ("ActorInfo", "Cluster", "ClusterResources", "Isolation", "NodeResources")
 
+T = TypeVar("T")
 
-class ActorInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """One actor as ``cluster.list()`` shows it.
-
-    :ivar name: unique among the cluster's actors.
-    :ivar actor_class: qualified name of its class.
-    :ivar pid: process that it lives in, or None while that is being started.
-    :ivar address: where it listens: "unix:/path", "host:port" or "memory".
-    :ivar alive: whether its process runs.
-    """
-
-    name: str
-    actor_class: str
-    pid: int | None
-    address: str
-    alive: bool
+Isolation = Literal["process", "task"]
 
 
 class NodeResources(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,55 +87,126 @@ class ClusterResources(msgspec.Struct, frozen=True):
         return f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)}, {total.describe()}"
 
 
-class Cluster(Protocol):
-    """Starts actors, places them, knows them by name and ends them.
+class Cluster(ABC):
+    """Starts actors, places them, knows them by name, starts them again and ends them.
 
     An async context manager: leaving it, for whatever reason, stops every actor in reverse order of start and
     gives back every reservation. It holds no cancel scope, so it works as a fixture and in an ``AsyncExitStack``.
+
+    :param grace: seconds that ``on_stop`` gets before a process is killed.
+    :param silence: seconds after which an actor's process that does not even answer for its health is killed.
     """
+
+    def __init__(self, *, grace: float, silence: float) -> None:
+        self._grace = grace
+        self._roster = Roster(grace=grace, silence=silence)
+        self._reservations: list[Reservation] = []
+        self._closing: Background[None] | None = None
 
     async def spawn(
         self,
-        cls: type,
+        cls: type[T],
         /,
         *args: Any,
         name: str | None = None,
         concurrency: int | None = None,
         group: Group | None = None,
         env: Mapping[str, str] = {},
+        restart: RestartPolicy | None = None,
+        restarts: int | Supervisor | None = None,
+        get_if_exists: bool = False,
+        isolation: Isolation | None = None,
         **kwargs: Any,
-    ) -> ActorHandle:
-        """Start ``cls(*args, **kwargs)`` as an actor and return when its ``on_start`` has finished.
+    ) -> T:
+        """Start ``cls(*args, **kwargs)`` as an actor and return its handle when ``on_start`` has finished.
+
+        Type checkers take the handle for a ``cls``: it has the same methods, and those are awaitables and async
+        iterators already. At run time it is an :class:`~actors.actor.ActorHandle`.
 
         :param name: unique in this cluster; by default the class's name and a number.
         :param concurrency: messages at a time; by default what ``@actor(concurrency=)`` says, else 1.
         :param group: where to place it; by default anywhere.
         :param env: environment variables of its process, on top of this process's own.
+        :param restart: when it is started again in its place: "permanent": always; "transient": when it did not
+            end by itself with exit code 0; "temporary": never. By default "temporary", and "permanent" with
+            ``restarts``.
+        :param restarts: how often: a number is so many in 60 s (3 by default); a
+            :class:`~actors.supervision.Supervisor` says it in full, and one given to several actors supervises them
+            together.
+        :param get_if_exists: return the actor of this name, if there is one, instead of starting it.
+        :param isolation: "process" or "task"; by default the cluster's. Only a LocalCluster has tasks.
         :raises MisuseError: the class is no actor (the message names the method), the name is taken, the cluster is
             closed.
         :raises TypeError: the constructor does not take these arguments.
-        :raises ActorDied: the process ended before the actor was ready.
+        :raises ActorDied: the process ended before the actor was ready. A first start is not tried again.
         :raises Exception: what the constructor or ``on_start`` raised, with the remote traceback as a note.
         """
-        ...
+        launch = self._launcher(group=group, env=env, isolation=isolation)
+        handle = await self._roster.spawn(
+            cls,
+            args,
+            kwargs,
+            name=name,
+            concurrency=concurrency,
+            group=group,
+            restart=restart,
+            restarts=restarts,
+            get_if_exists=get_if_exists,
+            launch=launch,
+        )
+        return cast("T", handle)
 
-    async def stop(self, actor: ActorHandle) -> None:
-        """End an actor: its open calls fail, ``on_stop`` is awaited, the process ends (killed after a grace)."""
-        ...
+    async def stop(self, actor: object) -> None:
+        """End an actor: its open calls fail, ``on_stop`` is awaited, the process ends (killed after a grace).
 
-    async def get(self, name: str) -> ActorHandle:
+        :param actor: its handle or its name.
+        """
+        await self._roster.stop(actor)
+
+    @overload
+    async def get(self, name: str) -> Any: ...
+    @overload
+    async def get(self, name: str, cls: type[T]) -> T: ...
+    async def get(self, name: str, cls: type | None = None) -> Any:
         """Return the handle of a running actor.
 
+        :param cls: its class, so that type checkers know the methods; checked.
         :raises ActorNotFound: no actor of this cluster has that name; the message lists those there are.
         """
-        ...
+        return self._roster.get(name, cls)
 
+    def monitor(self, actor: object) -> Monitor:
+        """What happens to an actor: ``async for event in cluster.monitor(actor)``.
+
+        The latest event comes first, then each that follows: :class:`~actors.lives.ActorStarted`,
+        :class:`~arun.errors.ActorDied` (with ``reason`` and ``generation``), :class:`~actors.lives.ActorRestarted`,
+        :class:`~actors.lives.GaveUp` or :class:`~actors.lives.ActorStopped`, with which it ends.
+
+        :param actor: its handle or its name.
+        """
+        return self._roster.monitor(actor)
+
+    async def health(self, actor: object) -> ActorHealth:
+        """How an actor fares, also while its event loop is blocked: a thread of its own answers, within a second.
+
+        :param actor: its handle or its name.
+        """
+        return await self._roster.health(actor)
+
+    def list(self) -> builtins.list[ActorInfo]:
+        """Every actor of this cluster that was not stopped, in order of start."""
+        return self._roster.infos()
+
+    @abstractmethod
     async def reserve(self, placement: Placement) -> Reservation:
         """Reserve one group a replica.
 
         :raises PlacementError: the cluster can't hold it; raised at once where that is certain, else within seconds.
         """
-        ...
+
+    @abstractmethod
+    async def resources(self) -> ClusterResources:
+        """CPUs and GPUs of every node, in all and free."""
 
     def engines(
         self,
@@ -161,22 +225,41 @@ class Cluster(Protocol):
         :param max_in_flight: most requests in one replica at a time; more wait in order of arrival.
         :param on_progress: told about once a second how far the start of each replica is.
         """
-        ...
+        from actors.pool import EnginePool
 
-    async def resources(self) -> ClusterResources:
-        """CPUs and GPUs of every node, in all and free."""
-        ...
+        return EnginePool(
+            self,
+            spec,
+            replicas=replicas,
+            name=name,
+            cpus=cpus,
+            strategy=strategy,
+            max_in_flight=max_in_flight,
+            on_progress=on_progress,
+        )
 
     async def aclose(self) -> None:
         """Stop every actor, last started first, and give back every reservation. Idempotent, never cut short."""
-        ...
+        self._roster.closed = True
+        if self._closing is None:
+            self._closing = Runtime.current().start(self._close, name=f"close of {type(self).__name__}")
+        await finish(self._closing)
 
-    def list(self) -> builtins.list[ActorInfo]:
-        """Every actor of this cluster that was not stopped, in order of start."""
-        ...
-
-    async def __aenter__(self) -> Self: ...
+    async def __aenter__(self) -> Self:
+        return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        await self.aclose()
+
+    @abstractmethod
+    def _launcher(
+        self, *, group: Group | None, env: Mapping[str, str], isolation: Isolation | None
+    ) -> Callable[[ActorSpec], Body]:
+        """What makes the bodies of an actor's generations."""
+
+    async def _close(self) -> None:
+        await self._roster.stop_all()
+        for reservation in reversed(tuple(self._reservations)):
+            await reservation.release()

@@ -12,6 +12,7 @@ as it is told, and fails on demand. Needs no vLLM, torch or Ray, and runs on asy
 from __future__ import annotations
 
 import re
+import struct
 import zlib
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,9 +22,11 @@ import msgspec
 from actors.engine import (
     Delta,
     EngineLoad,
+    EngineMetrics,
     EngineSpec,
     GenerateRequest,
     Outcome,
+    Pooling,
     Prompt,
     Sampling,
     Tally,
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
 __all__ = ("EchoEngine", "EchoOptions")
+
+_NEEDS_A_MODEL = ("logprobs", "prompt_logprobs", "bad_words", "logit_bias", "allowed_token_ids", "structured_outputs")
+_EMBEDDING_SIZE = 16
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
@@ -64,7 +70,9 @@ class EchoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class EchoEngine:
     """Answers with the words of the prompt, and begins again until ``max_tokens`` with ``ignore_eos``.
 
-    Of a chat it repeats the last user message, of token ids the ids themselves, written as numbers.
+    Of a chat it repeats the last user message, of token ids the ids themselves, written as numbers. With ``n`` it says
+    the same that often. An embedding counts the words of the prompt, each in one of 16 places or of ``dimensions``.
+    What needs a model, such as log-probabilities, is refused by name.
 
     :param spec: its ``engine_args`` are :class:`EchoOptions`; ``max_model_len`` is counted in words.
     :raises MisuseError: an unknown option, or a value of the wrong type.
@@ -92,20 +100,30 @@ class EchoEngine:
             await self.check_health()
             text = _spoken(request.prompt)
             words = self._admit(text)
+            _refuse_what_needs_a_model(request)
             if self._options.hang_on is not None and self._options.hang_on in text:
                 await anyio.sleep_forever()
             pieces, finish_reason = _answer(words, request.sampling)
             await anyio.sleep(self._options.first_token_seconds)
+            if request.pooling is not None:
+                outcome = "finished"
+                yield Delta(usage=Usage(len(words), 0), embedding=_embedding(words, request.pooling))
+                return
+            answers = range(request.sampling.n)
             for piece in pieces[:-1]:
-                self._count_token()
-                yield Delta(piece, [_token_id(piece)])
+                for index in answers:
+                    self._count_token()
+                    yield Delta(piece, [_token_id(piece)], index)
                 await anyio.sleep(self._options.token_seconds)
             last = pieces[-1:]  # none when the answer begins with a stop string
-            for _ in last:
-                self._count_token()
-            outcome = "finished"
-            usage = Usage(prompt_tokens=len(words), completion_tokens=len(pieces))
-            yield Delta("".join(last), [_token_id(piece) for piece in last], finish_reason=finish_reason, usage=usage)
+            for index in answers:
+                for _ in last:
+                    self._count_token()
+                usage = None
+                if index == answers[-1]:
+                    outcome = "finished"
+                    usage = Usage(len(words), len(answers) * len(pieces))
+                yield Delta("".join(last), [_token_id(piece) for piece in last], index, finish_reason, usage)
         except EngineError:
             outcome = "failed"
             raise
@@ -118,6 +136,11 @@ class EchoEngine:
 
     def load(self) -> EngineLoad:
         return self._tally.load()
+
+    def metrics(self) -> EngineMetrics:
+        """Running requests and generated tokens; the rest needs a model."""
+        load = self._tally.load()
+        return EngineMetrics(running=load.in_flight, completion_tokens=load.tokens)
 
     async def stop(self) -> None:
         self._died = self._died or "the echo engine was stopped"
@@ -147,7 +170,7 @@ def _spoken(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     if is_chat(prompt):
-        return next((message.content for message in reversed(prompt) if message.role == "user"), "")
+        return next((message.content or "" for message in reversed(prompt) if message.role == "user"), "")
     return " ".join(str(token) for token in prompt)
 
 
@@ -175,3 +198,19 @@ def _answer(words: list[str], sampling: Sampling) -> tuple[list[str], str]:
 
 def _token_id(piece: str) -> int:
     return zlib.crc32(piece.encode())
+
+
+def _refuse_what_needs_a_model(request: GenerateRequest) -> None:
+    asked = [name for name in _NEEDS_A_MODEL if getattr(request.sampling, name) is not None]
+    asked += ["adapter"] if request.adapter is not None else []
+    asked += sorted(msgspec.to_builtins(request.chat)) if request.chat is not None else []
+    if asked:
+        raise RequestError(f"the echo engine has no model, so it can't do {', '.join(asked)}; use engine='vllm'")
+
+
+def _embedding(words: list[str], pooling: Pooling) -> bytes:
+    counts = [0.0] * (pooling.dimensions or _EMBEDDING_SIZE)
+    for word in words:
+        counts[_token_id(word.strip()) % len(counts)] += 1.0
+    length = sum(count * count for count in counts) ** 0.5 if pooling.normalize is not False else 1.0
+    return struct.pack(f"<{len(counts)}f", *(count / length for count in counts))

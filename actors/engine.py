@@ -17,43 +17,59 @@ from typing import Any, Literal, Protocol
 import anyio
 import msgspec
 
-from actors.answers import Completion, Delta, Usage
+from actors.answers import Choice, Completion, Delta, Embedding, Logprob, Usage
 from actors.requests import (
     ChatMessage,
+    ChatOptions,
     GenerateRequest,
     Lane,
+    Pooling,
     Prompt,
     PromptLike,
+    RequestOptions,
     Sampling,
     SamplingOptions,
+    StructuredOutputs,
     is_chat,
     is_tokens,
+    to_embed_request,
     to_prompt,
+    to_request,
 )
-from arun.errors import MisuseError
+from arun.errors import EngineError, MisuseError
 from arun.logs import get_logger
 
 __all__ = (
     "ChatMessage",
+    "ChatOptions",
+    "Choice",
     "Completion",
     "Delta",
+    "Embedding",
     "Engine",
     "EngineActor",
     "EngineInfo",
     "EngineLoad",
+    "EngineMetrics",
     "EngineSpec",
     "GenerateRequest",
     "Lane",
+    "Logprob",
     "Outcome",
+    "Pooling",
     "Prompt",
     "PromptLike",
+    "RequestOptions",
     "Sampling",
     "SamplingOptions",
+    "StructuredOutputs",
     "Tally",
     "Usage",
     "is_chat",
     "is_tokens",
+    "to_embed_request",
     "to_prompt",
+    "to_request",
 )
 
 log = get_logger("arun.engine")
@@ -98,6 +114,29 @@ class Tally:
         return EngineLoad(in_flight=in_flight, started=self.started, tokens=self.tokens, **self.ended)
 
 
+class EngineMetrics(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An engine's own view of its work; counts are since its start.
+
+    :ivar running: requests in the current batch; each answer of ``n`` counts.
+    :ivar waiting: requests that the scheduler has not started.
+    :ivar kv_cache_usage: share of the KV cache that is taken, 0 to 1.
+    :ivar prefix_queries: prompt tokens that were looked up in the prefix cache.
+    :ivar prefix_hits: those of them that were there.
+    :ivar preemptions: requests put back because the KV cache was full.
+    :ivar prompt_tokens: read, those from the prefix cache included.
+    :ivar completion_tokens: generated.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
 class EngineInfo(msgspec.Struct, frozen=True):
     """What an engine's actor knows about itself.
 
@@ -121,10 +160,14 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     :ivar max_model_len: most tokens of prompt and answer together; None takes the model's own.
     :ivar engine_args: passed on by name: to vLLM's AsyncEngineArgs, or EchoEngine's options.
     :ivar env: environment variables of the engine's process.
+    :ivar runner: ``"generate"`` for answers, ``"pooling"`` for embeddings.
+    :ivar adapters: LoRA adapters by the name that requests give; folders with ``adapter_config.json``.
     """
 
     model: str
     engine: str | type = "vllm"
+    runner: Literal["generate", "pooling"] = "generate"
+    adapters: dict[str, str] = {}
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     max_model_len: int | None = None
@@ -145,6 +188,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
             raise MisuseError(
                 f"there is no engine {self.engine!r}; use 'vllm', 'echo', or a class with Engine's methods"
             )
+        if self.runner not in {"generate", "pooling"}:
+            raise MisuseError(f"runner is {self.runner!r}; it must be 'generate' or 'pooling'")
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             if getattr(self, name) < 1:
                 raise MisuseError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -153,7 +198,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(Protocol):
-    """What an engine does. It is made as ``cls(spec)`` in the process that runs it."""
+    """What an engine does. It is made as ``cls(spec)`` in the process that runs it.
+
+    It may also have ``metrics() -> EngineMetrics``, ``async sleep(level)`` and ``async wake()``.
+    """
 
     async def start(self) -> None:
         """Load the model. :raises EngineError: with the cause in one sentence."""
@@ -228,5 +276,21 @@ class EngineActor:
     async def info(self) -> EngineInfo:
         return EngineInfo(os.getpid(), self._spec.model, self._start_seconds, self._engine.load())
 
+    async def metrics(self) -> EngineMetrics:
+        metrics: EngineMetrics = self._optional("metrics")()
+        return metrics
+
+    async def sleep(self, level: int = 1) -> None:
+        await self._optional("sleep")(level)
+
+    async def wake(self) -> None:
+        await self._optional("wake")()
+
     async def on_stop(self) -> None:
         await self._engine.stop()
+
+    def _optional(self, name: str) -> Any:
+        method = getattr(self._engine, name, None)
+        if method is None:
+            raise EngineError(f"{type(self._engine).__name__} has no {name}()")
+        return method

@@ -1,48 +1,32 @@
 """The actor's side: one object, its messages, its life. The same code in a process of ours, in Ray's, and in a task.
 
-``main()`` is what LocalCluster starts. The process reads a :class:`HostOrder` from stdin, listens on a
-Unix socket and writes one line to the status pipe when it does. From then on stdin says one thing only: at its end the
-actor is to stop, because its owner let go of it or died. Everything else, the outcome of the start included, goes
-over the channel.
+Everything, the outcome of the start included, goes over the channel.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import inspect
-import os
-import select
-import signal
-import sys
-import threading
-import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import msgspec
 
-from actors import pickling
-from arun.channel import serve_unix
-from arun.errors import MisuseError
-from arun.logs import get_logger
+from actors.call_chain import CHAIN, Chain, Turn, enter, refuse_cycle
+from arun.errors import MailboxFull, MisuseError
 from arun.runtime import Background, Runtime
-from arun.telemetry import configure_logging_as_parent
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from actors.interface import ActorSpec, Method
 
-__all__ = ("START", "Host", "HostOrder", "main")
+__all__ = ("START", "Host")
 
 START = "@start"
 """Method that starts an actor; answered when it is ready, or with the error that kept it from it.
 
 No class has a method of that name."""
-
-log = get_logger("actors.host")
 
 
 class Host:
@@ -107,6 +91,11 @@ class Host:
             return self._outcome()
         return self._serving.answer(method, payload)
 
+    def load(self) -> tuple[int, int, int]:
+        """Messages that run, that wait, and that may wait. From any thread."""
+        serving = self._serving
+        return (0, 0, 0) if serving is None else (serving.running, serving.waiting, serving.mailbox)
+
     async def _outcome(self) -> AsyncIterator[None]:
         self._asked.set()
         await self._started.wait()
@@ -122,32 +111,77 @@ class _Serving:
 
     def __init__(self, instance: object, spec: ActorSpec) -> None:
         self._callees = {name: _Callee(method, instance) for name, method in spec.interface.methods.items()}
-        self._turn = anyio.Semaphore(spec.interface.concurrency, fast_acquire=True)  # fair: in order of arrival
+        self._options = spec.interface.options
+        self._turns = anyio.Semaphore(self._options.concurrency, fast_acquire=True)  # fair: in order of arrival
         self._class_name = spec.interface.class_name
+        self._name = spec.name
+        self._key = spec.key
+        self.mailbox = self._options.mailbox
+        self.running = 0
+        self.waiting = 0
 
     async def answer(self, method: str, payload: msgspec.Raw) -> AsyncIterator[object]:
         callee = self._callees.get(method)
         if callee is None:
             raise MisuseError(f"{self._class_name} has no method {method!r}; it has {', '.join(self._callees)}")
-        args, kwargs = callee.arguments(payload)
+        args, kwargs, chain = callee.arguments(payload)
+        label = f"{self._name}.{method}"
+        if chain:
+            refuse_cycle(chain, self._key, label, self._options.concurrency)
+        turn = Turn((*chain, (self._key, label)))
+        enter(turn)
+        await self._first_turn(label)
+        turn.held = True
         if not callee.streaming:
-            async with self._turn:
+            try:
                 result = await callee.function(*args, **kwargs)
+            finally:
+                self._end_turn(turn)
             yield result
             return
         stream = callee.function(*args, **kwargs)
         try:
             while True:
-                async with self._turn:
+                try:
                     item = await anext(stream, _END)
+                finally:
+                    self._end_turn(turn)
                 if item is _END:
                     return
                 yield item
+                await self._next_turn(turn)
         finally:
             if stream.ag_frame is not None:  # it stands at a yield: its clean-up is a step like any other
                 with anyio.CancelScope(shield=True):
-                    async with self._turn:
+                    await self._next_turn(turn)
+                    try:
                         await stream.aclose()
+                    finally:
+                        self._end_turn(turn)
+
+    async def _first_turn(self, label: str) -> None:
+        if self._turns.value == 0 and self.waiting >= self._options.mailbox:
+            raise MailboxFull(
+                f"the mailbox of actor {self._name!r} is full: {self.waiting} messages wait for their turn, and "
+                f"{label} was not taken. Send fewer at a time, try again later, or give {self._class_name} a larger "
+                "@actor(mailbox=...) or concurrency"
+            )
+        self.waiting += 1
+        try:
+            await self._turns.acquire()
+        finally:
+            self.waiting -= 1
+        self.running += 1
+
+    async def _next_turn(self, turn: Turn) -> None:
+        await self._turns.acquire()
+        self.running += 1
+        turn.held = True
+
+    def _end_turn(self, turn: Turn) -> None:
+        turn.held = False
+        self.running -= 1
+        self._turns.release()
 
 
 _END = object()
@@ -164,163 +198,27 @@ class _Callee:
         self._method = method
         self._decoders = {name: msgspec.msgpack.Decoder(kind) for name, kind in method.argument_types.items()}
 
-    def arguments(self, payload: msgspec.Raw) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Decode what :meth:`Method.bind` gave to the caller.
+    def arguments(self, payload: msgspec.Raw) -> tuple[tuple[Any, ...], dict[str, Any], Chain]:
+        """Decode what :meth:`Method.bind` gave to the caller, and the chain of calls that the message comes from.
 
         :raises MisuseError: a value is not of its parameter's type.
         """
         bound = inspect.BoundArguments(self._method.signature, OrderedDict())
-        for name, raw in _NAMED.decode(payload).items():
+        named = _NAMED.decode(payload)
+        chain: Chain = _CHAIN.decode(named.pop(CHAIN)) if CHAIN in named else ()
+        for name, raw in named.items():
             try:
                 bound.arguments[name] = self._decoders[name].decode(raw)
             except msgspec.ValidationError as exc:
                 raise MisuseError(f"{self._method.label}: its argument {name} is wrong: {exc}") from exc
-        return bound.args, bound.kwargs
+        return bound.args, bound.kwargs, chain
 
 
 _NAMED = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
+_CHAIN = msgspec.msgpack.Decoder(list[tuple[str, str]])
 
 
 async def _lifecycle(instance: object, name: str) -> None:
     hook = getattr(instance, name, None)
     if hook is not None:
         await hook()
-
-
-class HostOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """What a host process is told on stdin, once.
-
-    :ivar blob: the pickled :class:`~actors.interface.ActorSpec`.
-    :ivar token: what callers must know.
-    :ivar path: of the Unix socket to listen on.
-    :ivar status_fd: where to write one line when it listens.
-    :ivar grace: seconds from the end of stdin to being killed.
-    :ivar sys_path: the owner's, so that the actor finds the modules that the owner finds.
-    :ivar pythonpath: PYTHONPATH as the actor's own child processes shall see it.
-    """
-
-    blob: bytes
-    token: bytes
-    path: str
-    status_fd: int
-    owner_pid: int
-    grace: float
-    sys_path: list[str]
-    pythonpath: str | None
-
-    def write(self) -> bytes:
-        """The order as it goes into the pipe: its length in 8 bytes, then msgpack."""
-        body = msgspec.msgpack.encode(self)
-        return len(body).to_bytes(8, "big") + body
-
-    @classmethod
-    def read(cls, fd: int) -> HostOrder:
-        """Read one order.
-
-        :raises EOFError: the writer went away first.
-        """
-        length = int.from_bytes(_read_exactly(fd, 8), "big")
-        return msgspec.msgpack.decode(_read_exactly(fd, length), type=cls)
-
-
-def main() -> None:
-    """Live as the process of one actor."""
-    configure_logging_as_parent()
-    try:
-        order = HostOrder.read(sys.stdin.fileno())
-    except EOFError:  # the owner died, or gave up, before it said what to do
-        sys.exit(1)
-    leash = _take_over_stdin()
-    os.set_inheritable(order.status_fd, False)
-    sys.path[:] = [*order.sys_path, *(entry for entry in sys.path if entry not in order.sys_path)]
-    _set_or_unset("PYTHONPATH", order.pythonpath)
-    try:
-        asyncio.run(_serve(order, leash))
-    finally:
-        _kill_what_the_actor_started()
-
-
-async def _serve(order: HostOrder, leash: int) -> None:
-    host = Host(lambda: pickling.loads(order.blob))
-    loop = asyncio.get_running_loop()
-    threading.Thread(
-        target=_watch_owner,
-        args=(leash, order.owner_pid, order.grace, lambda: loop.call_soon_threadsafe(host.stop)),
-        name="actors.host.leash",
-        daemon=True,
-    ).start()
-    server = await serve_unix(host.handle, path=order.path, token=order.token)
-    os.write(order.status_fd, b"listening\n")
-    os.close(order.status_fd)
-    host.begin(server.aclose)
-    try:
-        await host.wait_ended()
-    except Exception:
-        log.exception("actor.stop_failed")
-        sys.exit(1)
-
-
-def _watch_owner(leash: int, owner_pid: int, grace: float, stop: Callable[[], object]) -> None:
-    """Wait for the end of stdin or of the owner, ask for a stop, and kill after the grace.
-
-    In a thread, because a busy actor blocks its event loop. The owner is watched as well as stdin, because children
-    that it forked hold copies of stdin's other end.
-    """
-    poll = select.poll()
-    poll.register(leash, select.POLLIN | select.POLLHUP)
-    try:
-        poll.register(os.pidfd_open(owner_pid), select.POLLIN)
-        gone = os.getppid() != owner_pid  # it died before that, and the id may be somebody else's by now
-    except ProcessLookupError:
-        gone = True
-    if not gone:
-        poll.poll()
-    with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending already
-        stop()
-    time.sleep(grace)
-    _kill_process_group()
-
-
-def _take_over_stdin() -> int:
-    """Keep stdin's pipe for ourselves and leave /dev/null to the actor's code."""
-    leash = os.dup(0)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.close(null)
-    return leash
-
-
-def _kill_what_the_actor_started() -> None:
-    """End the others of this process's group. The owner does so too when it sees this end, if it lives."""
-    group = os.getpgid(0)
-    if group != os.getpid():  # started by hand: the group is somebody's shell
-        return
-    for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != group:
-            with contextlib.suppress(ProcessLookupError):
-                if os.getpgid(int(entry)) == group:
-                    os.kill(int(entry), signal.SIGKILL)
-
-
-def _kill_process_group() -> None:
-    """End this process and everything it started. A host leads a session of its own, unless it was started by hand."""
-    if os.getpgid(0) == os.getpid():
-        os.killpg(0, signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _read_exactly(fd: int, count: int) -> bytes:
-    data = bytearray()
-    while len(data) < count:
-        piece = os.read(fd, min(count - len(data), 1 << 20))
-        if not piece:
-            raise EOFError
-        data += piece
-    return bytes(data)
-
-
-def _set_or_unset(variable: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(variable, None)
-    else:
-        os.environ[variable] = value

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -18,12 +19,40 @@ import msgspec
 from arun.errors import MisuseError
 from arun.logs import get_logger
 
-__all__ = ("ActorSpec", "Interface", "Method", "describe", "specify")
+__all__ = ("ActorOptions", "ActorSpec", "Interface", "Method", "MethodOptions", "describe", "specify")
 
 log = get_logger("actors.interface")
 
 LIFECYCLE = ("on_start", "on_stop")
+_SPAWN_OPTIONS = (
+    "name",
+    "concurrency",
+    "group",
+    "env",
+    "restart",
+    "restarts",
+    "lifetime",
+    "get_if_exists",
+    "isolation",
+)
 _ASYNC_ITERATORS = (AsyncIterator, AsyncGenerator, AsyncIterable)
+
+
+@dataclass(frozen=True, slots=True)
+class ActorOptions:
+    """What :func:`actors.actor.actor` says about a class."""
+
+    concurrency: int = 1
+    mailbox: int = 1000
+    hung_after: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MethodOptions:
+    """What :func:`actors.actor.method` says about a method."""
+
+    idempotent: bool = False
+    timeout: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +64,7 @@ class Method:
     :ivar streaming: whether it is an async generator.
     :ivar argument_types: per parameter the type that its values are decoded to.
     :ivar item_type: type of the result, or of each item of a stream.
+    :ivar options: what ``@method`` says.
     """
 
     name: str
@@ -43,6 +73,7 @@ class Method:
     streaming: bool
     argument_types: Mapping[str, Any]
     item_type: Any
+    options: MethodOptions = MethodOptions()
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Match arguments to parameters, as a call would.
@@ -61,22 +92,26 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """The methods of an actor class and how many messages it takes at a time."""
+    """The methods of an actor class and what ``@actor`` says about it."""
 
     class_name: str
     methods: Mapping[str, Method]
-    concurrency: int
+    options: ActorOptions
 
 
 @dataclass(frozen=True, slots=True)
 class ActorSpec:
-    """One actor to be: its class, the constructor's arguments, what it offers."""
+    """One actor to be: its class, the constructor's arguments, what it offers.
+
+    :ivar key: tells it from every other actor, also from one of the same name in another cluster.
+    """
 
     name: str
     cls: type
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     interface: Interface
+    key: str
 
 
 def specify(
@@ -87,21 +122,21 @@ def specify(
     :raises MisuseError: the class is no actor.
     :raises TypeError: the constructor does not take these arguments.
     """
-    interface = describe(cls, concurrency=concurrency)
+    spec = ActorSpec(name, cls, args, kwargs, describe(cls, concurrency=concurrency), key=uuid.uuid4().hex)
     try:
         signature = inspect.signature(cls)
     except ValueError:  # a constructor written in C shows no signature; it will judge for itself
-        return ActorSpec(name, cls, args, kwargs, interface)
+        return spec
     try:
         signature.bind(*args, **kwargs)
     except TypeError as exc:
         hint = "".join(
             f" ({option}= is an option of spawn(); give the constructor's {option} by position)"
-            for option in ("name", "concurrency", "group", "env")
+            for option in _SPAWN_OPTIONS
             if option in signature.parameters and option not in kwargs
         )
         raise TypeError(f"{cls.__qualname__}: {exc}; its signature is {cls.__qualname__}{signature}{hint}") from None
-    return ActorSpec(name, cls, args, kwargs, interface)
+    return spec
 
 
 def describe(cls: type, *, concurrency: int | None = None) -> Interface:
@@ -112,9 +147,11 @@ def describe(cls: type, *, concurrency: int | None = None) -> Interface:
     """
     if not inspect.isclass(cls):
         raise MisuseError(f"{cls!r} is no class; spawn(Counter, 3) builds the object itself, in the actor's process")
-    at_once: int = getattr(cls, "__arun_concurrency__", 1) if concurrency is None else concurrency
-    if at_once < 1:
-        raise MisuseError(f"{cls.__qualname__}: concurrency is {at_once}; it must be at least 1")
+    options: ActorOptions = getattr(cls, "__arun_actor__", ActorOptions())
+    if concurrency is not None:
+        options = replace(options, concurrency=concurrency)
+    if options.concurrency < 1:
+        raise MisuseError(f"{cls.__qualname__}: concurrency is {options.concurrency}; it must be at least 1")
     methods = {
         name: _method(cls, name, function)
         for name, function in _functions(cls).items()
@@ -129,7 +166,7 @@ def describe(cls: type, *, concurrency: int | None = None) -> Interface:
             f"{cls.__qualname__} has no public method, so nobody could talk to it; an actor is a class with "
             "`async def` methods"
         )
-    return Interface(cls.__qualname__, methods, at_once)
+    return Interface(cls.__qualname__, methods, options)
 
 
 def _functions(cls: type) -> dict[str, Callable[..., Any]]:
@@ -168,6 +205,7 @@ def _method(cls: type, name: str, function: Callable[..., Any]) -> Method:
         streaming=streaming,
         argument_types=argument_types,
         item_type=item_type,
+        options=getattr(function, "__arun_method__", MethodOptions()),
     )
 
 

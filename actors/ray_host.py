@@ -11,11 +11,14 @@ import contextlib
 import os
 import re
 import secrets
-from typing import TYPE_CHECKING, Any
+import signal
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 
 from actors import pickling
+from actors.body import End
+from actors.health import HealthThread
 from actors.host import Host
 from arun.channel import Connection, connect_tcp, serve_tcp
 from arun.errors import ChannelLost
@@ -44,6 +47,16 @@ def import_ray() -> Any:
     return ray
 
 
+class Whereabouts(NamedTuple):
+    """Where a Ray actor of ours listens: for messages, and for questions about its health."""
+
+    host: str
+    port: int
+    health_port: int
+    pid: int
+    node: str
+
+
 class RayHost:
     """The class that Ray makes an actor of: a thin shell around the same :class:`~actors.host.Host` as everywhere."""
 
@@ -52,17 +65,21 @@ class RayHost:
         self._blob = blob
         self._host: Host | None = None
 
-    async def listen(self, token: bytes) -> tuple[str, int, int, str]:
-        """Listen on the node's address; the object is started over the channel.
-
-        :returns: host, port, pid, Ray's id of the node.
-        """
+    async def listen(self, token: bytes) -> Whereabouts:
+        """Listen on the node's address; the object is started over the channel."""
         ray = import_ray()
         host = ray.util.get_node_ip_address()
         self._host = Host(lambda: pickling.loads(self._blob))
+        health = HealthThread(lambda handler: serve_tcp(handler, token=token, host=host), self._host.load)
         server = await serve_tcp(self._host.handle, token=token, host=host)
         self._host.begin(server.aclose)
-        return host, int(server.address[1]), os.getpid(), ray.get_runtime_context().get_node_id()
+        return Whereabouts(
+            host,
+            int(server.address[1]),
+            int(health.wait_listening().address[1]),
+            os.getpid(),
+            ray.get_runtime_context().get_node_id(),
+        )
 
     async def wait_dead(self) -> None:
         """Never returns: the call fails when the process is gone."""
@@ -92,34 +109,44 @@ class RayBody:
             options |= _placed(group)
         self._name = spec.name
         self._actor: Any = ray.remote(RayHost).options(**options).remote(pickling.dumps(spec))
-        self._where: tuple[str, int] | None = None
-        self._pid: int | None = None
+        self._where: Whereabouts | None = None
+        self._token = secrets.token_bytes(32)
         self._pidfd: int | None = None
         self._end = Runtime.current().start(self._watch_end, name=f"Ray actor {spec.name}")
 
     @property
     def pid(self) -> int | None:
-        return self._pid
+        return None if self._where is None else self._where.pid
 
     @property
     def address(self) -> str:
-        return "" if self._where is None else "{}:{}".format(*self._where)
+        return "" if self._where is None else f"{self._where.host}:{self._where.port}"
 
     async def connect(self) -> Connection:
         ray = import_ray()
-        token = secrets.token_bytes(32)
         try:
-            host, port, pid, node = await self._actor.listen.remote(token)
+            where: Whereabouts = await self._actor.listen.remote(self._token)
         except ray.exceptions.RayActorError as exc:
             raise ChannelLost(f"Ray could not start the actor {self._name!r}: {exc}") from exc
-        self._where, self._pid = (host, port), pid
-        if node == ray.get_runtime_context().get_node_id():
+        self._where = where
+        if where.node == ray.get_runtime_context().get_node_id():
             with contextlib.suppress(ProcessLookupError):
-                self._pidfd = os.pidfd_open(pid)
-        return await connect_tcp(host, port, token=token)
+                self._pidfd = os.pidfd_open(where.pid)
+        return await connect_tcp(where.host, where.port, token=self._token)
 
-    async def wait_ended(self) -> str:
+    async def connect_health(self) -> Connection:
+        assert self._where is not None  # connected
+        return await connect_tcp(self._where.host, self._where.health_port, token=self._token)
+
+    async def wait_ended(self) -> End:
         return await self._end.wait()
+
+    def kill(self) -> None:
+        # Ray asks the process to end, which one that is stopped can't do; the kernel needs no answer.
+        if self._pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        import_ray().kill(self._actor, no_restart=True)
 
     async def stop(self, grace: float) -> None:
         ray = import_ray()
@@ -140,17 +167,17 @@ class RayBody:
             os.close(self._pidfd)
             self._pidfd = None
         if scope.cancelled_caught:
-            log.warning("actor.outlives_kill", actor=self._name, pid=self._pid, seconds=_KILL_TIMEOUT)
+            log.warning("actor.outlives_kill", actor=self._name, pid=self.pid, seconds=_KILL_TIMEOUT)
 
-    async def _watch_end(self) -> str:
+    async def _watch_end(self) -> End:
         ray = import_ray()
         try:
             await self._actor.wait_dead.remote()
         except ray.exceptions.RayError as exc:
             # Also when Ray only can't reach it any more: then this makes true what callers are told.
             ray.kill(self._actor, no_restart=True)
-            return _phrase(str(exc))
-        return "ended"
+            return End(_phrase(str(exc)), abnormal="INTENDED_USER_EXIT" not in str(exc))
+        return End("ended", abnormal=False)
 
 
 def _placed(group: Group) -> dict[str, Any]:

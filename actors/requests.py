@@ -12,28 +12,42 @@ from arun.errors import RequestError
 
 __all__ = (
     "ChatMessage",
+    "ChatOptions",
     "GenerateRequest",
     "Lane",
+    "Pooling",
     "Prompt",
     "PromptLike",
+    "RequestOptions",
     "Sampling",
     "SamplingOptions",
+    "StructuredOutputs",
+    "StructuredOutputsLike",
     "is_chat",
     "is_tokens",
+    "to_embed_request",
     "to_prompt",
+    "to_request",
 )
 
 Lane = Literal["interactive", "batch"]
 
 
-class ChatMessage(msgspec.Struct, frozen=True):
+class ChatMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """One turn of a chat.
 
-    :ivar role: ``"system"``, ``"user"`` or ``"assistant"``, as the model's chat template has them.
+    :ivar role: ``"system"``, ``"user"``, ``"assistant"`` or ``"tool"``, as the model's chat template has them.
+    :ivar content: None where an assistant only calls tools.
+    :ivar tool_calls: the tools that an assistant called, as OpenAI writes them.
+    :ivar tool_call_id: the call that a tool's message answers.
+    :ivar name: of the tool or speaker.
     """
 
     role: str
-    content: str
+    content: str | None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
 # Text, token ids, or the turns of a chat. One sequence type, because msgspec allows one array in a union;
@@ -41,7 +55,7 @@ class ChatMessage(msgspec.Struct, frozen=True):
 Prompt = str | Sequence[int | ChatMessage]
 
 # What a user may write for it.
-PromptLike = Prompt | Sequence[Mapping[str, str]]
+PromptLike = Prompt | Sequence[Mapping[str, Any]]
 
 
 def is_tokens(prompt: Prompt) -> TypeGuard[Sequence[int]]:
@@ -70,6 +84,34 @@ def to_prompt(prompt: PromptLike) -> Prompt:
     return checked
 
 
+class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What an answer must look like; exactly one field is given. Names and meanings are vLLM's.
+
+    :ivar json: a JSON schema, as a dict or as text.
+    :ivar regex: a regular expression that the whole answer matches.
+    :ivar choice: the answers to choose from.
+    :ivar grammar: a context-free grammar in EBNF.
+    :ivar json_object: any JSON object.
+    """
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: Annotated[list[str], msgspec.Meta(min_length=1)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
+        if len(given) != 1:
+            known = ", ".join(self.__struct_fields__)
+            raise ValueError(f"exactly one of {known} is needed; given are {', '.join(given) or 'none'}")
+
+
+# What a user may write for it: {"regex": ...}, {"json": schema or type}, or a type, whose JSON schema the answer
+# then follows: a msgspec Struct, a dataclass, a TypedDict or a pydantic model.
+StructuredOutputsLike = StructuredOutputs | Mapping[str, Any] | type
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How to choose tokens and when to stop; names and meanings are those of vLLM's SamplingParams.
 
@@ -82,6 +124,13 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     :ivar seed: of this request's own random generator.
     :ivar stop: strings that end the answer; they are not part of it unless ``include_stop_str_in_output``.
     :ivar ignore_eos: go on to ``max_tokens``.
+    :ivar n: answers to one prompt; each delta says by its index to which it belongs.
+    :ivar logprobs: how many of the most likely tokens to report with each token; 0 reports the token alone, -1 all.
+    :ivar prompt_logprobs: the same for the tokens of the prompt.
+    :ivar bad_words: never generated.
+    :ivar logit_bias: added to the logits of these token ids.
+    :ivar allowed_token_ids: no others are generated.
+    :ivar structured_outputs: what the answer must look like.
     """
 
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 16
@@ -99,6 +148,13 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    n: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
+    logprobs: Annotated[int, msgspec.Meta(ge=-1)] | None = None
+    prompt_logprobs: Annotated[int, msgspec.Meta(ge=-1)] | None = None
+    bad_words: list[str] | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, object]) -> Sampling:
@@ -108,11 +164,15 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
         """
         for name in options:
             if name not in cls.__struct_fields__:
-                near = difflib.get_close_matches(name, cls.__struct_fields__, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(cls.__struct_fields__)}"
+                known = (*cls.__struct_fields__, *RequestOptions.__annotations__)
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
                 raise RequestError(f"there is no sampling parameter {name!r}; {hint}")
+        given = {name: value for name, value in options.items() if value is not None}
+        if "structured_outputs" in given:
+            given["structured_outputs"] = _to_structured_outputs(given["structured_outputs"])
         try:
-            return msgspec.convert({name: value for name, value in options.items() if value is not None}, cls)
+            return msgspec.convert(given, cls)
         except msgspec.ValidationError as exc:
             raise RequestError(f"sampling parameters: {exc}") from None
 
@@ -141,15 +201,62 @@ class SamplingOptions(TypedDict, total=False):
     ignore_eos: bool
     skip_special_tokens: bool
     include_stop_str_in_output: bool
+    n: int
+    logprobs: int | None
+    prompt_logprobs: int | None
+    bad_words: list[str] | None
+    logit_bias: dict[int, float] | None
+    allowed_token_ids: list[int] | None
+    structured_outputs: StructuredOutputsLike | None
+
+
+class RequestOptions(SamplingOptions, total=False):
+    """What ``pool.generate()`` takes by name besides.
+
+    :ivar adapter: the LoRA adapter to answer with; one of the names in ``EngineSpec.adapters``.
+    :ivar tools: that the model may call, as OpenAI writes them; for chat messages, where the model's template has them.
+    :ivar chat_template: instead of the model's own, a Jinja template.
+    :ivar chat_template_kwargs: further variables of the template, for example ``{"enable_thinking": False}``.
+    :ivar continue_final_message: the answer goes on with the last message instead of beginning a new one.
+    """
+
+    adapter: str | None
+    tools: Sequence[Mapping[str, Any]] | None
+    chat_template: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    continue_final_message: bool
+
+
+class ChatOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How chat messages become one prompt; see :class:`RequestOptions`."""
+
+    tools: list[dict[str, Any]] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    continue_final_message: bool = False
+
+
+class Pooling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Ask for the prompt's embedding instead of its continuation.
+
+    :ivar dimensions: keep this many; for models trained so (Matryoshka). None keeps all.
+    :ivar normalize: to length 1. None is the model's own default.
+    """
+
+    dimensions: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    normalize: bool | None = None
 
 
 class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Ask an engine to continue ``prompt``.
+    """Ask an engine to continue ``prompt``, or, with ``pooling``, to embed it.
 
     :ivar request_id: unique among the requests that an engine has at one time.
     :ivar prompt: text, token ids (``list[int]``, length < max_model_len) or chat messages.
     :ivar lane: ``"interactive"`` goes before ``"batch"`` where the engine schedules by priority.
     :ivar priority: within a lane, lower goes first.
+    :ivar adapter: name of the LoRA adapter to answer with.
+    :ivar chat: how chat messages become one prompt.
+    :ivar pooling: embed instead; the one delta of the answer has the embedding.
     """
 
     request_id: str
@@ -157,3 +264,86 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     sampling: Sampling = Sampling()
     lane: Lane = "interactive"
     priority: int = 0
+    adapter: str | None = None
+    chat: ChatOptions | None = None
+    pooling: Pooling | None = None
+
+
+def to_request(
+    request_id: str,
+    prompt: PromptLike,
+    options: Mapping[str, object],
+    *,
+    lane: Lane = "interactive",
+    priority: int = 0,
+) -> GenerateRequest:
+    """Check a request as a user gives it.
+
+    :param options: fields of :class:`Sampling` and :class:`RequestOptions` by name; None counts as not given.
+    :raises RequestError: an unknown name (the message has the nearest known one) or a value out of range.
+    """
+    sampling = dict(options)
+    adapter = sampling.pop("adapter", None)
+    chat = {name: value for name in ChatOptions.__struct_fields__ if (value := sampling.pop(name, None)) is not None}
+    checked = to_prompt(prompt)
+    if chat and not is_chat(checked):
+        raise RequestError(f"{', '.join(chat)}: only chat messages have a template, and this prompt is none")
+    try:
+        return GenerateRequest(
+            request_id,
+            checked,
+            Sampling.of(sampling),
+            lane,
+            priority,
+            msgspec.convert(adapter, str | None),
+            msgspec.convert(chat, ChatOptions) if chat else None,
+        )
+    except msgspec.ValidationError as exc:
+        raise RequestError(f"request options: {exc}") from None
+
+
+def to_embed_request(
+    request_id: str,
+    prompt: PromptLike,
+    pooling: Mapping[str, object],
+    *,
+    lane: Lane = "interactive",
+    priority: int = 0,
+) -> GenerateRequest:
+    """Check a request for an embedding as a user gives it.
+
+    :param pooling: fields of :class:`Pooling` by name.
+    :raises RequestError: a value out of range.
+    """
+    try:
+        checked = msgspec.convert(pooling, Pooling)
+    except msgspec.ValidationError as exc:
+        raise RequestError(f"embed: {exc}") from None
+    return GenerateRequest(request_id, to_prompt(prompt), lane=lane, priority=priority, pooling=checked)
+
+
+def _to_structured_outputs(value: Any) -> StructuredOutputs:
+    if isinstance(value, StructuredOutputs):
+        return value
+    if not isinstance(value, Mapping):
+        return StructuredOutputs(json=_json_schema(value))
+    given = dict(value)
+    if "json" in given and not isinstance(given["json"], (str, Mapping)):
+        given["json"] = _json_schema(given["json"])
+    try:
+        return msgspec.convert(given, StructuredOutputs)
+    except msgspec.ValidationError as exc:
+        hint = "; a JSON schema goes under 'json'" if "type" in given or "properties" in given else ""
+        raise RequestError(f"structured_outputs: {exc}{hint}") from None
+
+
+def _json_schema(kind: Any) -> dict[str, Any]:
+    of_pydantic = getattr(kind, "model_json_schema", None)
+    try:
+        schema: dict[str, Any] = msgspec.json.schema(kind) if of_pydantic is None else of_pydantic()
+    except TypeError as exc:
+        raise RequestError(
+            f"structured_outputs: {kind!r} has no JSON schema ({exc}); give a Struct, a dataclass, a pydantic model, "
+            "or {'json': schema}, {'regex': ...}, {'choice': [...]}"
+        ) from None
+    return schema

@@ -1,72 +1,47 @@
-"""The actors of one cluster: their names, their order of start, and their ends.
-
-Both clusters keep theirs here; what differs between them is a ``Body``.
-"""
+"""The actors of one cluster: their names, their order of start, and their ends."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from actors.actor import ActorHandle, Link, link_of
-from actors.cluster import ActorInfo
-from actors.finish import finish
-from actors.host import START
+from actors.actor import link_of
 from actors.interface import ActorSpec, specify
+from actors.lives import Monitor
+from actors.member import Member
+from actors.supervision import Supervisor
+from actors.team import Team
 from arun.errors import ActorNotFound, MisuseError
-from arun.logs import get_logger
-from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Mapping
 
+    from actors.actor import ActorHandle
+    from actors.body import Body
     from actors.bundles import Group
-    from arun.channel import Connection
+    from actors.lives import ActorHealth, ActorInfo
+    from actors.supervision import RestartPolicy
 
-__all__ = ("Body", "Roster")
-
-log = get_logger("actors.roster")
-
-_DEATH_NOTICE = 5.0
-"""Seconds that a lost connection waits to hear that the process ended, before it counts as only that."""
-
-
-class Body(Protocol):
-    """Where one actor lives: a process of ours, a Ray actor, or a task. Made without waiting, so never half made."""
-
-    @property
-    def pid(self) -> int | None: ...
-
-    @property
-    def address(self) -> str: ...
-
-    async def connect(self) -> Connection:
-        """Wait until it listens and connect.
-
-        :raises ChannelLost: it ended first.
-        """
-        ...
-
-    async def wait_ended(self) -> str:
-        """Wait for its end and tell how, as a phrase that continues "the actor"."""
-        ...
-
-    async def stop(self, grace: float) -> None:
-        """Let ``on_stop`` run, then end it; after ``grace`` seconds by force. Never raises for the actor's sake."""
-        ...
+__all__ = ("Roster",)
 
 
 class Roster:
     """Starts, finds and ends the actors of one cluster.
 
     :param grace: seconds that ``on_stop`` gets before the process is killed; all actors together when everything ends.
+    :param silence: seconds without an answer of its health thread after which an actor is killed.
     """
 
-    def __init__(self, *, grace: float) -> None:
+    def __init__(self, *, grace: float, silence: float) -> None:
+        if not silence > 0:
+            raise MisuseError(f"silence={silence}: it must be more than 0 seconds")
         self._grace = grace
-        self._members: dict[str, _Member] = {}
+        self._silence = silence
+        self._members: dict[str, Member] = {}
+        self._teams: list[Team] = []
         self._numbers = itertools.count(1)
         self.closed = False
 
@@ -79,38 +54,50 @@ class Roster:
         name: str | None,
         concurrency: int | None,
         group: Group | None,
+        restart: RestartPolicy | None,
+        restarts: int | Supervisor | None,
+        get_if_exists: bool,
         launch: Callable[[ActorSpec], Body],
     ) -> ActorHandle:
-        """Start an actor in the body that ``launch`` makes. See :meth:`actors.cluster.Cluster.spawn`."""
+        """Start an actor in bodies that ``launch`` makes. See :meth:`actors.cluster.Cluster.spawn`."""
         if self.closed:
             raise MisuseError("this cluster is closed, so no actor can be started in it")
         if group is not None and group.released:
             raise MisuseError(f"{group!r} can't take an actor any more; reserve() again")
+        if get_if_exists:
+            existing = self._existing(cls, name)
+            if existing is not None:
+                return existing
         if name is None:
             name = f"{getattr(cls, '__name__', 'actor').lower()}-{next(self._numbers)}"
         if name in self._members:
-            raise MisuseError(f"an actor named {name!r} exists already; stop it first, or choose another name")
+            raise MisuseError(
+                f"an actor named {name!r} exists already; stop it first, choose another name, or pass "
+                "get_if_exists=True to have that one"
+            )
+        policy, team = self._supervision(restart, restarts)
         spec = specify(name, cls, args, kwargs, concurrency=concurrency)
-        member = self._members[name] = _Member(spec, launch(spec), group)
+        member = self._members[name] = Member(
+            spec, launch, group=group, policy=policy, team=team, grace=self._grace, silence=self._silence
+        )
         try:
             await member.start()
         except BaseException:
             await self._remove(member, self._grace)  # noqa: ASYNC102 - finish() lets no cancellation cut it short
             raise
-        log.debug("actor.started", actor=name, pid=member.body.pid, address=member.body.address)
         return member.handle
 
-    async def stop(self, handle: ActorHandle) -> None:
-        """End one actor. Stopping it again does nothing.
+    async def stop(self, actor: object) -> None:
+        """End one actor, given by handle or name. Stopping it again does nothing.
 
+        :raises ActorNotFound: no actor has that name.
         :raises MisuseError: it belongs to another cluster.
         """
-        for member in self._members.values():
-            if member.handle is handle:
-                await self._remove(member, self._grace)
-                return
-        if link_of(handle).ended is None:
-            raise MisuseError(f"{handle!r} is no actor of this cluster")
+        member = self._find(actor)
+        if member is not None:
+            await self._remove(member, self._grace)
+        elif link_of(actor).gone is None:
+            raise MisuseError(f"{actor!r} is no actor of this cluster")
 
     async def stop_all(self, groups: Container[Group | None] | None = None) -> None:
         """End the actors of these groups, or all; the last started first, all within one grace."""
@@ -118,77 +105,85 @@ class Roster:
         for member in reversed(list(self._members.values())):
             if groups is None or member.group in groups:
                 await self._remove(member, max(0.0, deadline - anyio.current_time()))
+        if groups is None:
+            for team in self._teams:
+                await team.settled()
 
-    def get(self, name: str) -> ActorHandle:
+    def get(self, name: str, cls: type | None = None) -> ActorHandle:
         """The handle of the actor with that name.
 
         :raises ActorNotFound: there is none.
+        :raises MisuseError: it is of another class.
         """
-        member = self._members.get(name)
-        if member is None:
-            names = ", ".join(repr(known) for known in self._members) or "none"
-            raise ActorNotFound(f"no actor is named {name!r}; this cluster has: {names}")
+        member = self._named(name)
+        if cls is not None and cls is not member.spec.cls:
+            raise MisuseError(f"the {member.link.describe()} is no {cls.__qualname__}")
         return member.handle
+
+    def monitor(self, actor: object) -> Monitor:
+        """What happens to an actor; see :meth:`actors.cluster.Cluster.monitor`."""
+        return Monitor(self._known(actor).chronicle)
+
+    async def health(self, actor: object) -> ActorHealth:
+        """How an actor fares; see :meth:`actors.cluster.Cluster.health`."""
+        return await self._known(actor).health()
 
     def infos(self) -> list[ActorInfo]:
         """Every actor that was not stopped, in order of start."""
         return [member.info() for member in self._members.values()]
 
-    async def _remove(self, member: _Member, grace: float) -> None:
+    def has(self, name: str) -> bool:
+        """Whether an actor of this cluster has that name."""
+        return name in self._members
+
+    def _existing(self, cls: type, name: str | None) -> ActorHandle | None:
+        if name is None:
+            raise MisuseError("get_if_exists=True needs name=...: only a name can exist already")
+        return self.get(name, cls) if name in self._members else None
+
+    def _supervision(
+        self, restart: RestartPolicy | None, restarts: int | Supervisor | None
+    ) -> tuple[RestartPolicy, Team | None]:
+        if restart not in {None, "permanent", "transient", "temporary"}:
+            raise MisuseError(f"restart={restart!r}: it must be 'permanent', 'transient' or 'temporary'")
+        policy: RestartPolicy = restart or ("temporary" if restarts is None else "permanent")
+        if isinstance(restarts, Supervisor):
+            for team in self._teams:
+                if team.supervisor is restarts:
+                    return policy, team
+        elif policy == "temporary":
+            if restarts:
+                raise MisuseError(f"restart='temporary' means no restart, so restarts={restarts} can have no effect")
+            return policy, None
+        supervisor = restarts if isinstance(restarts, Supervisor) else Supervisor()
+        team = Team(supervisor if not isinstance(restarts, int) else Supervisor(intensity=restarts))
+        self._teams.append(team)
+        return policy, team
+
+    def _find(self, actor: object) -> Member | None:
+        if isinstance(actor, str):
+            return self._named(actor)
+        link = link_of(actor)
+        return next((member for member in self._members.values() if member.link is link), None)
+
+    def _known(self, actor: object) -> Member:
+        member = self._find(actor)
+        if member is None:
+            raise MisuseError(f"{actor!r} is no actor of this cluster, or was stopped")
+        return member
+
+    def _named(self, name: str) -> Member:
+        member = self._members.get(name)
+        if member is None:
+            names = ", ".join(repr(known) for known in self._members) or "none"
+            raise ActorNotFound(f"no actor is named {name!r}; this cluster has: {names}")
+        return member
+
+    async def _remove(self, member: Member, grace: float) -> None:
         await member.stop(grace)
         if self._members.get(member.spec.name) is member:
             del self._members[member.spec.name]
-
-
-class _Member:
-    """One actor in the roster."""
-
-    def __init__(self, spec: ActorSpec, body: Body, group: Group | None) -> None:
-        self.spec = spec
-        self.body = body
-        self.group = group
-        self._link = Link(spec.name, spec.interface, pid=lambda: body.pid, wait_ended=self._notice_death)
-        self.handle = ActorHandle(self._link)
-        self._ended = anyio.Event()
-        self._stopping: Background[None] | None = None
-        self._watch = Runtime.current().start(self._watch_end, name=f"watch of actor {spec.name}")
-
-    async def start(self) -> None:
-        """Connect to the actor and wait until it is ready."""
-        await self._link.connect(self.body.connect)
-        await self._link.call(START)
-
-    async def stop(self, grace: float) -> None:
-        """End it. Every caller waits for the same end, and cancelling one does not cut that short."""
-        if self._stopping is None:
-            self._stopping = Runtime.current().start(self._stop, grace, name=f"stop of actor {self.spec.name}")
-        await finish(self._stopping)
-
-    def info(self) -> ActorInfo:
-        return ActorInfo(
-            name=self.spec.name,
-            actor_class=self.spec.interface.class_name,
-            pid=self.body.pid,
-            address=self.body.address,
-            alive=self._link.ended is None,
-        )
-
-    async def _stop(self, grace: float) -> None:
-        if self._link.ended is None:
-            self._link.ended = "was stopped"
-        await self.body.stop(grace)
-        if self._link.connection is not None:
-            with anyio.move_on_after(grace):
-                await self._link.connection.aclose()
-        self._watch.cancel()
-
-    async def _watch_end(self) -> None:
-        how = await self.body.wait_ended()
-        if self._link.ended is None:
-            self._link.ended = how
-            log.warning("actor.died", actor=self.spec.name, pid=self.body.pid, how=how)
-        self._ended.set()
-
-    async def _notice_death(self) -> None:
-        with anyio.move_on_after(_DEATH_NOTICE):
-            await self._ended.wait()
+        if member.team is not None and not member.team.members:
+            await member.team.settled()
+            with contextlib.suppress(ValueError):  # another stop was faster
+                self._teams.remove(member.team)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Self
 
-    from actors.actor import ActorHandle, ActorStream
+    from actors.actor import ActorStream
     from actors.engine import Delta, GenerateRequest, Outcome
 
 __all__ = ("DeltaStream", "Replica", "ReplicaState", "ReplicaStats", "Router")
@@ -67,7 +67,7 @@ class Replica:
     def __init__(self, number: int) -> None:
         self.number = number
         self.state: ReplicaState = "reserving bundles"
-        self.actor: ActorHandle | None = None
+        self.actor: Any = None
         self.pid: int | None = None
         self.start_seconds = 0.0
         self.cause = ""

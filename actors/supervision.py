@@ -88,10 +88,12 @@ class GiveUp(msgspec.Struct, frozen=True):
 
     :ivar reason: why, as a phrase that continues "it is not started again:".
     :ivar restarts: how many there were within the last period.
+    :ivar exhausted: the budget is used up; else the policy asks for no restart.
     """
 
     reason: str
     restarts: int
+    exhausted: bool = False
 
 
 class Restarts:
@@ -127,6 +129,7 @@ class Restarts:
                 f"it was restarted {restarts} time{'s' * (restarts != 1)}{lately}, and its supervisor allows "
                 f"{supervisor.intensity} in {supervisor.period:g} s",
                 restarts,
+                exhausted=True,
             )
         self._grow_backoff(now)
         self._times.append(now)

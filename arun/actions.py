@@ -47,6 +47,7 @@ __all__ = (
 
 A = TypeVar("A", bound="Action")
 Performed: TypeAlias = "tuple[Any, State]"
+_NO_INPUTS: Mapping[str, Any] = {}
 
 
 class Action:
@@ -65,6 +66,8 @@ class Action:
     version: str | int | None = None
     #: whether it does work itself, and not only through actions below it
     leaf: bool = True
+    #: whether it runs where its parent does, whatever the executor: its subtasks are what an executor is given
+    stays_here: bool = False
     #: whether its async generator gets a task of its own, so that it may yield inside task groups and cancel scopes
     hosted: bool = False
     _bound: Mapping[str, Any] = {}
@@ -263,9 +266,14 @@ class FunctionAction(Action):
         parameters = self._parameters
         kwargs = parameters.resolve(self.display_name, self._bound, inputs, context) if parameters.any else {}
         if self.kind == "coroutine":
-            return _result(await self.function(state, **kwargs), self.display_name, self.function)
+            returned = await self.function(state, **kwargs)
+            if isinstance(returned, State):
+                return None, returned
+            return _result(returned, self.display_name, self.function)
         if self.kind == "function" and not self.blocking and (context.threads is None or not context.threads.always):
             return _result(self.function(state, **kwargs), self.display_name, self.function)
+        if self.kind == "function":
+            return _result(await _in_thread(self.function, state, kwargs, context), self.display_name, self.function)
         return await _execute(self.function, self.kind, self.display_name, state, kwargs, context, hosted=self.hosted)
 
     def _check_bind(self, inputs: Mapping[str, Any]) -> None:
@@ -345,20 +353,21 @@ async def perform(
                 f"state[{key!r}] was changed in place while action {what.display_name!r} ran; siblings and earlier "
                 f"States share that object: return state.append({key}=...) or state.update({key}=<a new object>)"
             )
-    written, allowed = changes.written_keys(), what.allowed_writes
-    if not written <= allowed:
+    written, required = changes.written_keys(), what.required_writes
+    if not written <= what.allowed_writes:
         # What merge() and the like wrote back as it was is no change.
         changed = changes.differing_keys(state)
-        extra = ", ".join(repr(key) for key in changed if key not in allowed)
+        extra = ", ".join(repr(key) for key in changed if key not in what.allowed_writes)
         if extra:
             raise MisuseError(
                 f"action {what.display_name!r} wrote {extra}, which it does not declare "
                 f"(writes={list(what.writes)}); add it to writes, or return the State without it"
             )
-    for key in what.required_writes:
-        if key not in written and key not in state:
+    if not required <= written:
+        missing = next((key for key in sorted(required) if key not in written and key not in state), None)
+        if missing is not None:
             raise MisuseError(
-                f"action {what.display_name!r} declares writes={list(what.writes)} but did not write {key!r}; "
+                f"action {what.display_name!r} declares writes={list(what.writes)} but did not write {missing!r}; "
                 f"it wrote: {', '.join(written) or 'nothing'}"
             )
     return result, changes
@@ -384,25 +393,35 @@ async def within(
             capacity.release()
 
 
-async def take_step(
+def take_step(
     what: Action,
     state: State,
     context: ApplicationContext,
     commit: Callable[[State], Awaitable[None]] | None = None,
-) -> tuple[Any, State]:
+) -> Coroutine[Any, Any, Performed]:
     """As :func:`perform`, for a step of a graph: tells its start and its end to whoever listens.
 
     :param commit: awaited with what the action wrote before its end is told.
     """
+    if commit is None and not context.run.listening:
+        return perform(what, state, _NO_INPUTS, context)
+    return _told_step(what, state, context, commit)
+
+
+async def _told_step(
+    what: Action,
+    state: State,
+    context: ApplicationContext,
+    commit: Callable[[State], Awaitable[None]] | None,
+) -> Performed:
     listening = context.run.listening
     if listening:
         await context.emit(ActionStarted)
-    result, changes = await perform(what, state, {}, context)
+    result, changes = await perform(what, state, _NO_INPUTS, context)
     if commit is not None:
         await commit(changes)
-    if not listening:
-        return result, changes
-    await context.emit(ActionFinished, written=changes.delta.written)
+    if listening:
+        await context.emit(ActionFinished, written=changes.delta.written)
     return result, changes
 
 
@@ -454,7 +473,7 @@ async def _execute(
     *,
     hosted: bool,
 ) -> Performed:
-    collector = Collector(name, context, where(function))
+    collector = Collector(name, context, function)
     returned = await _call(function, kind, state, kwargs, collector, hosted=hosted)
     return collector.performed() if kind in {"async generator", "generator"} else _result(returned, name, function)
 
@@ -473,8 +492,7 @@ async def _call(
         return await function(state, **kwargs)
     context = collector.context
     if kind == "function":
-        call = functools.partial(function, state, **kwargs)
-        return await run_in_thread(call, label=context.label, threads=context.threads)
+        return await _in_thread(function, state, kwargs, context)
     if kind == "async generator":
         owner = Owner(context, context.checks) if context.checks is not None else None
         host = drive_hosted if hosted else drive
@@ -484,6 +502,12 @@ async def _call(
     iterate = functools.partial(function, state, **kwargs)
     await step_in_thread(iterate, collector.take, label=context.label, threads=context.threads)
     return collector.result
+
+
+def _in_thread(
+    function: Callable[..., Any], state: State, kwargs: Mapping[str, Any], context: ApplicationContext
+) -> Coroutine[Any, Any, Any]:
+    return run_in_thread(functools.partial(function, state, **kwargs), label=context.label, threads=context.threads)
 
 
 def _result(returned: Any, name: str, function: Callable[..., Any]) -> Performed:

@@ -150,7 +150,8 @@ class Application:
         """The action that the next step runs; None at the end."""
         if self._next is _UNKNOWN:
             assert self._position is not None
-            self._next = await self.graph.following(self._position, self._state)
+            following = self._wiring.graph.following(self._position, self._state)
+            self._next = following if following is None or isinstance(following, str) else await following
         return self.graph.actions[self._next] if self._next is not None else None
 
     def get_next_action(self) -> Action | None:
@@ -307,7 +308,7 @@ class Application:
             if stepped is None:
                 return RunResult(last, result, self._state)
             last, result, _ = stepped
-            if await self._halts(before):
+            if before and await self._halts(before):
                 return RunResult(await self.next_action(), None, self._state)
             if last.display_name in after:
                 return RunResult(last, result, self._state)
@@ -321,11 +322,13 @@ class Application:
     async def _step(self, run: Run, inputs: Mapping[str, Any]) -> tuple[Action, Any, State] | None:
         if self._next is _UNKNOWN:
             assert self._position is not None
-            self._next = await self.graph.following(self._position, self._state)
+            following = self._wiring.graph.following(self._position, self._state)
+            self._next = following if following is None or isinstance(following, str) else await following
         name = self._next
         if name is None:
             return None
-        action = self.graph.actions[name]
+        wiring = self._wiring
+        action, checks = wiring.graph.actions[name], wiring.checks
         if self._position is None:
             self._check_keys()
         context = ApplicationContext(
@@ -335,15 +338,15 @@ class Application:
             action_name=name,
             path=(),
             inputs=inputs,
-            resources=self._wiring.resources,
+            resources=wiring.resources,
             run=run,
+            checks=checks,
+            executor=wiring.executor,
         )
         commit = None
         if self._resumable is not None:
             context.ledger = self._resumable.ledger(name)
             commit = partial(self._resumable.commit, self._sequence_id, name)
-        context.executor = self._wiring.executor
-        context.checks = checks = self._wiring.checks
         owner = Owner(context, checks) if checks is not None else None
         own = self._context.copy()
         failure: BaseException | None = None

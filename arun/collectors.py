@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any, Final
 
@@ -9,6 +10,7 @@ from arun.context import ApplicationContext
 from arun.errors import MisuseError
 from arun.events import Item, Partial
 from arun.guards import Repeats, close_unused, shown, spelling
+from arun.signatures import where
 from arun.state import State
 
 __all__ = ("Collector", "ItemsOnly")
@@ -17,15 +19,15 @@ __all__ = ("Collector", "ItemsOnly")
 class Collector:
     """Takes what a generator yields: States are kept (and sent as Partials), everything else is sent as an Item.
 
-    :param where: the generator function, for errors.
+    :param function: the generator function, for errors.
     """
 
-    __slots__ = ("_repeats", "context", "name", "result", "state", "where")
+    __slots__ = ("_function", "_repeats", "context", "name", "result", "state")
 
-    def __init__(self, name: str, context: ApplicationContext, where: str) -> None:
+    def __init__(self, name: str, context: ApplicationContext, function: Callable[..., Any]) -> None:
         self.name = name
         self.context = context
-        self.where = where
+        self._function = function
         self.state: State | None = None
         self.result: Any = None
         checks = context.checks
@@ -43,7 +45,7 @@ class Collector:
             if state is not None:  # (result, State), as a function returns it: the result is no item
                 self.result, item = item, None
         elif type(item) in _NO_ITEMS:
-            raise _no_item(self.where, item)
+            raise _no_item(where(self._function), item)
         if self._repeats is not None:
             self._refuse_repeated(item, state)
         listening = self.context.run.listening
@@ -59,19 +61,20 @@ class Collector:
         if self.state is None:
             raise MisuseError(
                 f"action {self.name!r} ended without yielding a State; a generator's last State is its result: "
-                f"yield state.update(...) ({self.where})"
+                f"yield state.update(...) ({where(self._function)})"
             )
         return self.result, self.state
 
     def _refuse_repeated(self, item: Any, state: State | None) -> None:
         assert self._repeats is not None
         items, states = self._repeats
+        at = where(self._function)
 
         def tell(name: str) -> tuple[str, str, int]:
             what = f"state[{name!r}]" if name else f"the same {type(item).__name__}"
             return (
                 (
-                    f"{self.where} yielded {what} a second time, changed in place meanwhile; whoever kept the first "
+                    f"{at} yielded {what} a second time, changed in place meanwhile; whoever kept the first "
                     "sees only the last: yield a copy, for example list(answers)"
                 ),
                 "",

@@ -49,6 +49,16 @@ class Condition:
         """A Condition of any predicate (Burr's name for it)."""
         return cls(state_keys, resolver)
 
+    @staticmethod
+    def when(**fields: Any) -> Condition:
+        """:func:`arun.when`, by its name in Burr."""
+        return when(**fields)
+
+    @staticmethod
+    def expr(source: str) -> Condition:
+        """:func:`arun.expr`, by its name in Burr."""
+        return expr(source)
+
     @property
     def needed_keys(self) -> frozenset[str] | None:
         """The keys that it can read; None where that can be any."""

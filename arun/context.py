@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from arun.events import Event
 from arun.guards import Checks
 from arun.policies import Capacity
@@ -63,7 +65,7 @@ class Run:
             sink.put(kind(run_id=self.run_id, seq=self._seq, time=time.time(), **fields))
 
 
-class ApplicationContext:
+class ApplicationContext(msgspec.Struct, kw_only=True, eq=False):
     """Given to ``states``, ``actions`` and ``tasks`` as ``context`` and to any action as its parameter ``__context``.
 
     :ivar app_id: identifier of the application.
@@ -76,57 +78,30 @@ class ApplicationContext:
     :ivar ledger: where subtasks that finish below this action are recorded; None without a store.
     """
 
-    __slots__ = (
-        "action_name",
-        "app_id",
-        "attempt",
-        "beats",
-        "capacities",
-        "checks",
-        "executor",
-        "inputs",
-        "ledger",
-        "partition_key",
-        "path",
-        "resources",
-        "run",
-        "sequence_id",
-        "threads",
-    )
+    app_id: str
+    partition_key: str | None
+    sequence_id: int
+    action_name: str
+    path: tuple[str, ...]
+    inputs: Mapping[str, Any]
+    resources: Mapping[str, Any]
+    run: Run
+    ledger: Ledger | None = None
+    #: which attempt of the subtask above this is, 1 for the first
+    attempt: int = 1
+    #: tells the idle timeouts above that something was yielded
+    beats: tuple[Callable[[], None], ...] = ()
+    #: budgets that every leaf action below draws on
+    capacities: tuple[Capacity, ...] = ()
+    #: what the guard-rails look for; None for nothing
+    checks: Checks | None = None
+    #: where the subtasks below run; None: here
+    executor: Executor | None = None
+    #: how plain functions run in threads; None: as many at once as policies allow
+    threads: Threads | None = None
 
-    def __init__(
-        self,
-        *,
-        app_id: str,
-        partition_key: str | None,
-        sequence_id: int,
-        action_name: str,
-        path: tuple[str, ...],
-        inputs: Mapping[str, Any],
-        resources: Mapping[str, Any],
-        run: Run,
-    ) -> None:
-        self.app_id = app_id
-        self.partition_key = partition_key
-        self.sequence_id = sequence_id
-        self.action_name = action_name
-        self.path = path
-        self.inputs = inputs
-        self.resources = resources
-        self.run = run
-        self.ledger: Ledger | None = None
-        #: which attempt of the subtask above this is, 1 for the first
-        self.attempt = 1
-        #: tells the idle timeouts above that something was yielded
-        self.beats: tuple[Callable[[], None], ...] = ()
-        #: budgets that every leaf action below draws on
-        self.capacities: tuple[Capacity, ...] = ()
-        #: what the guard-rails look for; None for nothing
-        self.checks: Checks | None = None
-        #: where the subtasks below run; None: here
-        self.executor: Executor | None = None
-        #: how plain functions run in threads; None: as many at once as policies allow
-        self.threads: Threads | None = None
+    def __repr__(self) -> str:
+        return f"<ApplicationContext of {self.label}, application {self.app_id!r}>"
 
     @property
     def label(self) -> str:
@@ -140,37 +115,30 @@ class ApplicationContext:
 
         :param inputs: inputs for everything below, on top of the run's own.
         """
-        child = ApplicationContext(
-            app_id=self.app_id,
-            partition_key=self.partition_key,
-            sequence_id=self.sequence_id if sequence_id is None else sequence_id,
-            action_name=action_name,
-            path=(*self.path, *branch),
-            inputs={**self.inputs, **inputs} if inputs else self.inputs,
-            resources=self.resources,
-            run=self.run,
-        )
-        child.ledger = self.ledger
-        child.attempt = self.attempt
-        child.beats = self.beats
-        child.capacities = self.capacities
-        child.checks = self.checks
-        child.executor = self.executor
-        child.threads = self.threads
+        child = _copy(self)
+        child.action_name = action_name
+        child.path = (*self.path, *branch)
+        if sequence_id is not None:
+            child.sequence_id = sequence_id
+        if inputs:
+            child.inputs = {**self.inputs, **inputs}
         return child
 
     def with_executor(self, executor: Executor | None) -> ApplicationContext:
         """This context with another executor for what is below."""
-        copy = self.child(self.action_name)
-        copy.executor, copy.threads = executor, None
-        return copy
+        other = _copy(self)
+        other.executor, other.threads = executor, None
+        return other
 
     def with_threads(self, threads: Threads) -> ApplicationContext:
         """This context with another way to run plain functions."""
-        copy = self.child(self.action_name)
-        copy.threads = threads
-        return copy
+        other = _copy(self)
+        other.threads = threads
+        return other
 
     async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         """Send an event in the name of this action."""
         await self.run.emit(kind, action=self.action_name, path=self.path, attempt=self.attempt, **fields)
+
+
+_copy: Callable[[ApplicationContext], ApplicationContext] = ApplicationContext.__copy__  # type: ignore[attr-defined]  # msgspec has it

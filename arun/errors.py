@@ -19,6 +19,7 @@ __all__ = (
     "EngineDead",
     "EngineError",
     "GraphChangedError",
+    "MailboxFull",
     "MisuseError",
     "MisuseWarning",
     "MissingExtraError",
@@ -166,7 +167,24 @@ class RemoteError(ArunError):
 
 
 class ActorDied(ArunError):
-    """An actor's process ended while calls to it were in flight; says which actor and why."""
+    """An actor's process ended while calls to it were in flight, or is not there any more; says which actor and why.
+
+    ``cluster.monitor(actor)`` also gives it as an event.
+
+    :ivar actor: its name.
+    :ivar reason: how it ended, as a phrase that continues "the actor".
+    :ivar generation: which of its lives ended, from 1; every restart begins another.
+    """
+
+    def __init__(self, message: str, *, actor: str = "", reason: str = "", generation: int = 0) -> None:
+        super().__init__(message)
+        self.actor = actor
+        self.reason = reason
+        self.generation = generation
+
+
+class MailboxFull(ArunError):
+    """An actor has as many messages waiting as its mailbox holds; this one was not taken and may be sent again."""
 
 
 class ActorNotFound(ArunError, LookupError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 from arun.actions import Action, as_action
@@ -46,16 +46,12 @@ class Graph:
     def __repr__(self) -> str:
         return f"<Graph {', '.join(self.actions)}; {len(self.transitions)} transitions>"
 
-    async def following(self, name: str, state: State) -> str | None:
-        """The action after ``name``; None where no condition holds, which ends the run."""
-        for transition in self._by_source.get(name, ()):
-            condition = transition.condition
-            if condition is default:
-                return transition.to
-            holds = condition.resolver(state)
-            if holds is True or (holds is not False and await truth(holds)):
-                return transition.to
-        return None
+    def following(self, name: str, state: State) -> str | Awaitable[str | None] | None:
+        """The action after ``name``; None where no condition holds, which ends the run.
+
+        To be awaited only where a condition has to be, which spares the others a coroutine.
+        """
+        return _first(iter(self._by_source.get(name, ())), state)
 
     def reachable(self, entrypoint: str) -> set[str]:
         """Names of the actions that a run from ``entrypoint`` can get to."""
@@ -75,14 +71,26 @@ class Graph:
         selected: set[str] = set()
         for name in [names] if isinstance(names, str) else names:
             if name.startswith("@tag:"):
-                tagged = {n for n, a in self.actions.items() if name.removeprefix("@tag:") in a.tags}
-                if not tagged:
-                    raise MisuseError(f"{what}={name!r}: no action has that tag")
-                selected |= tagged
+                try:
+                    tagged = self.get_actions_by_tag(name.removeprefix("@tag:"))
+                except ValueError as exc:
+                    raise MisuseError(f"{what}={name!r}: {exc}") from None
+                selected.update(action.display_name for action in tagged)
             else:
                 self.check_name(name, what)
                 selected.add(name)
         return frozenset(selected)
+
+    def get_actions_by_tag(self, tag: str) -> list[Action]:
+        """The actions that have a tag, in the order in which they were added.
+
+        :raises ValueError: if there is none.
+        """
+        tagged = [action for action in self.actions.values() if tag in action.tags]
+        if not tagged:
+            tags = sorted({tag for action in self.actions.values() for tag in action.tags})
+            raise ValueError(f"tag {tag!r} was not found; the actions' tags are: {', '.join(tags) or 'none'}")
+        return tagged
 
     def check_name(self, name: str, what: str) -> None:
         """:raises MisuseError: if there is no action of that name."""
@@ -177,3 +185,23 @@ def check_entrypoint(graph: Graph, entrypoint: str) -> None:
             f"no transition leads from {entrypoint!r} to: {', '.join(sorted(unreachable))}; "
             "add a transition or remove the action"
         )
+
+
+def _first(transitions: Iterator[Transition], state: State) -> str | Awaitable[str | None] | None:
+    for transition in transitions:
+        condition = transition.condition
+        if condition is default:
+            return transition.to
+        holds = condition.resolver(state)
+        if holds is True:
+            return transition.to
+        if holds is not False:
+            return _decided(transition, holds, transitions, state)
+    return None
+
+
+async def _decided(transition: Transition, holds: Any, rest: Iterator[Transition], state: State) -> str | None:
+    if await truth(holds):
+        return transition.to
+    following = _first(rest, state)
+    return following if following is None or isinstance(following, str) else await following

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 import anyio
+import msgspec
 from anyio.lowlevel import current_token
 
 from arun.errors import MisuseError, SubtaskFailed, SubtaskSkipped
@@ -24,42 +25,30 @@ T = TypeVar("T")
 current_handle: ContextVar[Handle[Any] | None] = ContextVar("arun_current_handle", default=None)
 
 
-class Handle(Generic[T]):
+class Handle(msgspec.Struct, Generic[T], eq=False):
     """A started subtask. Await it for its result; ``outcome()`` never raises for the subtask's sake."""
 
-    __slots__ = (
-        "_awaiting",
-        "_ended",
-        "attempt",
-        "beat",
-        "describe",
-        "ordinal",
-        "outcome_now",
-        "parent",
-        "spec",
-        "token",
-    )
-
-    def __init__(self, spec: Any, ordinal: int, parent: Handle[Any] | None = None, token: object = None) -> None:
-        #: what the source yielded
-        self.spec = spec
-        #: 0, 1, 2, ... in the order in which the source yielded
-        self.ordinal = ordinal
-        #: the subtask that the whole fan-out is a part of
-        self.parent = parent
-        #: the event loop that it runs on
-        self.token = token
-        #: computes what a person calls this subtask; None calls it by its ordinal
-        self.describe: Callable[[], str] | None = None
-        #: attempts begun so far
-        self.attempt = 0
-        #: tells the idle timeout that the subtask has yielded something; None where there is no such timeout
-        self.beat: Callable[[], None] | None = None
-        #: the outcome, None while the subtask has not ended
-        self.outcome_now: Outcome[T] | None = None
-        self._ended: anyio.Event | None = None
-        # Made when first needed: most subtasks await no other.
-        self._awaiting: list[Handle[Any]] | None = None
+    #: what the source yielded
+    spec: Any
+    #: 0, 1, 2, ... in the order in which the source yielded
+    ordinal: int
+    #: the subtask that the whole fan-out is a part of
+    parent: Handle[Any] | None = None
+    #: the event loop that it runs on
+    token: object = None
+    #: computes what a person calls this subtask; None calls it by its ordinal
+    describe: Callable[[], str] | None = None
+    #: what its failure does; None: what the policy of the fan-out says
+    on_error: str | None = None
+    #: attempts begun so far
+    attempt: int = 0
+    #: tells the idle timeout that the subtask has yielded something; None where there is no such timeout
+    beat: Callable[[], None] | None = None
+    #: the outcome, None while the subtask has not ended
+    outcome_now: Outcome[T] | None = None
+    _ended: anyio.Event | None = None
+    # Made when first needed: most subtasks await no other.
+    _awaiting: list[Handle[Any]] | None = None
 
     def __repr__(self) -> str:
         return f"<Handle {self.label()} {'running' if self.outcome_now is None else self.outcome_now!r}>"

@@ -10,11 +10,11 @@ from typing import Any
 
 from arun.actions import Action, as_action
 from arun.errors import MisuseError, MisuseWarning
-from arun.guards import Owner, Yields, close_unused, shown, spelling, warn_at
-from arun.hosting import as_async_iterator, refuse
+from arun.guards import Checks, Owner, Yields, close_unused, shown, spelling, warn_at
+from arun.hosting import as_async_iterator, close, refuse
 from arun.state import State
 
-__all__ = ("corrected", "iterate", "maybe_await", "not_a_task", "note_made", "refusal", "warn_of_unyielded")
+__all__ = ("Source", "maybe_await", "not_a_task", "note_made", "refusal", "warn_of_unyielded")
 
 
 def not_a_task(owner: Action, task: Any) -> str:
@@ -49,29 +49,56 @@ async def maybe_await(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-async def iterate(produced: Any, owner: Action, method: str) -> AsyncIterator[Any]:
-    iterator = None if isinstance(produced, Mapping) else await as_async_iterator(produced)
-    if iterator is None:
-        hint = spelling(produced) or f"make it a generator: async def {method}(...): yield ..."
-        message = (
-            f"{type(owner).__qualname__}.{method} gave {shown(produced)}, which is no iterable of {method}; {hint}"
-        )
-        close_unused(produced)
-        raise MisuseError(message)
-    return iterator
+class Source:
+    """What ``states`` or ``actions`` gave: ``items`` to iterate over, each of which is to be looked at.
 
-
-async def corrected(one: Any, iterator: AsyncIterator[Any], yields: Yields | None, owner: Action, method: str) -> Any:
-    """What a source gives instead, once it has been told at its own ``yield`` what is wrong with what it gave.
-
-    :raises MisuseError: unless it catches that and goes on.
+    :ivar items: the async iterator.
     """
-    while True:
-        misuse = yields.look() if yields is not None else None
-        misuse = misuse or refusal(one, owner, method)
-        if misuse is None:
-            return one
-        one = await refuse(iterator, misuse, yields)
+
+    __slots__ = ("_kind", "_method", "_owner", "_yields", "items")
+
+    def __init__(self, items: AsyncIterator[Any], owner: Action, method: str, checks: Checks | None) -> None:
+        self.items = items
+        self._owner = owner
+        self._method = method
+        self._kind: type = Action if method == "actions" else State
+        self._yields = Yields.of(items, checks)
+
+    @classmethod
+    async def of(cls, produced: Any, owner: Action, method: str, checks: Checks | None) -> Source:
+        """:raises MisuseError: for what can't be iterated over."""
+        if inspect.isawaitable(produced):
+            produced = await produced
+        items = None if isinstance(produced, Mapping) else await as_async_iterator(produced)
+        if items is None:
+            hint = spelling(produced) or f"make it a generator: async def {method}(...): yield ..."
+            message = (
+                f"{type(owner).__qualname__}.{method} gave {shown(produced)}, which is no iterable of {method}; {hint}"
+            )
+            close_unused(produced)
+            raise MisuseError(message)
+        return cls(items, owner, method, checks)
+
+    def fine(self, one: Any) -> bool:
+        """Whether nothing can be wrong with an item; cheap."""
+        return isinstance(one, self._kind) and (self._yields is None or self._yields.fine())
+
+    async def corrected(self, one: Any) -> Any:
+        """What the source gives instead, once it has been told at its own ``yield`` what is wrong with an item.
+
+        :raises MisuseError: unless it catches that and goes on.
+        """
+        yields = self._yields
+        while True:
+            misuse = yields.look() if yields is not None else None
+            misuse = misuse or refusal(one, self._owner, self._method)
+            if misuse is None:
+                return one
+            one = await refuse(self.items, misuse, yields)
+
+    async def aclose(self) -> None:
+        """Close the generator that it is, if it is one."""
+        await close(self.items)
 
 
 def note_made(owner: Owner) -> int:

@@ -77,20 +77,33 @@ class State(Mapping[str, Any]):
     def append(self, **values: Any) -> State:
         """Append one value to each named list field; a missing field counts as empty.
 
-        :raises TypeError: if a field holds something else than a list.
+        :raises ValueError: if a field holds something else than a list.
         """
         return self._with({key: [*self._list(key, "append"), value] for key, value in values.items()})
 
     def extend(self, **values: Iterable[Any]) -> State:
         """Append all of several values to each named list field; a missing field counts as empty.
 
-        :raises TypeError: if a field holds something else than a list.
+        :raises ValueError: if a field holds something else than a list.
         """
         return self._with({key: [*self._list(key, "extend"), *more] for key, more in values.items()})
 
     def increment(self, **values: float) -> State:
-        """Add to each named number field; a missing field counts as 0."""
-        return self._with({key: self._get(key, 0) + by for key, by in values.items()})
+        """Add to each named number field; a missing field counts as 0.
+
+        :raises ValueError: if a field holds something else than a number.
+        """
+        sums: dict[str, Any] = {}
+        for key, by in values.items():
+            value = self._get(key, 0)
+            try:
+                sums[key] = value + by
+            except TypeError:
+                raise ValueError(
+                    f"increment({key}={by!r}): state[{key!r}] is non-integer, it holds a {type(value).__name__}; "
+                    "increment() needs numbers"
+                ) from None
+        return self._with(sums)
 
     def wipe(self, delete: Collection[str] | None = None, keep: Collection[str] | None = None) -> State:
         """Remove the keys in ``delete``, or all but those in ``keep``, or, given neither, all.
@@ -230,8 +243,13 @@ class State(Mapping[str, Any]):
         return state
 
     def _with(self, values: dict[str, Any]) -> State:
-        base, overlay = self._merged(values)
-        return self._new(base, overlay, self._changed | values if self._changed else values, self._scope, None)
+        changed = self._changed | values if self._changed else values
+        state = _blank(State)
+        state._base, state._overlay = self._merged(values)
+        state._changed = changed
+        state._scope = self._scope
+        state.action = None
+        return state
 
     def _merged(self, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         base, overlay = self._base, self._overlay | values
@@ -256,7 +274,10 @@ class State(Mapping[str, Any]):
     def _list(self, key: str, operation: str) -> list[Any]:
         value = self._get(key, [])
         if not isinstance(value, list):
-            raise TypeError(f"{operation}({key}=...) needs a list in state[{key!r}], it holds a {type(value).__name__}")
+            raise ValueError(
+                f"{operation}({key}=...): state[{key!r}] is non-{operation}able, it holds a {type(value).__name__}; "
+                f"{operation}() needs a list"
+            )
         return value  # pyright: ignore[reportUnknownVariableType]  # a field may hold a list of anything
 
     def _keys(self) -> list[str]:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import math
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Coroutine, Generator, Iterable
-from typing import Any, Final, Generic, TypeVar, cast
+from typing import Any, Final, Generic, Self, TypeVar, cast
 
 import anyio
 import anyio.from_thread
@@ -32,7 +31,6 @@ __all__ = ("Threads", "run_in_thread", "step_in_thread")
 
 T = TypeVar("T")
 log = get_logger("arun.threads")
-_unlimited: RunVar[anyio.CapacityLimiter] = RunVar("arun thread limiter")
 
 
 class Threads:
@@ -113,6 +111,28 @@ async def step_in_thread(
     await anyio.lowlevel.checkpoint_if_cancelled()
 
 
+class _Unlimited(anyio.CapacityLimiter):
+    """Lets everybody through at once, on any event loop. anyio's own takes a turn of the loop for it."""
+
+    def __new__(cls) -> Self:
+        return object.__new__(cls)
+
+    async def __aenter__(self) -> None:
+        pass
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        pass
+
+    async def acquire_on_behalf_of(self, borrower: object) -> None:
+        pass
+
+    def release_on_behalf_of(self, borrower: object) -> None:
+        pass
+
+
+_unlimited: Final = _Unlimited()
+
+
 class _Call(Generic[T]):
     """One call on a worker thread."""
 
@@ -146,12 +166,8 @@ class _Call(Generic[T]):
                 await receive(item)
 
     async def _run_unbounded(self) -> T:
-        limiter = _unlimited.get(None)
-        if limiter is None:
-            limiter = anyio.CapacityLimiter(math.inf)
-            _unlimited.set(limiter)
         try:
-            return await anyio.to_thread.run_sync(self._run, limiter=limiter, abandon_on_cancel=True)
+            return await anyio.to_thread.run_sync(self._run, limiter=_unlimited, abandon_on_cancel=True)
         except anyio.get_cancelled_exc_class():
             await self._wait_for_thread()  # noqa: ASYNC102 - it shields, and has a deadline
             raise

@@ -104,7 +104,7 @@ class FrameReader(Generic[M]):
         self._peer = peer
         self._buffer = bytearray()
         self._need = _LENGTH_BYTES
-        self._decoder: Decoder[list[M]] = Decoder(list[expected])
+        self._decoder: Decoder[list[M]] = decoder_for(list[expected])
         self._frame_bytes = frame_bytes
 
     def switch(self, expected: Any, frame_bytes: int) -> FrameReader[Any]:

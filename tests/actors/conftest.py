@@ -41,9 +41,9 @@ async def cluster(kind: str) -> AsyncIterator[Cluster]:
         yield cluster
 
 
-def make_cluster(kind: str) -> Cluster:
+def make_cluster(kind: str, **options: float) -> Cluster:
     if kind == "ray":
         from actors.ray_cluster import RayCluster
 
-        return RayCluster.connect()
-    return LocalCluster(isolation="task" if kind == "task" else "process", cpus=4, gpus=2)
+        return RayCluster.connect(**options)  # type: ignore[arg-type]  # options that both have
+    return LocalCluster(isolation="task" if kind == "task" else "process", cpus=4, gpus=2, **options)

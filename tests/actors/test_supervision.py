@@ -93,7 +93,7 @@ def test_giving_up_says_how_many_restarts_in_what_time():
     restarts.died(11.0)
     verdict = restarts.died(12.5)
     assert verdict == GiveUp(
-        "it was restarted 2 times in the last 2.5 s, and its supervisor allows 2 in 60 s", restarts=2
+        "it was restarted 2 times in the last 2.5 s, and its supervisor allows 2 in 60 s", restarts=2, exhausted=True
     )
 
 

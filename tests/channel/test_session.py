@@ -6,7 +6,6 @@ from collections import deque
 
 import msgspec
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
@@ -200,7 +199,6 @@ class Universe(RuleBasedStateMachine):
 
 
 TestUniverse = Universe.TestCase
-TestUniverse.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 
 
 def served(core: Session, window=10, window_bytes=1000, stream=1):

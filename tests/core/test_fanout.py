@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from arun import Failed, MisuseError, Ok, Policy, fan_out
@@ -259,7 +259,6 @@ async def test_a_refused_argument_is_refused_once() -> None:
 
 
 @given(st.lists(st.integers(0, 5), max_size=30), st.integers(1, 6), st.integers(0, 30))
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_in_the_order_yielded_it_is_a_plain_loop_and_left_at_any_time_it_is_clean(
     turns: list[int], limit: int, leave: int
 ) -> None:

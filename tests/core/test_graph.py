@@ -70,7 +70,10 @@ def test_graphs_can_be_joined() -> None:
         ),
         (lambda: ApplicationBuilder().with_actions(count).with_entrypoint("counts").build(), "did you mean 'count'?"),
         (lambda: RunnableGraph(builder().build(), "count"), "no transition leads from 'count' to: show"),
-        (lambda: builder().build().select(["@tag:no"], what="halt_after"), "no action has that tag"),
+        (
+            lambda: builder().build().select(["@tag:no"], what="halt_after"),
+            "tag 'no' was not found; the actions' tags are: counts",
+        ),
         (lambda: builder().build().select("sho", what="halt_before"), "halt_before names 'sho'"),
     ],
 )
@@ -85,3 +88,19 @@ def test_a_sub_graph_reads_what_it_does_not_write_and_writes_all_that_is_written
     assert (inner.name, inner.reads, inner.writes) == ("count", [], ["n", "shown"])
     assert RunnableGraph.create(inner) is inner
     assert RunnableGraph.create(show).reads == ["n"]
+
+
+def test_actions_are_found_by_their_tags() -> None:
+    @action(reads=[], writes=[], tags=["fast", "cheap"])
+    async def one(state: State) -> State:
+        return state
+
+    @action(reads=[], writes=[], tags=["fast"])
+    async def other(state: State) -> State:
+        return state
+
+    graph = GraphBuilder().with_actions(one, other).build()
+    assert [found.name for found in graph.get_actions_by_tag("fast")] == ["one", "other"]
+    assert [found.name for found in graph.get_actions_by_tag("cheap")] == ["one"]
+    with pytest.raises(ValueError, match="'slow' was not found; the actions' tags are: cheap, fast"):
+        graph.get_actions_by_tag("slow")

@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Struct
 
@@ -168,7 +168,6 @@ class World:
         return Parallel().with_name("parallel")
 
 
-@settings(max_examples=80, deadline=None)
 @given(tree=TREES)
 async def test_a_random_tree_gives_what_the_model_allows_and_leaves_nothing(tree: Fan) -> None:
     world, model = World(), Model()
@@ -188,10 +187,9 @@ async def test_a_random_tree_gives_what_the_model_allows_and_leaves_nothing(tree
     assert world.open == 0
     if _on_asyncio():
         assert len(asyncio.all_tasks()) == tasks
-    assert working_threads() == threads
+    assert not working_threads() - threads
 
 
-@settings(max_examples=40, deadline=None)
 @given(tree=TREES, after=st.integers(0, 40))
 async def test_a_random_tree_cancelled_at_a_random_moment_leaves_nothing(tree: Fan, after: int) -> None:
     world = World()
@@ -211,9 +209,9 @@ async def test_a_random_tree_cancelled_at_a_random_moment_leaves_nothing(tree: F
     assert world.open == 0
 
 
-def working_threads() -> int:
+def working_threads() -> set[threading.Thread]:
     """All but the watchdog of the guard-rails, which ends a second after the last run."""
-    return sum(thread.name != "arun watchdog" for thread in threading.enumerate())
+    return {thread for thread in threading.enumerate() if thread.name != "arun watchdog"}
 
 
 def _on_asyncio() -> bool:

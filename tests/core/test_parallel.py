@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from anyio.lowlevel import checkpoint
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from arun import (
@@ -1094,7 +1094,6 @@ PLAN = st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["ok", "ok", "ok", 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip", "collect"])
 @given(plan=PLAN, limit=st.integers(1, 8), order=st.sampled_from(["completed", "submitted"]), leave=st.integers(0, 30))
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_random_fan_outs_agree_with_running_one_after_the_other(
     on_error: str, plan: list[tuple[int, str]], limit: int, order: str, leave: int
 ) -> None:

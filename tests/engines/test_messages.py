@@ -1,23 +1,34 @@
 from __future__ import annotations
 
+import dataclasses
+import struct
 import subprocess
 import sys
 import typing
 
 import msgspec
+import pydantic
 import pytest
 
 from actors.engine import (
     ChatMessage,
+    ChatOptions,
+    Choice,
+    Completion,
     Delta,
+    Embedding,
     EngineSpec,
     GenerateRequest,
+    Logprob,
+    RequestOptions,
     Sampling,
     SamplingOptions,
     Usage,
     is_chat,
     is_tokens,
+    to_embed_request,
     to_prompt,
+    to_request,
 )
 from arun.errors import MisuseError, RequestError
 
@@ -73,7 +84,116 @@ def test_only_what_was_given_reaches_the_engine():
 def test_the_typed_options_are_the_fields_of_sampling():
     assert {*SamplingOptions.__annotations__, "max_tokens", "temperature"} == set(Sampling.__struct_fields__)
     hints = typing.get_type_hints(Sampling)
-    assert all(typing.get_type_hints(SamplingOptions)[name] == hints[name] for name in SamplingOptions.__annotations__)
+    differing = {name for name, hint in typing.get_type_hints(SamplingOptions).items() if hint != hints[name]}
+    assert differing == {"structured_outputs"}  # may be given as a type or a dict
+
+
+def test_the_typed_request_options_are_the_fields_of_a_request():
+    own = set(RequestOptions.__annotations__) - set(SamplingOptions.__annotations__)
+    assert own == {"adapter", *ChatOptions.__struct_fields__}
+
+
+class Place(msgspec.Struct):
+    name: str
+    height: int
+
+
+class Town(pydantic.BaseModel):
+    name: str
+    height: int
+
+
+@dataclasses.dataclass
+class Hill:
+    name: str
+    height: int
+
+
+@pytest.mark.parametrize("kind", [Place, Town, Hill])
+def test_a_type_asks_for_answers_of_its_json_schema(kind):
+    for value in (kind, {"json": kind}):
+        structured = Sampling.of({"structured_outputs": value}).structured_outputs
+        schema = structured.json
+        properties = schema["properties"] if "properties" in schema else schema["$defs"][kind.__name__]["properties"]
+        assert {name: each["type"] for name, each in properties.items()} == {"name": "string", "height": "integer"}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"regex": "a", "choice": ["b"]}, "exactly one of .* is needed; given are regex, choice"),
+        ({}, "given are none"),
+        ({"choice": []}, "choice"),
+        ({"regx": "a"}, "regx"),
+        ({"type": "object", "properties": {}}, "a JSON schema goes under 'json'"),
+        (object, "no JSON schema"),
+        (7, "no JSON schema"),
+    ],
+)
+def test_structured_outputs_that_make_no_sense_are_refused(value, message):
+    with pytest.raises(RequestError, match=message):
+        Sampling.of({"structured_outputs": value})
+
+
+def test_a_whole_request_survives_the_wire():
+    options = {
+        "structured_outputs": {"choice": ["yes", "no"]},
+        "logit_bias": {3: 1.5},
+        "n": 2,
+        "logprobs": 0,
+        "adapter": "pirate",
+        "tools": [{"type": "function", "function": {"name": "look", "parameters": {}}}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    chat = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}, {"role": "tool", "content": "x"}]
+    request = to_request("a", chat, options, lane="batch", priority=3)
+    assert request.adapter == "pirate"
+    assert request.chat.tools == options["tools"]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(request), type=GenerateRequest) == request
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("text", {"tools": []}, "tools: only chat messages have a template"),
+        ([{"role": "user", "content": "hi"}], {"tools": 3}, "tools"),
+        ("text", {"adapter": 3}, "request options"),
+        ("text", {"adaptor": "x"}, "did you mean 'adapter'"),
+        ("text", {"n": 0}, "n"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(prompt, options, message):
+    with pytest.raises(RequestError, match=message):
+        to_request("a", prompt, options)
+
+
+def test_an_embedding_of_no_dimensions_is_refused():
+    with pytest.raises(RequestError, match=r"dimensions"):
+        to_embed_request("a", "text", {"dimensions": 0})
+
+
+def test_deltas_of_several_answers_are_joined_by_index():
+    first, second = Logprob(1, -0.5, 1, "a"), Logprob(2, -0.25, 1, "b")
+    deltas = [
+        Delta("a", [1], 0, logprobs=[[first]], prompt_logprobs=[None, [second]]),
+        Delta("x", [9], 1, logprobs=[[second]]),
+        Delta("y", [], 1, "stop", stop_reason="."),
+        Delta("b", [2], 0, "length", Usage(2, 3), logprobs=[[second]]),
+    ]
+    deltas = msgspec.msgpack.decode(msgspec.msgpack.encode(deltas), type=list[Delta])
+    done = Completion.of("r", deltas, 0.5)
+    assert (done.text, done.token_ids, done.finish_reason, done.stop_reason) == ("ab", [1, 2], "length", None)
+    assert done.logprobs == [[first], [second]]
+    assert done.choices[1] == Choice(1, "xy", [9], "stop", ".", [[second]])
+    assert (done.usage, done.prompt_logprobs) == (Usage(2, 3), [None, [second]])
+
+
+def test_an_answer_without_a_single_delta_is_empty():
+    assert Completion.of("r", []).text == ""
+
+
+def test_an_embedding_is_a_vector_of_floats():
+    assert Embedding("r", struct.pack("<3f", 1, -0.5, 0), 2).vector == [1.0, -0.5, 0.0]
 
 
 def test_a_delta_survives_the_wire():
@@ -82,7 +202,14 @@ def test_a_delta_survives_the_wire():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"engine": "vlm"}, {"tensor_parallel_size": 0}, {"pipeline_parallel_size": -1}, {"max_model_len": 1}]
+    "wrong",
+    [
+        {"engine": "vlm"},
+        {"tensor_parallel_size": 0},
+        {"pipeline_parallel_size": -1},
+        {"max_model_len": 1},
+        {"runner": "x"},
+    ],
 )
 def test_a_spec_that_cannot_work_is_refused(wrong):
     with pytest.raises(MisuseError):

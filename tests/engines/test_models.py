@@ -55,6 +55,7 @@ def test_the_demo_model_without_its_package_names_the_command_that_installs_it(t
         models.demo_model()
 
 
+@pytest.mark.engine
 @needs_transformers
 def test_two_processes_that_need_the_tiny_model_make_it_once(tmp_path):
     code = "from actors.models import tiny_model; print(tiny_model(progress=print))"
@@ -63,11 +64,11 @@ def test_two_processes_that_need_the_tiny_model_make_it_once(tmp_path):
         subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     said = [maker.communicate()[0] for maker in makers]
-    folder = tmp_path / "arun" / "models" / "tiny-1"
+    folder = tmp_path / "arun" / "models" / "tiny-2"
     assert all(str(folder) in each for each in said)
     assert sum("making the tiny random model" in each for each in said) == 1
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 512
-    assert {entry.name for entry in folder.parent.iterdir()} == {"tiny-1", "tiny-1.lock"}
+    assert {entry.name for entry in folder.parent.iterdir()} == {"tiny-2", "tiny-2.lock"}
 
 
 @needs_transformers
@@ -77,4 +78,4 @@ def test_a_model_that_cannot_be_made_says_why_and_leaves_nothing(tmp_path, monke
     (tmp_path / "tokenizers.py").write_text("raise ImportError('broken on purpose')")
     with pytest.raises(EngineError, match="broken on purpose"):
         models.tiny_model()
-    assert [entry.name for entry in (tmp_path / "arun" / "models").iterdir()] == ["tiny-1.lock"]
+    assert [entry.name for entry in (tmp_path / "arun" / "models").iterdir()] == ["tiny-2.lock"]

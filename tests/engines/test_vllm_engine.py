@@ -9,7 +9,6 @@ import shutil
 import signal
 
 import pytest
-import pytest_asyncio
 
 from actors.engine import EngineSpec
 from actors.local_cluster import LocalCluster
@@ -18,18 +17,14 @@ from arun.errors import EngineDead, EngineError, MisuseError, ModelNotFound, Req
 
 pytest.importorskip("vllm")
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="session")]
 
 MAX_MODEL_LEN = 512
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def pool():
-    async with (
-        LocalCluster(cpus=8) as cluster,
-        cluster.engines(EngineSpec(model="tiny", max_model_len=MAX_MODEL_LEN)) as pool,
-    ):
-        yield pool
+@pytest.fixture
+def pool(tiny_pool):
+    return tiny_pool
 
 
 async def engine_load(pool):

@@ -64,7 +64,7 @@ async def test_a_loop_in_a_generator_a_subtask_or_a_reducer_is_named_by_its_line
         @action(reads=["i"], writes=["y"])
         async def step(state: State) -> AsyncIterator[Any]:
             end = time.monotonic() + 10
-            while not told("step(i=0)") and time.monotonic() < end:
+            while not told("step") and time.monotonic() < end:
                 sum(range(1000))  # here
             yield state.update(y=1)
 

@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 import pydantic
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from arun import CodecError, MisuseError, State, register
@@ -150,13 +150,11 @@ values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(values)
 def test_any_value_comes_back_as_it_was(value: Any) -> None:
     assert same(decode(encode(value)), value)
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(hashable, values), max_size=5), st.lists(hashable, max_size=6), st.randoms())
 def test_canonical_bytes_do_not_know_the_order_of_dicts_and_sets(pairs: Any, members: Any, rng: random.Random) -> None:
     unique = list(dict(pairs).items())
@@ -166,7 +164,6 @@ def test_canonical_bytes_do_not_know_the_order_of_dicts_and_sets(pairs: Any, mem
     assert canonical({"d": dict(unique), "s": set(elements)}) == canonical({"s": set(other), "d": dict(shuffled)})
 
 
-@settings(max_examples=150, deadline=None)
 @given(values, values)
 def test_canonical_bytes_are_equal_for_equal_values_only(a: Any, b: Any) -> None:
     assert canonical(a) == canonical(decode(encode(a)))
@@ -315,7 +312,6 @@ def test_size_is_limited() -> None:
         decode(bytes(20), max_bytes=10)
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=60) | st.tuples(st.integers(0, 127), st.binary(max_size=40)).map(
     lambda ext: msgspec.msgpack.encode(msgspec.msgpack.Ext(*ext))
 ))  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 import anyio
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from arun import (
@@ -262,7 +262,6 @@ async def test_finished_subtasks_are_restored_and_the_others_run(open_store: Ope
     assert sorted(state["outs"]) == [(n, n * 2) for n in (1, 2, 3, 4, 9)]
 
 
-@settings(max_examples=60, deadline=None)
 @given(data=st.data(), order=st.sampled_from(["completed", "submitted"]), limit=st.integers(1, 5))
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_whatever_happens_to_the_list_each_item_is_reduced_once_and_only_unfinished_ones_run(
