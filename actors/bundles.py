@@ -1,8 +1,7 @@
-"""Where actors go: bundles of resources, the replicas that need them, and whether a cluster can hold them.
+"""Where actors go: bundles of resources, the replicas that need them, and the groups that are reserved for them.
 
 A ``Placement`` is turned into one placement group a replica and one bundle a worker (tensor_parallel x
-pipeline_parallel workers). Everything here is plain arithmetic over the numbers of a
-:class:`~actors.cluster.ClusterResources`; the clusters do the reserving.
+pipeline_parallel workers). :mod:`actors.fitting` says whether a cluster can hold it; the clusters do the reserving.
 """
 
 from __future__ import annotations
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from actors import fitting
 from actors.finish import finish
+from actors.fitting import Fit, fit
 from arun.errors import MisuseError
 from arun.runtime import Background, Runtime
 
@@ -19,14 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from actors.cluster import ClusterResources
+    from actors.fitting import Explanation
 
 __all__ = ("Bundle", "Fit", "Group", "Placement", "Reservation", "Strategy", "fit")
 
 Bundle = dict[str, float]
 Strategy = Literal["STRICT_PACK", "PACK", "SPREAD", "STRICT_SPREAD"]
-
-# Sums of fractions such as 0.1 are off by rounding; Ray counts in units of 1e-4.
-_EPSILON = 1e-6
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +40,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     :param gpus: GPUs of each worker's bundle; may be a fraction.
     :param strategy: how the bundles of one replica lie on nodes, in Ray's terms. STRICT_PACK: all on one node.
         PACK: on as few as possible. SPREAD: on as many as possible. STRICT_SPREAD: each on a node of its own.
+    :param labels: of the nodes that will do, in Ray's terms: ``{"ray.io/accelerator-type": "H100"}``, and instead of a
+        value ``"!value"``, ``"in(a, b)"`` or ``"!in(a, b)"``.
     :raises MisuseError: a number is out of range, or a bundle would be empty.
     """
 
@@ -50,6 +51,7 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
     cpus: float = 1.0
     gpus: float = 0.0
     strategy: Strategy = "STRICT_PACK"
+    labels: dict[str, str] = {}
 
     def __post_init__(self) -> None:
         for field in ("tensor_parallel", "pipeline_parallel", "replicas"):
@@ -57,13 +59,18 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
                 raise MisuseError(f"Placement({field}={getattr(self, field)}): it must be at least 1")
         if self.cpus < 0 or self.gpus < 0 or self.cpus + self.gpus == 0:
             raise MisuseError(
-                f"Placement(cpus={_number(self.cpus)}, gpus={_number(self.gpus)}): neither may be negative "
+                f"Placement(cpus={self.cpus:g}, gpus={self.gpus:g}): neither may be negative "
                 "and a bundle needs at least one of them"
             )
         if self.strategy not in Strategy.__args__:  # type: ignore[attr-defined]  # typeshed hides Literal's arguments
             raise MisuseError(
                 f"Placement(strategy={self.strategy!r}): it must be STRICT_PACK, PACK, SPREAD or STRICT_SPREAD"
             )
+        for name, selector in self.labels.items():
+            if not fitting.is_selector(selector):
+                raise MisuseError(
+                    f"Placement(labels={{{name!r}: {selector!r}}}): write a value, '!value', 'in(a, b)' or '!in(a, b)'"
+                )
 
     @property
     def workers(self) -> int:
@@ -72,29 +79,22 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
     def bundles(self) -> list[list[Bundle]]:
         """For each replica, the bundle of each of its workers."""
-        return [[self._bundle() for _ in range(self.workers)] for _ in range(self.replicas)]
+        return [[self.bundle() for _ in range(self.workers)] for _ in range(self.replicas)]
 
-    def explain(self, resources: ClusterResources) -> str:
-        """Show the bundles of each replica on the nodes that they would get now, and whether they fit."""
-        return _explain(self, resources, fit(self, resources))
+    def bundle(self) -> Bundle:
+        """What one worker needs."""
+        return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount}
+
+    def explain(self, resources: ClusterResources) -> Explanation:
+        """The bundles of each replica on the nodes that they would get now, and whether they fit."""
+        return fitting.explain(self, resources)
 
     def refusal(self, resources: ClusterResources, *, idle: bool = False) -> str | None:
         """Say with both sides' numbers why the cluster can't hold this, or return None if it can.
 
         :param idle: judge the cluster as if nothing was taken.
         """
-        found = fit(self, resources, idle=idle)
-        if found.fits:
-            return None
-        return (
-            f"the cluster can't hold {_replicas(self)} ({self.strategy}), {_amounts(*_total(self))} in all: "
-            f"{_missing(self, found)}. The cluster has {resources.describe()}. Ask for fewer replicas, a smaller "
-            "tensor_parallel or pipeline_parallel, fewer cpus or gpus per worker, or another strategy, or give the "
-            "cluster more; Placement.explain() shows what would go where"
-        )
-
-    def _bundle(self) -> Bundle:
-        return {name: amount for name, amount in (("CPU", self.cpus), ("GPU", self.gpus)) if amount}
+        return fitting.refusal(self, resources, idle=idle)
 
 
 class Group:
@@ -103,14 +103,16 @@ class Group:
     :ivar replica: index of the replica, from 0.
     :ivar bundles: its bundles; an actor is placed in the first one.
     :ivar native: what the cluster knows it by (on Ray: the placement group).
+    :ivar nodes: the node of each bundle; empty until the group is ready.
     """
 
-    __slots__ = ("bundles", "native", "released", "replica")
+    __slots__ = ("bundles", "native", "nodes", "released", "replica")
 
     def __init__(self, replica: int, bundles: Sequence[Bundle], native: object = None) -> None:
         self.replica = replica
         self.bundles = tuple(bundles)
         self.native = native
+        self.nodes: tuple[str, ...] = ()
         self.released = False
 
     def __repr__(self) -> str:
@@ -138,128 +140,3 @@ class Reservation:
         if self._releasing is None:
             self._releasing = Runtime.current().start(self._give_back, self, name="release of a Reservation")
         await finish(self._releasing)
-
-
-class Fit(msgspec.Struct, frozen=True):
-    """Where the bundles of a placement go.
-
-    :ivar nodes: for each replica the node of each bundle, or None where the replica has no room.
-    """
-
-    nodes: tuple[tuple[str, ...] | None, ...]
-
-    @property
-    def fits(self) -> bool:
-        """Whether every replica has room."""
-        return None not in self.nodes
-
-
-def fit(placement: Placement, resources: ClusterResources, *, idle: bool = False) -> Fit:
-    """Place the replicas one after another, each on the first nodes that hold it by its strategy.
-
-    All bundles of a placement are equal, so a node is a number of slots, and first fit finds room wherever
-    there is any.
-
-    :param idle: count what the nodes have in all instead of what is free.
-    """
-    slots = {node.name: _slots(placement, *node.amounts(idle=idle)) for node in resources.nodes}
-    placed: list[tuple[str, ...] | None] = []
-    for _ in range(placement.replicas):
-        nodes = _choose(placement, slots)
-        for node in nodes or ():
-            slots[node] -= 1
-        placed.append(nodes)
-    return Fit(tuple(placed))
-
-
-def _slots(placement: Placement, cpus: float, gpus: float) -> int:
-    """How many of the placement's bundles a node with these amounts holds."""
-    ratios = [(cpus, placement.cpus), (gpus, placement.gpus)]
-    return min(int(has / needs + _EPSILON) for has, needs in ratios if needs)
-
-
-def _choose(placement: Placement, slots: dict[str, int]) -> tuple[str, ...] | None:
-    workers = placement.workers
-    whole = next((node for node, free in slots.items() if free >= workers), None)
-    match placement.strategy:
-        case "STRICT_PACK":
-            return (whole,) * workers if whole is not None else None
-        case "PACK":
-            if whole is not None:
-                return (whole,) * workers
-            packed = [node for node in _roomiest(slots) for _ in range(slots[node])]
-            return tuple(packed[:workers]) if len(packed) >= workers else None
-        case "STRICT_SPREAD":
-            # The roomiest nodes first: it leaves the most nodes open to the replicas that follow.
-            spread = [node for node in _roomiest(slots) if slots[node]]
-            return tuple(spread[:workers]) if len(spread) >= workers else None
-        case "SPREAD":
-            left = dict(slots)
-            chosen: list[str] = []
-            for _ in range(workers):
-                open_nodes = [node for node in _roomiest(left) if left[node]]
-                if not open_nodes:
-                    return None
-                node = min(open_nodes, key=chosen.count)
-                left[node] -= 1
-                chosen.append(node)
-            return tuple(chosen)
-
-
-def _roomiest(slots: dict[str, int]) -> list[str]:
-    return sorted(slots, key=lambda node: -slots[node])
-
-
-def _explain(placement: Placement, resources: ClusterResources, found: Fit) -> str:
-    lines = [
-        f"needs    {_replicas(placement)}, {placement.strategy}; {_amounts(*_total(placement))} in all",
-        f"cluster  {resources.describe()}",
-    ]
-    lines += [f"  node {node.name}: {node.describe()}" for node in resources.nodes]
-    for replica, nodes in enumerate(found.nodes):
-        if nodes is None:  # all bundles being equal, none of the replicas that follow has room either
-            lines.append(f"replicas {replica} to {placement.replicas - 1}  no room")
-            break
-        for node in dict.fromkeys(nodes):
-            on_node = [str(bundle) for bundle, where in enumerate(nodes) if where == node]
-            plural = "bundle " if len(on_node) == 1 else "bundles"
-            lines.append(f"replica {replica}  {plural} {', '.join(on_node)} on node {node}")
-    lines.append("it fits" if found.fits else f"it does not fit: {_missing(placement, found)}")
-    return "\n".join(lines)
-
-
-def _replicas(placement: Placement) -> str:
-    count = "1 replica" if placement.replicas == 1 else f"{placement.replicas} replicas"
-    return (
-        f"{count} of {_workers(placement)} (tensor_parallel {placement.tensor_parallel} x pipeline_parallel "
-        f"{placement.pipeline_parallel}) with {_amounts(placement.cpus, placement.gpus)} each"
-    )
-
-
-def _missing(placement: Placement, found: Fit) -> str:
-    placed = sum(nodes is not None for nodes in found.nodes)
-    where = {
-        "STRICT_PACK": "on one node",
-        "PACK": "in all",
-        "SPREAD": "in all",
-        "STRICT_SPREAD": "on as many nodes",
-    }[placement.strategy]
-    return f"room for {placed} of {placement.replicas}; each needs {_workers(placement)} {where}"
-
-
-def _workers(placement: Placement) -> str:
-    return "1 worker" if placement.workers == 1 else f"{placement.workers} workers"
-
-
-def _total(placement: Placement) -> tuple[float, float]:
-    count = placement.replicas * placement.workers
-    return count * placement.cpus, count * placement.gpus
-
-
-def _amounts(cpus: float, gpus: float) -> str:
-    parts = [f"{_number(amount)} {name}" for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount]
-    return " and ".join(parts)
-
-
-def _number(amount: float) -> str:
-    return f"{amount:.4f}".rstrip("0").rstrip(".")

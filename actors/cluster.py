@@ -34,13 +34,14 @@ Isolation = Literal["process", "task"]
 
 
 class NodeResources(msgspec.Struct, frozen=True, kw_only=True):
-    """CPUs and GPUs of one node, in all and free."""
+    """CPUs and GPUs of one node, in all and free, and its labels."""
 
     name: str
     cpus: float
     cpus_free: float
     gpus: float = 0.0
     gpus_free: float = 0.0
+    labels: dict[str, str] = {}
 
     def amounts(self, *, idle: bool = False) -> tuple[float, float]:
         """CPUs and GPUs: what is free, or with ``idle=True`` what there is in all."""
@@ -198,10 +199,12 @@ class Cluster(ABC):
         return self._roster.infos()
 
     @abstractmethod
-    async def reserve(self, placement: Placement) -> Reservation:
+    async def reserve(self, placement: Placement, *, wait: float | None = None) -> Reservation:
         """Reserve one group a replica.
 
-        :raises PlacementError: the cluster can't hold it; raised at once where that is certain, else within seconds.
+        :param wait: seconds to wait for what others hold, and on Ray also for a cluster that grows (autoscaling).
+        :raises PlacementError: the cluster can't hold it; raised at once where that is certain and no ``wait`` was
+            given, else within seconds.
         """
 
     @abstractmethod
@@ -215,13 +218,20 @@ class Cluster(ABC):
         replicas: int = 1,
         name: str | None = None,
         cpus: float = 1.0,
+        gpus: float | None = None,
         strategy: Strategy = "STRICT_PACK",
+        labels: Mapping[str, str] = {},
+        wait: float | None = None,
         max_in_flight: int = 256,
         on_progress: Callable[[ReplicaProgress], object] | None = None,
     ) -> EnginePool:
         """A pool of engines in this cluster; nothing starts before it is entered.
 
         :param cpus: CPUs of each worker's bundle.
+        :param gpus: GPUs of each worker's bundle; by default 1 for a vLLM engine where the cluster has any, else 0.
+        :param strategy: how the workers of one replica lie on nodes; see :class:`~actors.bundles.Placement`.
+        :param labels: of the nodes that will do; see :class:`~actors.bundles.Placement`.
+        :param wait: seconds to wait for resources; see :meth:`reserve`.
         :param max_in_flight: most requests in one replica at a time; more wait in order of arrival.
         :param on_progress: told about once a second how far the start of each replica is.
         """
@@ -233,7 +243,10 @@ class Cluster(ABC):
             replicas=replicas,
             name=name,
             cpus=cpus,
+            gpus=gpus,
             strategy=strategy,
+            labels=labels,
+            wait=wait,
             max_in_flight=max_in_flight,
             on_progress=on_progress,
         )

@@ -13,6 +13,7 @@ import anyio
 import msgspec
 
 from actors.call_chain import CHAIN, Chain, Turn, enter, refuse_cycle
+from actors.turns import Turns
 from arun.errors import MailboxFull, MisuseError
 from arun.runtime import Background, Runtime
 
@@ -85,8 +86,8 @@ class Host:
         if instance is not None:
             await _lifecycle(instance, "on_stop")
 
-    def handle(self, method: str, payload: msgspec.Raw) -> AsyncIterator[object]:
-        """Answer one message: its result as the only item, or the items of a stream."""
+    def handle(self, method: str, payload: msgspec.Raw) -> AsyncIterator[object] | Awaitable[object]:
+        """Answer one message: its result, or the items of a stream."""
         if self._serving is None or method == START:
             return self._outcome()
         return self._serving.answer(method, payload)
@@ -96,14 +97,13 @@ class Host:
         serving = self._serving
         return (0, 0, 0) if serving is None else (serving.running, serving.waiting, serving.mailbox)
 
-    async def _outcome(self) -> AsyncIterator[None]:
+    async def _outcome(self) -> None:
         self._asked.set()
         await self._started.wait()
         if self._error is not None:
             raise self._error
         if self._serving is None:
             raise MisuseError("the actor was stopped while it was starting")
-        yield None
 
 
 class _Serving:
@@ -112,34 +112,33 @@ class _Serving:
     def __init__(self, instance: object, spec: ActorSpec) -> None:
         self._callees = {name: _Callee(method, instance) for name, method in spec.interface.methods.items()}
         self._options = spec.interface.options
-        self._turns = anyio.Semaphore(self._options.concurrency, fast_acquire=True)  # fair: in order of arrival
+        self._turns = Turns(self._options.concurrency)
         self._class_name = spec.interface.class_name
         self._name = spec.name
         self._key = spec.key
         self.mailbox = self._options.mailbox
-        self.running = 0
         self.waiting = 0
 
-    async def answer(self, method: str, payload: msgspec.Raw) -> AsyncIterator[object]:
+    @property
+    def running(self) -> int:
+        return self._turns.running
+
+    def answer(self, method: str, payload: msgspec.Raw) -> AsyncIterator[object] | Awaitable[object]:
         callee = self._callees.get(method)
         if callee is None:
             raise MisuseError(f"{self._class_name} has no method {method!r}; it has {', '.join(self._callees)}")
-        args, kwargs, chain = callee.arguments(payload)
-        label = f"{self._name}.{method}"
-        if chain:
-            refuse_cycle(chain, self._key, label, self._options.concurrency)
-        turn = Turn((*chain, (self._key, label)))
-        enter(turn)
-        await self._first_turn(label)
-        turn.held = True
-        if not callee.streaming:
-            try:
-                result = await callee.function(*args, **kwargs)
-            finally:
-                self._end_turn(turn)
-            yield result
-            return
-        stream = callee.function(*args, **kwargs)
+        return self._items(callee, method, payload) if callee.streaming else self._result(callee, method, payload)
+
+    async def _result(self, callee: _Callee, method: str, payload: msgspec.Raw) -> object:
+        args, kwargs, turn = await self._begin(callee, method, payload)
+        try:
+            return await callee.function(*args, **kwargs)
+        finally:
+            self._end_turn(turn)
+
+    async def _items(self, callee: _Callee, method: str, payload: msgspec.Raw) -> AsyncIterator[object]:
+        args, kwargs, turn = await self._begin(callee, method, payload)
+        stream, turns = callee.function(*args, **kwargs), self._turns
         try:
             while True:
                 try:
@@ -149,18 +148,36 @@ class _Serving:
                 if item is _END:
                     return
                 yield item
-                await self._next_turn(turn)
+                if not turns.take():
+                    await turns.wait()
+                turn.held = True
         finally:
             if stream.ag_frame is not None:  # it stands at a yield: its clean-up is a step like any other
                 with anyio.CancelScope(shield=True):
-                    await self._next_turn(turn)
+                    await turns.wait()
+                    turn.held = True
                     try:
                         await stream.aclose()
                     finally:
                         self._end_turn(turn)
 
+    async def _begin(
+        self, callee: _Callee, method: str, payload: msgspec.Raw
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Turn]:
+        """Wait for the first turn of a message, in its own task."""
+        args, kwargs, chain = callee.arguments(payload)
+        label = f"{self._name}.{method}"
+        if chain:
+            refuse_cycle(chain, self._key, label, self._options.concurrency)
+        turn = Turn((*chain, (self._key, label)))
+        enter(turn)
+        if not self._turns.take():
+            await self._first_turn(label)
+        turn.held = True
+        return args, kwargs, turn
+
     async def _first_turn(self, label: str) -> None:
-        if self._turns.value == 0 and self.waiting >= self._options.mailbox:
+        if self.waiting >= self._options.mailbox:
             raise MailboxFull(
                 f"the mailbox of actor {self._name!r} is full: {self.waiting} messages wait for their turn, and "
                 f"{label} was not taken. Send fewer at a time, try again later, or give {self._class_name} a larger "
@@ -168,19 +185,12 @@ class _Serving:
             )
         self.waiting += 1
         try:
-            await self._turns.acquire()
+            await self._turns.wait()
         finally:
             self.waiting -= 1
-        self.running += 1
-
-    async def _next_turn(self, turn: Turn) -> None:
-        await self._turns.acquire()
-        self.running += 1
-        turn.held = True
 
     def _end_turn(self, turn: Turn) -> None:
         turn.held = False
-        self.running -= 1
         self._turns.release()
 
 
@@ -190,30 +200,36 @@ _END = object()
 class _Callee:
     """One method of the object, with the decoders of its arguments."""
 
-    __slots__ = ("_decoders", "_method", "function", "streaming")
+    __slots__ = ("_by_name", "_decoders", "_method", "function", "streaming")
 
     def __init__(self, method: Method, instance: object) -> None:
         self.function: Callable[..., Any] = getattr(instance, method.name)
         self.streaming = method.streaming
         self._method = method
         self._decoders = {name: msgspec.msgpack.Decoder(kind) for name, kind in method.argument_types.items()}
+        # Arguments by name alone, as nearly every signature takes them, need no matching.
+        self._by_name = all(p.kind in _NAMEABLE for p in method.signature.parameters.values())
 
     def arguments(self, payload: msgspec.Raw) -> tuple[tuple[Any, ...], dict[str, Any], Chain]:
         """Decode what :meth:`Method.bind` gave to the caller, and the chain of calls that the message comes from.
 
         :raises MisuseError: a value is not of its parameter's type.
         """
-        bound = inspect.BoundArguments(self._method.signature, OrderedDict())
         named = _NAMED.decode(payload)
         chain: Chain = _CHAIN.decode(named.pop(CHAIN)) if CHAIN in named else ()
+        values: OrderedDict[str, Any] = OrderedDict()
         for name, raw in named.items():
             try:
-                bound.arguments[name] = self._decoders[name].decode(raw)
+                values[name] = self._decoders[name].decode(raw)
             except msgspec.ValidationError as exc:
                 raise MisuseError(f"{self._method.label}: its argument {name} is wrong: {exc}") from exc
+        if self._by_name:
+            return (), values, chain
+        bound = inspect.BoundArguments(self._method.signature, values)
         return bound.args, bound.kwargs, chain
 
 
+_NAMEABLE = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _NAMED = msgspec.msgpack.Decoder(dict[str, msgspec.Raw])
 _CHAIN = msgspec.msgpack.Decoder(list[tuple[str, str]])
 

@@ -65,6 +65,9 @@ class Method:
     :ivar argument_types: per parameter the type that its values are decoded to.
     :ivar item_type: type of the result, or of each item of a stream.
     :ivar options: what ``@method`` says.
+    :ivar names: parameters that can be given by name; none where some can't.
+    :ivar positional: those that can be given by place as well, in order.
+    :ivar required: those without a default.
     """
 
     name: str
@@ -74,6 +77,9 @@ class Method:
     argument_types: Mapping[str, Any]
     item_type: Any
     options: MethodOptions = MethodOptions()
+    names: frozenset[str] = frozenset()
+    positional: tuple[str, ...] = ()
+    required: frozenset[str] = frozenset()
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Match arguments to parameters, as a call would.
@@ -81,6 +87,10 @@ class Method:
         :returns: values by parameter name, without those that take their default.
         :raises TypeError: the method does not take these; the message has its signature.
         """
+        if not args and not kwargs.keys() - self.names and not self.required - kwargs.keys():
+            return kwargs
+        if not kwargs and len(self.required) <= len(args) <= len(self.positional):
+            return dict(zip(self.positional, args, strict=False))
         try:
             return self.signature.bind(*args, **kwargs).arguments
         except TypeError as exc:
@@ -197,6 +207,10 @@ def _method(cls: type, name: str, function: Callable[..., Any]) -> Method:
     ]
     result = _resolve(function, signature.return_annotation)
     item_type = _item_type(label, result, streaming=streaming)
+    by_name = [p for p in parameters if p.kind in {p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY}]
+    if len(by_name) < len(parameters):
+        by_name = []
+    positional = [p for p in by_name if p.kind is p.POSITIONAL_OR_KEYWORD]
     argument_types = {parameter.name: _decodable(label, parameter.name, parameter) for parameter in parameters}
     return Method(
         name=name,
@@ -206,6 +220,9 @@ def _method(cls: type, name: str, function: Callable[..., Any]) -> Method:
         argument_types=argument_types,
         item_type=item_type,
         options=getattr(function, "__arun_method__", MethodOptions()),
+        names=frozenset(p.name for p in by_name),
+        positional=tuple(p.name for p in positional),
+        required=frozenset(p.name for p in parameters if p.default is p.empty),
     )
 
 

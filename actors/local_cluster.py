@@ -40,6 +40,7 @@ class LocalCluster(Cluster):
         arguments and results still encoded; it shares the event loop, so a busy actor stalls everybody.
     :param cpus: CPUs to place by; by default those that this process may use.
     :param gpus: GPUs to place by.
+    :param labels: of this machine, to place by.
     :param grace: seconds that ``on_stop`` gets before a process is killed.
     :param silence: seconds after which an actor's process that does not even answer for its health is killed.
     """
@@ -50,6 +51,7 @@ class LocalCluster(Cluster):
         isolation: Isolation = "process",
         cpus: float | None = None,
         gpus: float = 0,
+        labels: Mapping[str, str] = {},
         grace: float = 5.0,
         silence: float = 30.0,
     ) -> None:
@@ -57,20 +59,29 @@ class LocalCluster(Cluster):
         self._isolation = _checked(isolation)
         self._cpus = len(os.sched_getaffinity(0)) if cpus is None else cpus
         self._gpus = gpus
+        self._labels = dict(labels)
+        self._given_back = anyio.Event()
 
-    async def reserve(self, placement: Placement) -> Reservation:
+    async def reserve(self, placement: Placement, *, wait: float | None = None) -> Reservation:
         """Set the placement's CPUs and GPUs aside.
 
         They are only counted: an actor's process is held to nothing.
 
-        :raises PlacementError: they are not free.
+        :param wait: seconds to wait for what other reservations hold.
+        :raises PlacementError: they are not free, or can never be.
         """
+        if wait and placement.refusal(await self.resources(), idle=True) is None:
+            with anyio.move_on_after(wait):
+                while placement.refusal(await self.resources()) is not None:
+                    await self._given_back.wait()
         if self._roster.closed:
             raise MisuseError("this cluster is closed, so nothing can be reserved in it")
         refusal = placement.refusal(await self.resources())
         if refusal is not None:
             raise PlacementError(refusal)
         groups = [Group(replica, bundles) for replica, bundles in enumerate(placement.bundles())]
+        for group in groups:
+            group.nodes = ("local",) * len(group.bundles)
         reservation = Reservation(placement, groups, self._give_back)
         self._reservations.append(reservation)
         return reservation
@@ -85,6 +96,7 @@ class LocalCluster(Cluster):
                 cpus_free=self._cpus - sum(bundle.get("CPU", 0) for bundle in taken),
                 gpus=self._gpus,
                 gpus_free=self._gpus - sum(bundle.get("GPU", 0) for bundle in taken),
+                labels=self._labels,
             ),
         ))
 
@@ -101,6 +113,8 @@ class LocalCluster(Cluster):
     async def _give_back(self, reservation: Reservation) -> None:
         await self._roster.stop_all(reservation.groups)
         self._reservations.remove(reservation)
+        self._given_back.set()
+        self._given_back = anyio.Event()
 
 
 class _Task:

@@ -23,7 +23,7 @@ from arun.logs import get_logger
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -82,7 +82,10 @@ class EnginePool:
         replicas: int = 1,
         name: str | None = None,
         cpus: float = 1.0,
+        gpus: float | None = None,
         strategy: Strategy = "STRICT_PACK",
+        labels: Mapping[str, str] = {},
+        wait: float | None = None,
         max_in_flight: int = 256,
         on_progress: Callable[[ReplicaProgress], object] | None = None,
     ) -> None:
@@ -94,7 +97,10 @@ class EnginePool:
         self._cluster = cluster
         self._spec = spec
         self._cpus = cpus
+        self._gpus = gpus
         self._strategy: Strategy = strategy
+        self._labels = dict(labels)
+        self._wait = wait
         self._max_in_flight = max_in_flight
         self._replicas = [Replica(number) for number in range(replicas)]
         self._router: Router | None = None
@@ -304,19 +310,25 @@ class EnginePool:
             pipeline_parallel=self._spec.pipeline_parallel_size,
             replicas=len(self._replicas),
             cpus=self._cpus,
-            gpus=1.0 if vllm and resources.gpus else 0.0,
+            gpus=self._gpus if self._gpus is not None else 1.0 if vllm and resources.gpus else 0.0,
             strategy=self._strategy,
+            labels=self._labels,
         )
+        if vllm and not placement.gpus and placement.workers > 1 and self._strategy != "STRICT_PACK":
+            raise MisuseError(
+                f"strategy={self._strategy!r}: without GPUs vLLM runs all {placement.workers} workers of a replica on "
+                "one node; use STRICT_PACK"
+            )
         if vllm and len(resources.nodes) == 1:  # the engines will run here, so what is missing is told at once
             from actors.vllm_engine import check_here, resolve_here
 
             check_here(self._spec)
-            self._reservation = await self._cluster.reserve(placement)
+            self._reservation = await self._cluster.reserve(placement, wait=self._wait)
             for replica in self._replicas:
                 self._tell(replica, "preparing model")
             self._spec = await resolve_here(self._spec)
         else:
-            self._reservation = await self._cluster.reserve(placement)
+            self._reservation = await self._cluster.reserve(placement, wait=self._wait)
 
     async def _tick(self) -> None:
         while True:

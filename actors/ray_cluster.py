@@ -105,26 +105,24 @@ class RayCluster(Cluster):
             await self.aclose()
             raise
 
-    async def reserve(self, placement: Placement) -> Reservation:
+    async def reserve(self, placement: Placement, *, wait: float | None = None) -> Reservation:
         """Reserve one placement group a replica.
 
-        :raises PlacementError: the cluster is too small for it, told at once; or others hold what it needs for longer
-            than ``placement_timeout``.
+        :param wait: seconds to wait, also where the cluster as it is now is too small, because it may grow; by default
+            ``placement_timeout``, and not for a cluster that is too small.
+        :raises PlacementError: the cluster is too small for it, told at once; or what it needs did not come free, or
+            the cluster did not grow, in time.
         """
-        ray = import_ray()
         self._require_open()
         refusal = placement.refusal(await self.resources(), idle=True)
-        if refusal is not None:
-            raise PlacementError(refusal)
+        if refusal is not None and wait is None:
+            raise PlacementError(f"{refusal}. Where the cluster grows by itself, wait for it: reserve(wait=seconds)")
         # Nothing is awaited from the first group to the reservation that owns them all.
-        groups = [
-            Group(replica, bundles, ray.util.placement_group(bundles, strategy=placement.strategy))
-            for replica, bundles in enumerate(placement.bundles())
-        ]
+        groups = _groups(placement)
         reservation = Reservation(placement, groups, self._give_back)
         self._reservations.append(reservation)
         try:
-            await self._wait_ready(placement, groups)
+            await self._wait_ready(placement, groups, self._placement_timeout if wait is None else wait)
         except BaseException:
             await reservation.release()  # noqa: ASYNC102 - finish() lets no cancellation cut it short
             raise
@@ -151,18 +149,22 @@ class RayCluster(Cluster):
         await super()._close()
         await self._session.close()
 
-    async def _wait_ready(self, placement: Placement, groups: builtins.list[Group]) -> None:
+    async def _wait_ready(self, placement: Placement, groups: builtins.list[Group], seconds: float) -> None:
         try:
-            with anyio.fail_after(self._placement_timeout):
+            with anyio.fail_after(seconds):
                 for group in groups:
                     native: Any = group.native
                     await native.ready()
+                    group.nodes = await anyio.to_thread.run_sync(_nodes, native)
         except TimeoutError:
             now = placement.explain(await self.resources())
+            if now.verdict == "never":
+                why = f"the cluster is too small for this placement, and did not grow in {seconds:g} s"
+            else:
+                why = f"others hold what this placement needs; it did not come free in {seconds:g} s"
             raise PlacementError(
-                f"others hold what this placement needs; it did not come free in {self._placement_timeout:g} s. As it "
-                f"stands now:\n{now}\nEnd what holds it, ask for less, or wait longer: "
-                "RayCluster.connect(placement_timeout=seconds)"
+                f"{why}. As it stands now:\n{now}\nEnd what holds it, ask for less, or wait longer: "
+                "reserve(wait=seconds) or RayCluster.connect(placement_timeout=seconds)"
             ) from None
 
     async def _give_back(self, reservation: Reservation) -> None:
@@ -277,12 +279,42 @@ def _resources() -> ClusterResources:
     return ClusterResources(
         tuple(
             NodeResources(
-                name=f"{node['NodeName']} ({node['NodeID'][:8]})",  # one machine may have several nodes
+                name=_node_name(node),
                 cpus=node["Resources"].get("CPU", 0),
                 cpus_free=free.get(node["NodeID"], {}).get("CPU", 0),
                 gpus=node["Resources"].get("GPU", 0),
                 gpus_free=free.get(node["NodeID"], {}).get("GPU", 0),
+                labels=dict(node.get("Labels") or {}),
             )
             for node in nodes
         )
     )
+
+
+def _groups(placement: Placement) -> list[Group]:
+    """Ask Ray for a placement group a replica; for all of them or none."""
+    ray = import_ray()
+    options: dict[str, Any] = {"strategy": placement.strategy}
+    if placement.labels:
+        options["bundle_label_selector"] = [placement.labels] * placement.workers
+    groups: list[Group] = []
+    try:
+        for replica, bundles in enumerate(placement.bundles()):
+            groups.append(Group(replica, bundles, ray.util.placement_group(bundles, **options)))
+    except BaseException:
+        for group in groups:
+            ray.util.remove_placement_group(group.native)
+        raise
+    return groups
+
+
+def _nodes(native: Any) -> tuple[str, ...]:
+    """Ask Ray for the nodes of a placement group's bundles."""
+    ray = import_ray()
+    names = {node["NodeID"]: _node_name(node) for node in ray.nodes()}
+    by_bundle: dict[int, str] = ray.util.placement_group_table(native)["bundles_to_node_id"]
+    return tuple(names.get(by_bundle[bundle], by_bundle[bundle]) for bundle in sorted(by_bundle))
+
+
+def _node_name(node: Mapping[str, Any]) -> str:
+    return f"{node['NodeName']} ({node['NodeID'][:8]})"  # one machine may have several nodes

@@ -1,8 +1,10 @@
-"""Connection: the async shell around a session core: one reader, one writer, a task per handler."""
+"""Connection: the async shell around a session core: a wire that carries its frames, a task per handler."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
+import asyncio
+import functools
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -11,18 +13,18 @@ from anyio.lowlevel import current_token
 from arun.channel.codec import FrameReader, decoder_for, encode_payload, largest_frame
 from arun.channel.messages import End, Fail, SessionMessage
 from arun.channel.serving import Handler, Interrupt, serve
-from arun.channel.session import Allowed, Effects, Inbound, Outbound, Session
-from arun.channel.stream import Stream
+from arun.channel.session import Allowed, Batch, Effects, Inbound, Outbound, Session
+from arun.channel.stream import Stream, ending
 from arun.errors import MisuseError, PayloadError, ProtocolError
 from arun.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Generator
+    from collections.abc import AsyncIterator, Callable
 
-    from anyio.abc import AnyByteStream
     from msgspec import Raw
 
     from arun.channel.limits import Limits
+    from arun.channel.wire import Wire
     from arun.runtime import Background, Runtime
 
 __all__ = ("Connection",)
@@ -41,7 +43,7 @@ class Connection:
 
     def __init__(
         self,
-        stream: AnyByteStream,
+        wire: Wire,
         *,
         runtime: Runtime,
         peer: str,
@@ -53,24 +55,28 @@ class Connection:
     ) -> None:
         self.peer = peer
         self.session = Session(peer=peer, limits=limits, allowed=allowed)
-        self._stream = stream
+        self._wire = wire
+        #: there is something to write; whatever else is pending when the writer runs goes along
+        self.wake_writer: Callable[[], None] = wire.wake
         self._handler = handler or _refuse
         self._limits = limits
         self._reader = reader or FrameReader(peer, SessionMessage, largest_frame(limits.message_bytes))
         self._on_closed = on_closed
-        self._waiters: dict[Inbound | Outbound, anyio.Event] = {}
+        self._waiters: dict[Inbound | Outbound, list[Callable[[], None]]] = {}
         self._interrupts: dict[Outbound, Interrupt] = {}
-        self._handlers: dict[Outbound, Background[None]] = {}
-        self._writer_idle: anyio.Event | None = None
+        self._handlers: dict[Outbound, asyncio.Task[None] | Background[None]] = {}
         self._room: anyio.Event | None = None
         self._reason: str | None = None
         self._broken = False
-        self._finishing = False
+        self._discarding = False
         self._ending = anyio.Event()
+        self._peer_done = anyio.Event()
         self._closed = anyio.Event()
+        self._loop = _asyncio_loop()
         self._post = _thread_safe_post()
         self._runtime = runtime
         runtime.start(self._run, name=f"channel to {peer}")
+        wire.start(self, runtime, f"channel to {peer}")
 
     def __repr__(self) -> str:
         return f"<Connection to {self.peer}, {'open' if self._reason is None else self._reason}>"
@@ -94,16 +100,8 @@ class Connection:
         :raises StreamRefused: the peer's streams are all taken.
         :raises ChannelLost: the connection has ended.
         """
-        if not 1 <= len(method) <= 512 or not 1 <= window < 2**31:
-            raise MisuseError(
-                f"a method has 1 to 512 characters and a window 1 to {2**31 - 1} items, "
-                f"got {len(method)} characters and a window of {window}"
-            )
         decoder = decoder_for(item_type)
-        encoded = encode_payload(payload, f"payload of {method!r}", self.session.allowed.message_bytes)
-        inbound = self.session.open(method, encoded, window)
-        self.wake_writer()
-        return Stream(self, inbound, decoder, self._cancel_from_thread)
+        return Stream(self, self._open(method, payload, window), decoder, self._cancel_from_thread)
 
     async def call(self, method: str, payload: object = None, *, result_type: Any = Any) -> Any:
         """A stream of exactly one item: send the request, wait for its result.
@@ -112,16 +110,36 @@ class Connection:
 
         :raises PayloadError: the handler gave no item, or more than one.
         """
-        stream = self.open(method, payload, item_type=result_type, window=1)
+        decoder = decoder_for(result_type)
+        inbound = self._open(method, payload, 2)  # two, so that a second item shows itself
+        if self.session.opened == 1:
+            self._wire.flush()  # nobody to wait for
+        result: Raw | Batch | None = None
         try:
-            result = await anext(stream)
-            async for _ in stream:
-                raise PayloadError(f"{self.peer} answered the call of {method!r} with more than one item; open() it")
-        except StopAsyncIteration:
-            raise PayloadError(f"{self.peer} answered the call of {method!r} with no item") from None
+            while True:
+                while inbound.items:
+                    if result is not None or isinstance(inbound.items[0], Batch):
+                        raise PayloadError(
+                            f"{self.peer} answered the call of {method!r} with more than one item; open() it"
+                        )
+                    result, credit_due = self.session.take(inbound)
+                    if credit_due:
+                        self._wire.wake()
+                if inbound.outcome is not None:
+                    break
+                await self.wait(inbound)
         finally:
-            stream.cancel()
-        return result
+            if inbound.outcome is None:
+                self.cancel(inbound)
+        if not isinstance(inbound.outcome, End):
+            raise ending(inbound, self.peer)
+        if result is None:
+            raise PayloadError(f"{self.peer} answered the call of {method!r} with no item")
+        try:
+            return decoder.decode(result)  # type: ignore[arg-type]  # a Raw: batches were refused
+        except PayloadError as exc:
+            exc.add_note(f"sent by {self.peer} on the stream of {method!r}")
+            raise
 
     async def aclose(self) -> None:
         """End the connection: cancel every stream, let all handlers clean up, say goodbye.
@@ -144,16 +162,15 @@ class Connection:
 
     async def wait(self, half: Inbound | Outbound) -> None:
         """Wait until something happens to a half of a stream; there may be several waiters."""
-        event = self._waiters.get(half)
-        if event is None:
-            event = self._waiters[half] = anyio.Event()
-        await event.wait()
-
-    def wake_writer(self) -> None:
-        """There is something to write. Whatever else is pending when the writer runs goes along."""
-        if self._writer_idle is not None:
-            self._writer_idle.set()
-            self._writer_idle = None
+        waiters = self._waiters.setdefault(half, [])
+        if self._loop is None:
+            event = anyio.Event()
+            waiters.append(event.set)
+            await event.wait()
+        else:
+            future: asyncio.Future[None] = self._loop.create_future()
+            waiters.append(functools.partial(_set, future))
+            await future
 
     @property
     def congested(self) -> bool:
@@ -167,15 +184,10 @@ class Connection:
                 self._room = anyio.Event()
             await self._room.wait()
 
-    @contextmanager
-    def interruptible(self, outbound: Outbound) -> Generator[None]:
+    def interruptible(self, outbound: Outbound) -> Interrupt:
         """A block that is cancelled, once, when the peer cancels the stream or is lost."""
-        with Interrupt() as interrupt:
-            self._interrupts[outbound] = interrupt
-            try:
-                yield
-            finally:
-                del self._interrupts[outbound]
+        interrupt = self._interrupts[outbound] = Interrupt()
+        return interrupt
 
     def cancel(self, inbound: Inbound) -> None:
         """Cancel a stream that this side opened."""
@@ -187,78 +199,85 @@ class Connection:
         """A handler has ended and cleaned up."""
         self.session.finish(outbound, message)
         self._waiters.pop(outbound, None)
+        self._interrupts.pop(outbound, None)
         self._handlers.pop(outbound, None)
-        self.wake_writer()
+        if self._handlers:
+            self._wire.wake()  # others may have something to say in the same turn of the loop
+        else:
+            self._wire.flush()
 
-    # The connection's own tasks.
+    # For the wire.
+
+    def received(self, data: bytes) -> None:
+        """Bytes arrived."""
+        if self._discarding:
+            return
+        reader, session = self._reader, self.session
+        try:
+            reader.feed(data)
+            while (messages := reader.next_frame()) is not None:
+                self._apply(session.receive(messages))
+        except ProtocolError as exc:
+            log.warning("connection.protocol_broken", peer=self.peer, error=str(exc))
+            # Read on to the end without looking: closing a socket with unread bytes could lose our Goodbye.
+            self._discarding = True
+            self._end(f"protocol error: {exc}", exc)
+
+    def next_frame(self) -> bytes | None:
+        """What to write next, or None when there is nothing to say."""
+        return self.session.take_frame()
+
+    def written(self) -> None:
+        """The wire took what there was, or as much as it takes now."""
+        if self._room is not None and not self.congested:
+            self._room.set()
+            self._room = None
+
+    def reached_end(self) -> None:
+        """The peer sends nothing more."""
+        self._broken = self._broken or self._reason is None
+        self._end(f"{self.peer} closed the connection without a goodbye")
+        self._peer_done.set()
+
+    def broke(self, error: BaseException) -> None:
+        """The wire works no more."""
+        self._broken = True
+        self._end(f"the connection to {self.peer} broke: {error!r}", error)
+        self._peer_done.set()
+
+    # Its own task, and what wakes others.
 
     async def _run(self) -> None:
         log.debug("connection.opened", peer=self.peer)
         try:
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._read)
-                tasks.start_soon(self._write)
-                await self._ending.wait()
-                await self._handlers_ended()
-                if self._broken:
-                    tasks.cancel_scope.cancel()
-                else:
-                    # Reader and writer now end when both sides have said goodbye, or at the deadline.
-                    tasks.cancel_scope.deadline = anyio.current_time() + self._limits.goodbye_timeout
+            await self._ending.wait()
+            await self._handlers_ended()
+            if not self._broken:
+                with anyio.move_on_after(self._limits.goodbye_timeout):
                     self.session.say_goodbye(self._reason or "")
-                    self._finishing = True
-                    self.wake_writer()
+                    self._wire.finish()
+                    await self._wire.wait_finished()
+                    await self._peer_done.wait()
         finally:
             self._end("the connection's task was cancelled")
             with anyio.CancelScope(shield=True):
                 await self._handlers_ended()
-                await self._stream.aclose()
+                await self._wire.aclose()
             self._closed.set()
             if self._on_closed is not None:
                 self._on_closed(self)
             log.debug("connection.closed", peer=self.peer, reason=self._reason)
 
-    async def _read(self) -> None:
-        try:
-            while True:
-                while (messages := self._reader.next_frame()) is not None:
-                    self._apply(self.session.receive(messages))
-                self._reader.feed(await self._stream.receive())
-        except ProtocolError as exc:
-            log.warning("connection.protocol_broken", peer=self.peer, error=str(exc))
-            self._end(f"protocol error: {exc}", exc)
-            await self._discard()
-        except anyio.EndOfStream:
-            self._broken = self._reason is None
-            self._end(f"{self.peer} closed the connection without a goodbye")
-        except (anyio.BrokenResourceError, OSError) as exc:
-            self._broken = True
-            self._end(f"the connection to {self.peer} broke: {exc.__cause__ or exc!r}", exc)
-
-    async def _discard(self) -> None:
-        """Read to the end without looking: closing a socket with unread bytes could lose our Goodbye."""
-        with suppress(anyio.EndOfStream, anyio.BrokenResourceError, OSError):
-            while True:
-                await self._stream.receive()
-
-    async def _write(self) -> None:
-        try:
-            while True:
-                frame = self.session.take_frame()
-                if frame is not None:
-                    await self._stream.send(frame)
-                elif self._finishing:
-                    await self._stream.send_eof()
-                    return
-                else:
-                    self._writer_idle = anyio.Event()
-                    await self._writer_idle.wait()
-                if self._room is not None and not self.congested:
-                    self._room.set()
-                    self._room = None
-        except (anyio.BrokenResourceError, OSError) as exc:
-            self._broken = True
-            self._end(f"the connection to {self.peer} broke: {exc.__cause__ or exc!r}", exc)
+    def _open(self, method: str, payload: object, window: int) -> Inbound:
+        if not 1 <= len(method) <= 512 or not 1 <= window < 2**31:
+            raise MisuseError(
+                f"a method has 1 to 512 characters and a window 1 to {2**31 - 1} items, "
+                f"got {len(method)} characters and a window of {window}"
+            )
+        encoded = encode_payload(payload, f"payload of {method!r}", self.session.allowed.message_bytes)
+        inbound = self.session.open(method, encoded, window)
+        self._wire.wake()
+        return inbound
 
     def _apply(self, effects: Effects) -> None:
         for outbound, payload in effects.started:
@@ -272,16 +291,25 @@ class Connection:
                 interrupt.interrupt()
         if effects.goodbye is not None:
             self._end(f"{self.peer} said goodbye: {effects.goodbye}")
+            self._peer_done.set()
         if self.session.talkative:
-            self.wake_writer()
+            self._wire.wake()
 
     def _start(self, outbound: Outbound, payload: Raw) -> None:
         name = f"{outbound.method} for {self.peer}"
-        self._handlers[outbound] = self._runtime.start(serve, self, outbound, self._handler, payload, name=name)
+        if self._loop is None:
+            self._handlers[outbound] = self._runtime.start(serve, self, outbound, self._handler, payload, name=name)
+            return
+        # Owned by this connection, whose own task the Runtime owns and which waits for them.
+        serving = serve(self, outbound, self._handler, payload)
+        self._handlers[outbound] = self._loop.create_task(serving, name=name)
 
     async def _handlers_ended(self) -> None:
         for handler in list(self._handlers.values()):
-            await handler.wait()
+            if isinstance(handler, asyncio.Task):
+                await asyncio.wait((handler,))
+            else:
+                await handler.ended()
 
     def _end(self, reason: str, cause: BaseException | None = None) -> None:
         """Begin the end; the first reason counts."""
@@ -291,9 +319,8 @@ class Connection:
             self._ending.set()
 
     def _wake(self, half: Inbound | Outbound) -> None:
-        event = self._waiters.pop(half, None)
-        if event is not None:
-            event.set()
+        for wake in self._waiters.pop(half, ()):
+            wake()
 
     def _cancel_from_thread(self, inbound: Inbound) -> None:
         self._post(lambda: self.cancel(inbound))
@@ -302,6 +329,18 @@ class Connection:
 async def _refuse(method: str, payload: Raw) -> AsyncIterator[object]:
     raise MisuseError(f"{method!r} was called over a connection whose other side has no handler")
     yield
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _asyncio_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def _thread_safe_post() -> Callable[[Callable[[], object]], None]:

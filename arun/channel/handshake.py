@@ -33,9 +33,8 @@ from arun.channel.session import Allowed
 from arun.errors import MisuseError, ProtocolError
 
 if TYPE_CHECKING:
-    from anyio.abc import AnyByteStream
-
     from arun.channel.limits import Limits
+    from arun.channel.wire import Wire
 
 __all__ = ("Agreed", "Secret", "authenticate_client", "authenticate_to_server")
 
@@ -69,43 +68,43 @@ class Agreed(NamedTuple):
     allowed: Allowed
 
 
-async def authenticate_client(stream: AnyByteStream, secret: Secret, peer: str, limits: Limits) -> Agreed:
+async def authenticate_client(wire: Wire, secret: Secret, peer: str, limits: Limits) -> Agreed:
     """The server's part.
 
     :raises ProtocolError: the client doesn't know the token, or sent something else.
     :raises anyio.EndOfStream, anyio.BrokenResourceError: it went away.
     """
     nonce = secrets.token_bytes(_NONCE_BYTES)
-    await _send(stream, Challenge(nonce))
+    await _send(wire, Challenge(nonce))
     reader: FrameReader[Any] = FrameReader(peer, Hello, _FRAME_BYTES)
-    hello: Hello = await _receive(stream, reader, peer)
+    hello: Hello = await _receive(wire, reader, peer)
     if not hmac.compare_digest(hello.proof, secret.proof("client", nonce, hello.nonce)):
         raise ProtocolError(f"{peer} has another token")
     version = min(hello.newest, NEWEST_VERSION)
     if version < max(hello.oldest, OLDEST_VERSION):
         reason = f"the server speaks channel versions {OLDEST_VERSION} to {NEWEST_VERSION}"
-        await _send(stream, Goodbye(reason))
+        await _send(wire, Goodbye(reason))
         raise ProtocolError(f"{peer} speaks channel versions {hello.oldest} to {hello.newest}; {reason}")
     proof = secret.proof("server", nonce, hello.nonce)
-    await _send(stream, Welcome(version, proof, limits.streams, limits.message_bytes))
+    await _send(wire, Welcome(version, proof, limits.streams, limits.message_bytes))
     return Agreed(
         reader.switch(SessionMessage, largest_frame(limits.message_bytes)), Allowed(hello.streams, hello.message_bytes)
     )
 
 
-async def authenticate_to_server(stream: AnyByteStream, secret: Secret, peer: str, limits: Limits) -> Agreed:
+async def authenticate_to_server(wire: Wire, secret: Secret, peer: str, limits: Limits) -> Agreed:
     """The client's part.
 
     :raises ProtocolError: the server doesn't know the token, speaks another version, or sent something else.
     :raises anyio.EndOfStream, anyio.BrokenResourceError: it closed the connection, as it does for a wrong token.
     """
     challenged: FrameReader[Any] = FrameReader(peer, Challenge, _FRAME_BYTES)
-    challenge: Challenge = await _receive(stream, challenged, peer)
+    challenge: Challenge = await _receive(wire, challenged, peer)
     nonce = secrets.token_bytes(_NONCE_BYTES)
     proof = secret.proof("client", challenge.nonce, nonce)
-    await _send(stream, Hello(OLDEST_VERSION, NEWEST_VERSION, nonce, proof, limits.streams, limits.message_bytes))
+    await _send(wire, Hello(OLDEST_VERSION, NEWEST_VERSION, nonce, proof, limits.streams, limits.message_bytes))
     reader = challenged.switch(Welcome | Goodbye, _FRAME_BYTES)
-    welcome: Welcome | Goodbye = await _receive(stream, reader, peer)
+    welcome: Welcome | Goodbye = await _receive(wire, reader, peer)
     if isinstance(welcome, Goodbye):
         raise ProtocolError(f"{peer} refused: {welcome.reason}; this side speaks {OLDEST_VERSION} to {NEWEST_VERSION}")
     if not hmac.compare_digest(welcome.proof, secret.proof("server", challenge.nonce, nonce)):
@@ -118,15 +117,15 @@ async def authenticate_to_server(stream: AnyByteStream, secret: Secret, peer: st
     )
 
 
-async def _send(stream: AnyByteStream, message: Challenge | Hello | Welcome | Goodbye) -> None:
+async def _send(wire: Wire, message: Challenge | Hello | Welcome | Goodbye) -> None:
     outbox = Outbox()
     outbox.append(encode_message(message))
-    await stream.send(outbox.take_frame() or b"")
+    await wire.send(outbox.take_frame() or b"")
 
 
-async def _receive(stream: AnyByteStream, reader: FrameReader[Any], peer: str) -> Any:
+async def _receive(wire: Wire, reader: FrameReader[Any], peer: str) -> Any:
     while (messages := reader.next_frame()) is None:
-        reader.feed(await stream.receive())
+        reader.feed(await wire.receive())
     if len(messages) != 1:
         raise ProtocolError(f"{peer} sent {len(messages)} messages before it was authenticated")
     return messages[0]

@@ -10,6 +10,7 @@ from anyio.streams.stapled import StapledObjectStream
 from arun.channel.connection import Connection
 from arun.channel.limits import Limits
 from arun.channel.session import Allowed
+from arun.channel.wire import StreamWire
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def memory_pair(
 
     def end(pipe: StapledObjectStream[bytes], handler: Handler | None) -> Connection:
         allowed = Allowed(limits.streams, limits.message_bytes)
-        return Connection(pipe, runtime=runtime, peer="memory", handler=handler, limits=limits, allowed=allowed)
+        return Connection(
+            StreamWire(pipe), runtime=runtime, peer="memory", handler=handler, limits=limits, allowed=allowed
+        )
 
     return end(StapledObjectStream(to_b, from_b), handler_a), end(StapledObjectStream(to_a, from_a), handler_b)

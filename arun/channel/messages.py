@@ -23,6 +23,7 @@ __all__ = (
     "Goodbye",
     "Hello",
     "Item",
+    "Items",
     "Open",
     "Ping",
     "Pong",
@@ -88,6 +89,13 @@ class Item(_Message, tag=5, frozen=True):
     payload: Raw
 
 
+class Items(_Message, tag=13, frozen=True):
+    """Handler's next items, as one array: cheaper than so many Items, and the same in every other way."""
+
+    stream: StreamId
+    payloads: Raw
+
+
 class Credit(_Message, tag=6, frozen=True):
     """Opener has consumed: the handler may send so many more items and bytes."""
 
@@ -135,4 +143,4 @@ class Goodbye(_Message, tag=12, frozen=True):
     reason: Text
 
 
-SessionMessage: TypeAlias = Open | Item | Credit | End | Fail | Cancel | Ping | Pong | Goodbye
+SessionMessage: TypeAlias = Open | Item | Items | Credit | End | Fail | Cancel | Ping | Pong | Goodbye

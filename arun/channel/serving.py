@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Self, TypeAlias
 
 import anyio
@@ -26,8 +26,9 @@ __all__ = ("CHECKPOINT_ITEMS", "Handler", "Interrupt", "serve")
 
 log = get_logger("arun.channel")
 
-Handler: TypeAlias = Callable[[str, Raw], AsyncIterator[object]]
-"""``handler(method, payload)``: called once per Open; an async iterator, usually a generator, of items.
+Handler: TypeAlias = Callable[[str, Raw], "AsyncIterator[object] | Awaitable[object]"]
+"""``handler(method, payload)``: called once per Open; an async iterator, usually a generator, of items. Or an
+awaitable, usually a coroutine, of the only item: what ``Connection.call`` wants, for less.
 
 An item is anything that msgspec encodes. When the opener cancels, the iterator is interrupted if it is
 waiting (on asyncio: cancelled once, so ``finally`` blocks may await; on trio: cancelled until it ends, so
@@ -35,7 +36,7 @@ they need a shield there) or closed if it has yielded. Its slot is free only whe
 """
 
 # A handler or consumer that never has to wait lets others run after so many items.
-CHECKPOINT_ITEMS = 64
+CHECKPOINT_ITEMS = 256
 
 
 class Interrupt:
@@ -62,7 +63,7 @@ class Interrupt:
         return self
 
     def interrupt(self) -> None:
-        """Cancel the block. Call it at most once, while the block runs."""
+        """Cancel the block, if it still runs. Call it at most once."""
         if self._scope is not None:
             self._scope.cancel()
         elif self._task is not None and not self._task.cancelling():  # else it is being cancelled for good
@@ -72,10 +73,11 @@ class Interrupt:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
-        if self._scope is not None:
-            return self._scope.__exit__(exc_type, exc, traceback)
-        if self._called and self._task is not None:
-            left = self._task.uncancel()
+        scope, task, self._scope, self._task = self._scope, self._task, None, None
+        if scope is not None:
+            return scope.__exit__(exc_type, exc, traceback)
+        if self._called and task is not None:
+            left = task.uncancel()
             return left == 0 and isinstance(exc, asyncio.CancelledError)
         return False
 
@@ -90,15 +92,20 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
     try:
         if outbound.state == "open":  # else cancelled before this task ran
             with connection.interruptible(outbound):
-                iterator = handler(outbound.method, payload)
-                await _send_all(connection, outbound, iterator)
+                answer = handler(outbound.method, payload)
+                if isinstance(answer, Awaitable):
+                    _send_one(connection, outbound, await answer)
+                else:
+                    iterator = answer
+                    await _send_all(connection, outbound, iterator)
     except Exception as exc:  # noqa: BLE001  # a handler may raise anything; the opener is told
         error = exc
     except BaseException as exc:
         error = ArunError(f"the handler of {outbound.method!r} was cancelled: {exc!r}")
         raise
     finally:
-        error = await _close(iterator) or error  # noqa: ASYNC102 - clean-up sees cancellation as anywhere else
+        if iterator is not None:
+            error = await _close(iterator) or error  # noqa: ASYNC102 - clean-up sees cancellation as anywhere else
         message = End(outbound.id) if error is None else describe(outbound.id, error)
         if isinstance(message, Fail):
             # An error after Cancel reaches nobody: the opener has left.
@@ -110,9 +117,8 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
 
 
 async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncIterator[object]) -> None:
-    send = connection.session.send
-    limit = connection.session.allowed.message_bytes
-    what = f"item of {outbound.method!r}"
+    session, wake = connection.session, connection.wake_writer
+    send, limit, what = session.send, session.allowed.message_bytes, f"item of {outbound.method!r}"
     streak = 0
     async for item in iterator:
         payload = encode_payload(item, what, limit)
@@ -121,7 +127,7 @@ async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncI
                 return
             await connection.wait(outbound)
             streak = 0
-        connection.wake_writer()
+        wake()
         if connection.congested:
             await connection.wait_for_room()
         streak += 1
@@ -130,7 +136,13 @@ async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncI
             streak = 0
 
 
-async def _close(iterator: AsyncIterator[object] | None) -> Exception | None:
+def _send_one(connection: Connection, outbound: Outbound, item: object) -> None:
+    session = connection.session
+    # A stream begins with credit for one; without it, it was cancelled.
+    session.send(outbound, encode_payload(item, f"result of {outbound.method!r}", session.allowed.message_bytes))
+
+
+async def _close(iterator: AsyncIterator[object]) -> Exception | None:
     """Close the iterator, if it can be closed and has not ended by itself; return its error."""
     aclose = getattr(iterator, "aclose", None)
     if aclose is None or getattr(iterator, "ag_frame", iterator) is None:

@@ -36,16 +36,16 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
-from msgspec import Raw
+from msgspec import Raw, Struct
 
-from arun.channel.codec import Outbox, encode_message
-from arun.channel.messages import Cancel, Credit, End, Fail, Goodbye, Item, Open, Ping, Pong, SessionMessage
+from arun.channel.codec import Outbox, Run, array_head, encode_message, item_prefix
+from arun.channel.messages import Cancel, Credit, End, Fail, Goodbye, Item, Items, Open, Ping, Pong, SessionMessage
 from arun.errors import ChannelLost, ProtocolError, StreamRefused
 
 if TYPE_CHECKING:
     from arun.channel.limits import Limits
 
-__all__ = ("TRANSITIONS", "Allowed", "Effects", "Inbound", "Lost", "Outbound", "Session", "Started", "State")
+__all__ = ("TRANSITIONS", "Allowed", "Batch", "Effects", "Inbound", "Lost", "Outbound", "Session", "Started", "State")
 
 State: TypeAlias = Literal["idle", "open", "cancelling", "closed"]
 
@@ -53,6 +53,7 @@ TRANSITIONS: dict[type[SessionMessage], dict[State, State]] = {
     Open: {"idle": "open"},
     # Items may be under way when the opener cancels.
     Item: {"open": "open", "cancelling": "cancelling"},
+    Items: {"open": "open", "cancelling": "cancelling"},
     # Credit and Cancel may be under way when the handler ends.
     Credit: {"open": "open", "closed": "closed"},
     Cancel: {"open": "cancelling", "closed": "closed"},
@@ -81,10 +82,18 @@ class Lost(NamedTuple):
         return error
 
 
+class Batch(Struct, frozen=True, gc=False):
+    """Several items that came as one message: how many, their bytes, and the array of them."""
+
+    count: int
+    size: int
+    payloads: Raw
+
+
 class Inbound:
     """Opener's half of a stream: items that arrived and are not consumed yet.
 
-    :ivar items: payloads in order.
+    :ivar items: payloads in order, as they came: single ones and batches.
     :ivar outcome: how the stream ended, None while it goes on. Unread items come first.
     """
 
@@ -106,7 +115,7 @@ class Inbound:
         self.id = stream
         self.method = method
         self.state: State = "open"
-        self.items: deque[Raw] = deque()
+        self.items: deque[Raw | Batch] = deque()
         self.outcome: End | Fail | Lost | None = None
         self.window, self.window_bytes = window, window_bytes
         # What the peer may still send, and what was consumed but not granted again.
@@ -117,7 +126,18 @@ class Inbound:
 class Outbound:
     """Handler's half of a stream: the credit that is left for sending."""
 
-    __slots__ = ("bytes_left", "id", "items_left", "method", "prefix", "state", "window", "window_bytes")
+    __slots__ = (
+        "batch",
+        "bytes_left",
+        "id",
+        "items_left",
+        "method",
+        "prefix",
+        "run",
+        "state",
+        "window",
+        "window_bytes",
+    )
 
     def __init__(self, opened: Open) -> None:
         self.id = opened.stream
@@ -125,8 +145,10 @@ class Outbound:
         self.state: State = "open"
         self.window, self.window_bytes = opened.items, opened.bytes
         self.items_left, self.bytes_left = opened.items, opened.bytes
-        # An Item is this and the encoded payload, so that each item is encoded once only.
-        self.prefix = encode_message(Item(opened.stream, Raw(b"\xc0")))[:-1]
+        self.prefix = item_prefix(opened.stream)
+        self.run: Run | None = None
+        # Credit for a batch comes back as a whole: small ones, so that both sides work at the same time.
+        self.batch = max(1, opened.items // 4)
 
 
 class Started(NamedTuple):
@@ -192,6 +214,11 @@ class Session:
 
     # The opener's side.
 
+    @property
+    def opened(self) -> int:
+        """Streams that this side opened and that have not ended."""
+        return len(self._inbound)
+
     def open(self, method: str, payload: bytes, window: int) -> Inbound:
         """Open a stream.
 
@@ -212,17 +239,23 @@ class Session:
         self._inbound[inbound.id] = inbound
         return inbound
 
-    def take(self, inbound: Inbound) -> tuple[Raw, bool]:
-        """Consume the oldest item; also tells whether credit is now due, so that the writer must wake."""
-        payload = inbound.items.popleft()
-        inbound.items_used += 1
-        inbound.bytes_used += len(payload)
+    def take(self, inbound: Inbound) -> tuple[Raw | Batch, bool]:
+        """Consume the oldest item or batch; also tells whether credit is now due, so that the writer must wake."""
+        entry = inbound.items.popleft()
+        if isinstance(entry, Batch):
+            return entry, self.consumed(inbound, entry.count, entry.size)
+        return entry, self.consumed(inbound, 1, len(entry))
+
+    def consumed(self, inbound: Inbound, items: int, size: int) -> bool:
+        """Items that were popped are used up; tells whether credit is now due, so that the writer must wake."""
+        inbound.items_used += items
+        inbound.bytes_used += size
         if inbound.items_used * 2 < inbound.window and inbound.bytes_used * 2 < inbound.window_bytes:
-            return payload, False
+            return False
         if inbound.state != "open":
-            return payload, False
+            return False
         self._credit_due[inbound.id] = inbound
-        return payload, True
+        return True
 
     def cancel(self, inbound: Inbound) -> bool:
         """Want no more items, and drop the unread ones. Tells whether there is a Cancel to write."""
@@ -242,7 +275,7 @@ class Session:
             return False
         outbound.items_left -= 1
         outbound.bytes_left -= len(payload)
-        self.outbox.append(outbound.prefix + payload)
+        outbound.run = self.outbox.append_item(payload, outbound.prefix, outbound.run, outbound.batch)
         return True
 
     def finish(self, outbound: Outbound, message: End | Fail) -> None:
@@ -262,25 +295,32 @@ class Session:
         :raises ProtocolError: the peer broke the protocol; nothing of the connection can be trusted.
         """
         effects = Effects()
-        # A payload is a view of its whole frame; one that shares it must not keep it in memory.
-        shared = len(messages) > 1
         for message in messages:
             if type(message) is Item:
-                inbound = self._inbound.get(message.stream)
-                if inbound is None:
-                    raise self._illegal(Item, message.stream, self._inbound_state(message.stream))
-                payload = message.payload
-                inbound.items_left -= 1
-                if inbound.items_left < 0 or inbound.bytes_left <= 0:
-                    raise ProtocolError(f"{self.peer} sent more on {inbound.method!r} than its credit")
-                inbound.bytes_left -= len(payload)
-                if inbound.state == "open":
-                    if not inbound.items:
-                        effects.ready.append(inbound)
-                    inbound.items.append(payload.copy() if shared else payload)
+                self._on_items(message, 1, 0, message.payload, effects)
+            elif type(message) is Items:
+                self._on_items(message, *array_head(message.payloads), message.payloads, effects)
             else:
                 self._receive_control(message, effects)
         return effects
+
+    def _on_items(self, message: Item | Items, count: int, head: int, raw: Raw, effects: Effects) -> None:
+        inbound = self._inbound.get(message.stream)
+        if inbound is None:
+            raise self._illegal(type(message), message.stream, self._inbound_state(message.stream))
+        if count < 1:
+            raise ProtocolError(f"{self.peer} sent Items without any on {inbound.method!r}")
+        inbound.items_left -= count
+        if inbound.items_left < 0 or inbound.bytes_left <= 0:
+            raise ProtocolError(f"{self.peer} sent more on {inbound.method!r} than its credit")
+        size = len(raw) - head
+        inbound.bytes_left -= size
+        if inbound.state != "open":
+            return
+        if not inbound.items:
+            effects.ready.append(inbound)
+        raw = _own(raw)
+        inbound.items.append(Batch(count, size, raw) if head else raw)
 
     def _receive_control(self, message: SessionMessage, effects: Effects) -> None:
         match message:
@@ -317,7 +357,7 @@ class Session:
                 f"{self.peer} opened {message.method!r} beyond the {self._limits.streams} streams that it may have"
             )
         outbound = self._outbound[message.stream] = Outbound(message)
-        effects.started.append(Started(outbound, message.payload))
+        effects.started.append(Started(outbound, _own(message.payload)))
 
     def _on_opener(self, message: Credit | Cancel, effects: Effects) -> None:
         outbound = self._outbound.get(message.stream)
@@ -406,3 +446,12 @@ class Session:
 
     def _illegal(self, kind: type[SessionMessage], stream: int, state: State) -> ProtocolError:
         return ProtocolError(f"{self.peer} sent {kind.__name__} for stream {stream}, which is {state}")
+
+
+def _own(payload: Raw) -> Raw:
+    """A payload is a view of all the bytes that arrived with it; a small one must not keep those in memory."""
+    return payload.copy() if len(payload) < _VIEW_BYTES else payload
+
+
+# As much as one read from a socket gives.
+_VIEW_BYTES = 2**18

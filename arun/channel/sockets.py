@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import socket
 import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
-from anyio.abc import AnyByteStream, Listener, SocketAttribute, SocketStream
+import anyio.lowlevel
+from anyio.abc import Listener, SocketAttribute, SocketStream
 
+from arun.channel.asyncio_wire import AsyncioWire
 from arun.channel.connection import Connection
 from arun.channel.handshake import Secret, authenticate_client, authenticate_to_server
 from arun.channel.limits import Limits
+from arun.channel.wire import StreamWire, Wire
 from arun.errors import ChannelLost, MisuseError, PortInUse, ProtocolError
 from arun.logs import get_logger
 from arun.runtime import Runtime
@@ -30,6 +35,8 @@ log = get_logger("arun.channel")
 _DEFAULT_LIMITS = Limits()
 # After an accept() that failed, for example because the process has too many files open.
 _ACCEPT_PAUSE = 0.1
+# Turns of asyncio's loop from an accept() to the protocol's connection_made.
+_ACCEPT_TURNS = 4
 # sizeof(sockaddr_un.sun_path) less the final zero, on Linux.
 _UNIX_PATH_BYTES = 107
 
@@ -45,7 +52,14 @@ async def connect_tcp(
     :raises ChannelLost: nobody listens there, or it hung up or stayed silent, as for a wrong token.
     :raises ProtocolError: what listens there doesn't know the token, or is no channel server.
     """
-    return await _connect(lambda: anyio.connect_tcp(host, port), _tcp_name(host, port), Secret(token), handler, limits)
+
+    async def dial() -> Wire:
+        if _on_asyncio():
+            loop = asyncio.get_running_loop()
+            return (await loop.create_connection(AsyncioWire, host, port, happy_eyeballs_delay=0.25))[1]
+        return StreamWire(await anyio.connect_tcp(host, port))
+
+    return await _connect(dial, _tcp_name(host, port), Secret(token), handler, limits)
 
 
 async def connect_unix(
@@ -53,7 +67,14 @@ async def connect_unix(
 ) -> Connection:
     """Connect to a server of :func:`serve_unix`; parameters and errors as for :func:`connect_tcp`."""
     name = f"unix:{os.fspath(path)}"
-    return await _connect(lambda: anyio.connect_unix(path), name, Secret(token), handler, limits)
+
+    async def dial() -> Wire:
+        if _on_asyncio():
+            loop = asyncio.get_running_loop()
+            return (await loop.create_unix_connection(AsyncioWire, os.fspath(path)))[1]
+        return StreamWire(await anyio.connect_unix(path))
+
+    return await _connect(dial, name, Secret(token), handler, limits)
 
 
 async def serve_tcp(
@@ -153,10 +174,12 @@ class Server:
 
     async def _accept_all(self) -> None:
         try:
+            if _on_asyncio():
+                await self._accept_on_asyncio()
             async with anyio.create_task_group() as tasks:
                 while True:
                     try:
-                        await self._listener.serve(self._accept, tasks)
+                        await self._listener.serve(self._accept_stream, tasks)
                     except* OSError as exc:
                         log.warning("server.accept_failed", address=self._name, error=repr(exc.exceptions[0]))
                     await anyio.sleep(_ACCEPT_PAUSE)
@@ -168,27 +191,68 @@ class Server:
                     os.unlink(self.address)
             log.info("server.stopped", address=self._name)
 
-    async def _accept(self, stream: SocketStream) -> None:
-        peer = self._peer_name(stream)
+    async def _accept_on_asyncio(self) -> None:
+        """Accept for ever; a task for each client until it is authenticated."""
+        loop = asyncio.get_running_loop()
+        authenticating: dict[Wire, asyncio.Task[None]] = {}
+
+        async def accept(wire: Wire) -> None:
+            try:
+                await self._accept(wire)
+            finally:
+                authenticating.pop(wire, None)
+
+        def made(wire: AsyncioWire) -> None:
+            authenticating[wire] = loop.create_task(accept(wire), name=f"handshake of {self._name}")
+
+        servers: list[asyncio.Server] = []
+        try:
+            for listener in getattr(self._listener, "listeners", (self._listener,)):
+                sock = listener.extra(SocketAttribute.raw_socket)
+                serve = loop.create_unix_server if isinstance(self.address, str) else loop.create_server
+                servers.append(await serve(lambda: AsyncioWire(made), sock=sock, start_serving=False))
+                await servers[-1].start_serving()
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                # What was accepted a moment ago has no transport yet, and would never get one from a closed server.
+                for server in servers:
+                    for sock in server.sockets:
+                        loop.remove_reader(sock.fileno())
+                for _ in range(_ACCEPT_TURNS):
+                    await anyio.lowlevel.checkpoint()
+                for server in servers:
+                    server.close()
+                for wire, task in list(authenticating.items()):
+                    task.cancel()
+                    await asyncio.wait((task,))
+                    await wire.aclose()
+
+    async def _accept_stream(self, stream: SocketStream) -> None:
+        await self._accept(StreamWire(stream))
+
+    async def _accept(self, wire: Wire) -> None:
+        peer = self._peer_name(wire)
         if self._half_open >= self._limits.half_open:
             log.warning("authentication.refused", peer=peer, half_open=self._half_open)
-            await anyio.aclose_forcefully(stream)
+            await wire.aclose()
             return
         self._half_open += 1
         try:
             with anyio.fail_after(self._limits.handshake_timeout):
-                agreed = await authenticate_client(stream, self._secret, peer, self._limits)
+                agreed = await authenticate_client(wire, self._secret, peer, self._limits)
         except (ProtocolError, anyio.EndOfStream, anyio.BrokenResourceError, OSError) as exc:
             log.warning("authentication.failed", peer=peer, error=repr(exc))
-            await anyio.aclose_forcefully(stream)
+            await wire.aclose()
             return
         except BaseException:
-            await anyio.aclose_forcefully(stream)
+            with anyio.CancelScope(shield=True):
+                await wire.aclose()
             raise
         finally:
             self._half_open -= 1
         connection = Connection(
-            stream,
+            wire,
             runtime=self._runtime,
             peer=peer,
             handler=self._handler,
@@ -199,31 +263,39 @@ class Server:
         )
         self._connections.add(connection)
 
-    def _peer_name(self, stream: SocketStream) -> str:
+    def _peer_name(self, wire: Wire) -> str:
         if isinstance(self.address, str):
             return f"unix:{self.address}"
-        address = stream.extra(SocketAttribute.remote_address, None)
+        address = wire.extra(SocketAttribute.remote_address, None)
         return _tcp_name(*address[:2]) if isinstance(address, tuple) else "a client that has gone"
 
 
+async def socket_wire(sock: socket.socket) -> Wire:
+    """The wire of a connected stream socket, which it owns from here on."""
+    if _on_asyncio():
+        return (await asyncio.get_running_loop().create_connection(AsyncioWire, sock=sock))[1]
+    return StreamWire(await SocketStream.from_socket(sock))
+
+
 async def _connect(
-    dial: Callable[[], Awaitable[AnyByteStream]], peer: str, secret: Secret, handler: Handler | None, limits: Limits
+    dial: Callable[[], Awaitable[Wire]], peer: str, secret: Secret, handler: Handler | None, limits: Limits
 ) -> Connection:
     runtime = Runtime.current()  # refused here, before there is a socket to close
-    stream: AnyByteStream | None = None
+    wire: Wire | None = None
     try:
         with anyio.fail_after(limits.handshake_timeout):
-            stream = await dial()
-            agreed = await authenticate_to_server(stream, secret, peer, limits)
+            wire = await dial()
+            agreed = await authenticate_to_server(wire, secret, peer, limits)
     except BaseException as exc:
-        if stream is not None:
-            await anyio.aclose_forcefully(stream)
+        if wire is not None:
+            with anyio.CancelScope(shield=True):
+                await wire.aclose()
         explained = _explain(exc, peer, limits)
         if explained is None:
             raise
         raise explained from exc  # noqa: ASYNC104 - only errors are explained, a cancellation is not
     return Connection(
-        stream,
+        wire,
         runtime=runtime,
         peer=peer,
         handler=handler,
@@ -265,3 +337,11 @@ async def _refuse_taken_path(path: str) -> None:
 
 def _tcp_name(host: object, port: object) -> str:
     return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
+
+
+def _on_asyncio() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import anyio
-from anyio.abc import SocketStream
 
 from arun.channel import Connection, Stream
 from arun.channel.session import Allowed
+from arun.channel.sockets import socket_wire
 from arun.errors import ChannelLost, MisuseError, WorkerDied
 from arun.executors.messages import LIMITS, PREPARE, RUN, Answer, Order, Preparation
 from arun.executors.references import main_source
@@ -55,8 +55,7 @@ class Worker:
         runtime = Runtime.current()  # refused here, before there is a process
         ours, theirs = socket.socketpair()
         try:
-            ours.setblocking(False)
-            stream = await SocketStream.from_socket(ours)
+            wire = await socket_wire(ours)
             process = _spawn(theirs, grace)
         except BaseException:
             ours.close()
@@ -64,7 +63,7 @@ class Worker:
         finally:
             theirs.close()
         connection = Connection(
-            stream,
+            wire,
             runtime=runtime,
             peer=f"worker process {process.pid}",
             handler=None,

@@ -16,6 +16,7 @@ import os
 import runpy
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,11 +28,11 @@ from typing import Any, Final
 import anyio
 import msgspec
 import structlog
-from anyio.abc import SocketStream
 
 from arun.actions import perform
 from arun.channel.connection import Connection
 from arun.channel.session import Allowed
+from arun.channel.sockets import socket_wire
 from arun.codec import decode
 from arun.context import ApplicationContext, Run
 from arun.errors import MisuseError, RemoteError
@@ -258,7 +259,7 @@ class _WorkerThreads(Threads):
 async def _serve(fd: int, owner: int) -> None:
     async with Runtime() as runtime:
         connection = Connection(
-            await SocketStream.from_socket(fd),
+            await socket_wire(socket.socket(fileno=fd)),
             runtime=runtime,
             peer=f"process {owner}",
             handler=_Worker().handle,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.bundles import Placement, fit
 from actors.cluster import ClusterResources, NodeResources
-from arun.errors import MisuseError
+from actors.fitting import Explanation
+from actors.local_cluster import LocalCluster
+from arun.errors import MisuseError, PlacementError
 
 
 def cluster(*cpus: float, gpus: float = 0, taken: float = 0) -> ClusterResources:
@@ -75,8 +80,8 @@ def test_fractions_add_up() -> None:
 
 
 def test_explain_shows_each_replica_on_its_nodes() -> None:
-    text = Placement(tensor_parallel=2, replicas=3, cpus=1, gpus=1).explain(cluster(4, 2, gpus=4))
-    assert text == (
+    found = Placement(tensor_parallel=2, replicas=3, cpus=1, gpus=1).explain(cluster(4, 2, gpus=4))
+    assert str(found) == (
         "needs    3 replicas of 2 workers (tensor_parallel 2 x pipeline_parallel 1) with 1 CPU and 1 GPU each, "
         "STRICT_PACK; 6 CPU and 6 GPU in all\n"
         "cluster  2 nodes, 6 of 6 CPU free, 8 of 8 GPU free\n"
@@ -87,6 +92,81 @@ def test_explain_shows_each_replica_on_its_nodes() -> None:
         "replica 2  bundles 0, 1 on node n1\n"
         "it fits"
     )
+
+
+def test_explain_is_data_as_well() -> None:
+    found = Placement(tensor_parallel=2, replicas=2, cpus=0.5, gpus=1).explain(cluster(1, gpus=3))
+    assert found.needed == {"CPU": 2, "GPU": 4}
+    assert [node.gpus_free for node in found.nodes] == [3]
+    assert [(plan.replica, plan.nodes) for plan in found.replicas] == [(0, ("n0", "n0")), (1, None)]
+    assert found.replicas[1].bundles == ({"CPU": 0.5, "GPU": 1},) * 2
+    assert found.reason == "room for 1 of 2; each needs 2 workers on one node"
+    assert msgspec.json.decode(msgspec.json.encode(found), type=Explanation) == found
+
+
+@pytest.mark.parametrize(
+    ("cpus", "taken", "verdict", "end"),
+    [
+        (4, 0, "fits", "it fits"),
+        (4, 3, "fits later", "replicas 0 to 1  no room\nit does not fit now, but will when others give back"),
+        (1, 0, "never", "not even when nothing else is in the cluster: room for 0 of 2; each needs 2 workers on one"),
+    ],
+)
+def test_the_verdict_tells_now_later_and_never_apart(cpus: int, taken: int, verdict: str, end: str) -> None:
+    found = Placement(tensor_parallel=2, replicas=2).explain(cluster(cpus, taken=taken))
+    assert found.verdict == verdict
+    assert end in str(found)
+
+
+@pytest.mark.parametrize(
+    ("selector", "nodes"),
+    [
+        ("h100", ["n0"]),
+        ("!h100", ["n1", "n2"]),
+        ("in(h100, a100)", ["n0", "n1"]),
+        ("!in(h100,a100)", ["n2"]),
+        ("l4", []),
+    ],
+)
+def test_labels_say_which_nodes_will_do(selector: str, nodes: list[str]) -> None:
+    kinds: list[dict[str, str]] = [{"gpu": "h100"}, {"gpu": "a100"}, {}]
+    resources = ClusterResources(
+        tuple(NodeResources(name=f"n{i}", cpus=1, cpus_free=1, labels=labels) for i, labels in enumerate(kinds))
+    )
+    found = Placement(replicas=3, labels={"gpu": selector}).explain(resources)
+    assert [plan.nodes[0] for plan in found.replicas if plan.nodes] == nodes
+    assert f"labels   gpu={selector}" in str(found)
+    assert found.reason is not None
+    assert f"{len(nodes)} of 3 nodes have the labels gpu={selector}" in found.reason
+
+
+@pytest.mark.parametrize("selector", ["", "-a", "in()", "in(a", "a b", "!!a", "a" * 64])
+def test_a_label_selector_that_ray_would_refuse_is_refused_where_it_is_written(selector: str) -> None:
+    with pytest.raises(MisuseError, match="write a value"):
+        Placement(labels={"gpu": selector})
+
+
+@pytest.mark.asyncio
+async def test_a_local_cluster_waits_for_what_others_hold_if_it_is_told_to() -> None:
+    async with LocalCluster(isolation="task", cpus=2) as local:
+        held = await local.reserve(Placement(replicas=2))
+        with pytest.raises(PlacementError, match="0 of 2 CPU free"):
+            await local.reserve(Placement(), wait=0.01)
+        with pytest.raises(PlacementError, match="room for 0 of 3"):
+            await local.reserve(Placement(replicas=3), wait=3600)
+        waiting = asyncio.create_task(local.reserve(Placement(replicas=2), wait=3600))
+        await asyncio.sleep(0)
+        await held.release()
+        got = await waiting
+        assert [group.nodes for group in got.groups] == [("local",), ("local",)]
+
+
+@pytest.mark.asyncio
+async def test_a_local_cluster_has_the_labels_that_it_was_given() -> None:
+    async with LocalCluster(isolation="task", cpus=1, labels={"zone": "a"}) as local:
+        with pytest.raises(PlacementError, match="0 of 1 nodes have the labels zone=b"):
+            await local.reserve(Placement(labels={"zone": "b"}))
+        await local.reserve(Placement(labels={"zone": "a"}))
 
 
 def test_a_refusal_has_both_sides_numbers_and_the_way_out() -> None:

@@ -443,8 +443,8 @@ async def test_an_empty_token_is_refused(runtime):
 async def test_tcp_connections_have_no_delay(runtime):
     server = await serve_tcp(echo, token=TOKEN)
     connection = await connect_tcp(*server.address, token=TOKEN)
-    for stream in (connection._stream, *(other._stream for other in server._connections)):
-        raw = stream.extra(anyio.abc.SocketAttribute.raw_socket)
+    for wire in (connection._wire, *(other._wire for other in server._connections)):
+        raw = wire.extra(anyio.abc.SocketAttribute.raw_socket)
         assert raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     await connection.aclose()
     await server.aclose()
@@ -492,13 +492,13 @@ async def test_items_are_coalesced_into_frames(runtime):
             yield n
 
     a, b = memory_pair(handler_a=count)
-    send = a._stream.send
+    send = a._wire._stream.send
 
     async def counting(data):
         frames.append(data)
         await send(data)
 
-    a._stream.send = counting
+    a._wire._stream.send = counting
     assert len([n async for n in b.open("count", window=1000)]) == 640
     assert len(frames) <= 640 // 32
     await a.aclose()

@@ -12,7 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from arun.channel.codec import FrameReader, encode_message
 from arun.channel.limits import Limits
 from arun.channel.messages import Cancel, Credit, End, Fail, Item, Open, Ping, Pong, SessionMessage
-from arun.channel.session import TRANSITIONS, Allowed, Session
+from arun.channel.session import TRANSITIONS, Allowed, Batch, Session
 from arun.errors import ChannelLost, ProtocolError, StreamRefused
 
 STREAMS = 3
@@ -32,6 +32,17 @@ def frames(session: Session) -> list[SessionMessage]:
         reader.feed(frame)
         said += reader.next_frame()
     return said
+
+
+def numbers(entry: msgspec.Raw | Batch) -> list[int]:
+    """What was sent as one entry."""
+    if isinstance(entry, Batch):
+        items = msgspec.msgpack.decode(entry.payloads)
+        assert len(items) == entry.count
+        assert sum(map(len, map(msgspec.msgpack.encode, items))) == entry.size
+    else:
+        items = [msgspec.msgpack.decode(entry)]
+    return [number for number, _ in items]
 
 
 class OneStream:
@@ -93,8 +104,8 @@ class Universe(RuleBasedStateMachine):
     @rule(stream=streams, count=st.integers(1, 6))
     def take(self, stream, count):
         for _ in range(min(count, len(stream.inbound.items))):
-            payload, _ = self.opener.take(stream.inbound)
-            stream.got.append(msgspec.msgpack.decode(payload)[0])
+            entry, _ = self.opener.take(stream.inbound)
+            stream.got += numbers(entry)
 
     @rule(stream=streams)
     def cancel(self, stream):
@@ -157,10 +168,10 @@ class Universe(RuleBasedStateMachine):
     def what_must_hold(self):
         for stream in self.by_id.values():
             inbound, outbound = stream.inbound, stream.outbound
-            unread = [msgspec.msgpack.decode(item)[0] for item in inbound.items]
+            unread = [number for entry in inbound.items for number in numbers(entry)]
             assert stream.got + unread == stream.sent[: len(stream.got) + len(unread)], "in order, no gap, no double"
-            assert len(inbound.items) <= stream.window
-            assert sum(map(len, inbound.items)) <= WINDOW_BYTES + 50
+            assert len(unread) <= stream.window
+            assert sum(e.size if isinstance(e, Batch) else len(e) for e in inbound.items) <= WINDOW_BYTES + 50
             assert 0 <= inbound.items_left <= stream.window
             if outbound is not None:
                 assert 0 <= outbound.items_left <= stream.window

@@ -12,6 +12,7 @@ import pytest
 from anyio import wait_all_tasks_blocked
 
 from arun.channel import Limits, register_error
+from arun.channel.serving import CHECKPOINT_ITEMS
 from arun.errors import ArunError, MisuseError, PayloadError, RemoteError, RequestError, StreamRefused
 
 pytestmark = pytest.mark.anyio
@@ -225,7 +226,7 @@ async def test_neither_a_fast_handler_nor_its_consumer_starves_the_loop(link):
         tasks.start_soon(count_turns)
         for _ in range(6400):
             await anext(stream)
-        assert turns >= 6400 // 64
+        assert turns >= 6400 // CHECKPOINT_ITEMS
         tasks.cancel_scope.cancel()
 
 

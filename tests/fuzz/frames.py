@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from arun.channel.codec import FRAME_BYTES, FrameReader, decode_payload, decoder_for, encode_message, largest_frame
+from arun.channel.codec import FRAME_BYTES, FrameReader, decoder_for, encode_message, largest_frame
 from arun.channel.limits import Limits
 from arun.channel.messages import (
     Cancel,
@@ -32,13 +32,14 @@ from arun.channel.messages import (
     Goodbye,
     Hello,
     Item,
+    Items,
     Open,
     Ping,
     Pong,
     SessionMessage,
     Welcome,
 )
-from arun.channel.session import Allowed, Effects, Inbound, Outbound, Session
+from arun.channel.session import Allowed, Batch, Effects, Inbound, Outbound, Session
 from arun.errors import ChannelLost, PayloadError, ProtocolError, StreamRefused
 
 if TYPE_CHECKING:
@@ -128,8 +129,8 @@ class Universe:
     def _receive(self, data: bytes) -> None:
         session, counts = self.session, self.counts
         self.reader.feed(data)
-        if len(self.reader._buffer) > FRAME_LIMIT + RECEIVE_BYTES:
-            raise Failure(f"the reader holds {len(self.reader._buffer)} bytes")
+        if self.reader.held > FRAME_LIMIT + RECEIVE_BYTES:
+            raise Failure(f"the reader holds {self.reader.held} bytes")
         while True:
             try:
                 messages = self.reader.next_frame()
@@ -170,7 +171,7 @@ class Universe:
     def _decode(self, which: int, data: bytes) -> None:
         """The same bytes as the payload of an item of a declared type."""
         try:
-            decode_payload(DECODERS[which], msgspec.Raw(data), "item")
+            DECODERS[which].decode(msgspec.Raw(data))
             self.counts["payload decoded"] += 1
         except PayloadError:
             self.counts["payload refused"] += 1
@@ -262,11 +263,12 @@ class Universe:
         for inbound in self.opened:
             if not 0 <= inbound.items_left <= inbound.window:
                 raise Failure(f"stream {inbound.id} gave credit for {inbound.items_left} items of {inbound.window}")
-            held = sum(map(len, inbound.items))
-            if len(inbound.items) > inbound.window:
-                raise Failure(f"stream {inbound.id} holds {len(inbound.items)} items, {held} bytes")
+            sizes = [entry.size if isinstance(entry, Batch) else len(entry) for entry in inbound.items]
+            held, count = sum(sizes), sum(entry.count if isinstance(entry, Batch) else 1 for entry in inbound.items)
+            if count > inbound.window:
+                raise Failure(f"stream {inbound.id} holds {count} items, {held} bytes")
             # One item may overshoot the window, and it alone may be as large as a message.
-            if held - (len(inbound.items[-1]) if inbound.items else 0) > LIMITS.window_bytes:
+            if held - (sizes[-1] if sizes else 0) > LIMITS.window_bytes:
                 raise Failure(f"stream {inbound.id} holds {held} bytes; its window is {LIMITS.window_bytes}")
             if inbound.items and inbound.state == "cancelling" and not self._closed:
                 raise Failure(f"stream {inbound.id} was cancelled and holds items")
@@ -353,6 +355,8 @@ _DATA = [
 ]
 # Mostly such that a mutant of it is well formed, so that mutants get as far as the session.
 _PAYLOADS = [msgspec.Raw(data) for data in (*_DATA, *[b"\xc4\x60" + bytes(range(96))] * len(_DATA))]
+# Arrays of payloads, one of them empty.
+_BATCHES = [msgspec.Raw(b"\x90"), *(msgspec.Raw(msgspec.msgpack.encode(_PAYLOADS[:n])) for n in (1, 2, 3))]
 
 
 def _pool(*messages: Any) -> list[bytes]:
@@ -363,6 +367,7 @@ def _pool(*messages: Any) -> list[bytes]:
 _WILD = _pool(
     *(Open(n, "m", items, items, _NIL) for n in _IDS for items in (1, 2**31 - 1)),
     *(Item(n, payload) for n in _IDS for payload in _PAYLOADS),
+    *(Items(n, payload) for n in _IDS for payload in (*_PAYLOADS, *_BATCHES)),
     *(Credit(n, items, size) for n in _IDS for items in (1, 2, 2**31 - 1) for size in (1, 50, 2**31 - 1)),
     *(kind(n) for n in _IDS for kind in (End, Cancel)),
     *(Fail(n, "k", "m" * length, "t") for n in _IDS for length in (0, 300)),
@@ -448,6 +453,8 @@ class _Draw:
         what = random()
         if what < 0.55 and session._inbound:
             inbound = _any(session._inbound, random())
+            if inbound.items_left > 1 and what < 0.2:
+                return encode_message(Items(inbound.id, _BATCHES[2]))
             if inbound.items_left > 0 and what < 0.5:
                 return encode_message(Item(inbound.id, _PAYLOADS[int(random() * len(_PAYLOADS))]))
             return encode_message(End(inbound.id) if what < 0.53 else Fail(inbound.id, "k", "m", "t"))

@@ -8,15 +8,16 @@ forgets to ask for leaves somebody asleep for ever, which is what the end of the
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
 from arun.channel.codec import FrameReader, largest_frame
 from arun.channel.limits import Limits
-from arun.channel.messages import Credit, End, Fail, Goodbye, Item, Open, SessionMessage
-from arun.channel.session import Allowed, Effects, Inbound, Lost, Outbound, Session
+from arun.channel.messages import Credit, End, Fail, Goodbye, Item, Items, Open, SessionMessage
+from arun.channel.session import Allowed, Batch, Effects, Inbound, Lost, Outbound, Session
 from arun.errors import ChannelLost, ProtocolError, StreamRefused
 from tests.simulation.world import Violation, World
 
@@ -134,6 +135,9 @@ class Consumer:
         self.leaves_after, self.pause = leaves_after, pause
         self.taken = 0
         self.taken_bytes = 0
+        #: the batch that is being read, and what of it is not
+        self.batch: Batch | None = None
+        self.unread: deque[bytes] = deque()
         self.cancelled = False
         self.done = False
         if patience:
@@ -144,10 +148,10 @@ class Consumer:
         if self.done:
             return
         side, inbound = self.side, self.inbound
-        while inbound.items:
+        while inbound.items or self.unread:
             if self.cancelled:
                 raise Violation(f"{self}: an item after the cancel")
-            payload, due = side.session.take(inbound)
+            payload, due = self._take()
             number, index, _ = _decode(payload)
             if (number, index) != (self.plan.number, self.taken):
                 raise Violation(f"{self}: got item {index} of stream {number}, wanted {self.taken}")
@@ -169,13 +173,34 @@ class Consumer:
         else:
             side.sleep(inbound, self.step)
 
+    def _take(self) -> tuple[Any, bool]:
+        """The next item, and whether credit is due: for a batch, when its last item is taken."""
+        session = self.side.session
+        if not self.unread and not isinstance(self.inbound.items[0], Batch):
+            return session.take(self.inbound)
+        if not self.unread:
+            self.batch = cast("Batch", self.inbound.items.popleft())
+            self.unread.extend(msgspec.msgpack.decode(self.batch.payloads, type=list[msgspec.Raw]))
+            if len(self.unread) != self.batch.count or sum(map(len, self.unread)) != self.batch.size:
+                raise Violation(f"{self}: a batch of {len(self.unread)} items says {self.batch.count}")
+            self.side.world.sometimes("several items came as one message")
+        payload = self.unread.popleft()
+        if self.unread:
+            return payload, False
+        batch, self.batch = self.batch, None
+        assert batch is not None
+        return payload, session.consumed(self.inbound, batch.count, batch.size)
+
     def leave(self) -> None:
         """Cancel, and wait for the clean-up."""
         if self.done or self.cancelled:
             return
         side, world = self.side, self.side.world
-        if self.inbound.items:
+        if self.inbound.items or self.unread:
             world.sometimes("a cancel with unread items")
+        on_their_way = self.taken + len(self.unread) + _held(self.inbound)[0]
+        self.unread.clear()
+        self.batch = None
         self.cancelled = True
         world.note("cancel", side.name, self.plan.number)
         if side.session.cancel(self.inbound):
@@ -185,7 +210,7 @@ class Consumer:
                 world.sometimes("a cancel before the handler began")
             elif handler.finished:
                 world.sometimes("a cancel crossed the end")
-            elif handler.sent > self.taken + len(self.inbound.items):
+            elif handler.sent > on_their_way:
                 world.sometimes("a cancel while items were on their way")
         side.wake(self.inbound)
         side.sleep(self.inbound, self.step)
@@ -395,7 +420,7 @@ class Side:
         try:
             while (messages := reader.next_frame()) is not None:
                 for message in messages:
-                    if type(message) is not Item:
+                    if type(message) not in {Item, Items}:
                         self._log_control(message)
                 self.apply(self.session.receive(messages))
         except ProtocolError as exc:
@@ -495,7 +520,7 @@ def play(world: World) -> None:
         )
         leaves_after = world.between(0, items) if world.chance(25) else -1
         patience = world.between(1, 40) if world.chance(30) else 0
-        window = world.pick((1, 2, 3, 4, 7))
+        window = world.pick((1, 2, 3, 4, 7, 16))
         pause = world.pick((0, 0, 1, 4))
         world.after(world.below(busy), world.pick(sides).open, plan, window, leaves_after, patience, pause)
 
@@ -539,7 +564,7 @@ def _cut(sides: list[Side], pipes: list[Pipe]) -> None:
 
 def _learn(side: Side) -> None:
     # The reader of the real shell would find a frame that never becomes whole.
-    if side.reader._buffer:
+    if side.reader.held:
         side.world.sometimes("the connection broke inside a frame")
     side.end("broke", broken=True)
 
@@ -568,11 +593,13 @@ def _check(side: Side) -> None:
                 raise Violation(f"{consumer}: keeps items after the cancel")
             continue
         if inbound.state == "open":
-            unread = len(inbound.items)
+            unread, unread_bytes = _held(inbound)
+            if consumer.batch is not None:
+                unread, unread_bytes = unread + consumer.batch.count, unread_bytes + consumer.batch.size
             granted = inbound.items_left + unread + inbound.items_used
             if granted != inbound.window:
                 raise Violation(f"{consumer}: credit for {granted} items in a window of {inbound.window}")
-            granted = inbound.bytes_left + sum(map(len, inbound.items)) + inbound.bytes_used
+            granted = inbound.bytes_left + unread_bytes + inbound.bytes_used
             if granted != inbound.window_bytes:
                 raise Violation(f"{consumer}: credit for {granted} bytes in a window of {inbound.window_bytes}")
             handler = peer.handlers.get(consumer.plan.number)
@@ -586,6 +613,13 @@ def _check(side: Side) -> None:
                     raise Violation(f"{consumer}: {handler.sent_bytes - consumer.taken_bytes} bytes are unread")
                 if handler.outbound.items_left > inbound.items_left:
                     raise Violation(f"{handler}: has credit that was not granted")
+
+
+def _held(inbound: Inbound) -> tuple[int, int]:
+    """Items and bytes that arrived and nobody has begun to read."""
+    batches = [entry for entry in inbound.items if isinstance(entry, Batch)]
+    single = [len(entry) for entry in inbound.items if not isinstance(entry, Batch)]
+    return sum(batch.count for batch in batches) + len(single), sum(batch.size for batch in batches) + sum(single)
 
 
 def _check_quiet(side: Side) -> None:

@@ -70,8 +70,8 @@ _CHANNEL = (
         "late item after cancel accepted",
         "channel",
         _SESSION,
-        '                if inbound.state == "open":\n                    if not inbound.items:',
-        "                if True:\n                    if not inbound.items:",
+        '        if inbound.state != "open":\n            return\n        if not inbound.items:',
+        "        if not inbound.items:",
     ),
     Plant(
         "end after the loss passes for the stream's own",
