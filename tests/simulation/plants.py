@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
-from tests.simulation.planting import Plant, plant
+from tests.simulation.planting import Plant, changed_source, plant
 
 __all__ = ("PLANTS", "find_planted")
 
@@ -93,21 +93,21 @@ _LEDGER = (
     Plant(
         "reduce before ledger write",
         "ledger",
-        "arun.parallel",
+        "arun.subtasks",
         "    await entry.record()\n    return state",
         "    import asyncio\n    asyncio.get_running_loop().create_task(entry.record())\n    return state",
     ),
     Plant(
         "ledger write before reduce, which never sees it",
         "ledger",
-        "arun.parallel",
+        "arun.subtasks",
         "task.state.scoped(None).patched(entry.restored)",
         "task.state.scoped(None)",
     ),
     Plant(
         "cancelled subtask recorded",
         "ledger",
-        "arun.parallel",
+        "arun.subtasks",
         "    state = await _under_policy(task, handle, context, policy, entry)\n    await entry.record()\n",
         "    import anyio\n"
         "    try:\n"
@@ -162,7 +162,7 @@ _LEDGER = (
     Plant(
         "close without aclose",
         "ledger",
-        "arun.fanout",
+        "arun.kernel",
         "                    await close(source)  # noqa: ASYNC102 - the scope around it is shielded now\n",
         "                    pass\n",
     ),
@@ -314,6 +314,18 @@ _POOL = (
 PLANTS: dict[str, Plant] = {bug.name: bug for bug in (*_CHANNEL, *_LEDGER, *_POOL)}
 
 
+def check_plants(names: Sequence[str]) -> None:
+    """Raise LookupError for all plants whose text has gone."""
+    gone: list[str] = []
+    for name in names:
+        try:
+            changed_source(PLANTS[name])
+        except LookupError as exc:
+            gone.append(str(exc))
+    if gone:
+        raise LookupError("\n".join(gone))
+
+
 def find_planted(names: Sequence[str], seeds: range, *, jobs: int | None = None) -> Iterator[tuple[str, str | None]]:
     """Plant one bug after the other, each in a process of its own, and run its universe until something is found.
 
@@ -321,6 +333,7 @@ def find_planted(names: Sequence[str], seeds: range, *, jobs: int | None = None)
 
     :return: each name with the first seed that found it and what that said; None if none did.
     """
+    check_plants(names)
     context = multiprocessing.get_context("fork")
     left = list(reversed(names))
     running: dict[Connection, tuple[str, multiprocessing.process.BaseProcess]] = {}
