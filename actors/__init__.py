@@ -18,13 +18,15 @@ from actors.engine import (
     EngineLoad,
     EngineSpec,
     GenerateRequest,
+    Reset,
     Sampling,
     Usage,
 )
+from actors.front import PoolFront
 from actors.lives import ActorHealth, ActorRestarted, ActorStarted, ActorStopped, GaveUp, Monitor
 from actors.local_cluster import LocalCluster
 from actors.models import demo_model, tiny_model
-from actors.pool import DeltaStream, EnginePool, PoolStats, ReplicaProgress, ReplicaStats
+from actors.pool import DeltaStream, EnginePool, PoolOptions, PoolStats, ReplicaProgress, ReplicaStats
 from actors.ray_cluster import RayCluster
 from actors.supervision import Backoff, Supervisor
 from actors.vllm_engine import VLLMEngine
@@ -57,11 +59,14 @@ __all__ = (
     "Monitor",
     "NodeResources",
     "Placement",
+    "PoolFront",
+    "PoolOptions",
     "PoolStats",
     "RayCluster",
     "ReplicaProgress",
     "ReplicaStats",
     "Reservation",
+    "Reset",
     "Sampling",
     "Supervisor",
     "Usage",

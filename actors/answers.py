@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-__all__ = ("Choice", "Completion", "Delta", "Embedding", "Logprob", "Usage")
+__all__ = ("Choice", "Completion", "Delta", "Embedding", "Logprob", "Reset", "Usage")
 
 
 class Usage(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -50,6 +50,8 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     :ivar logprobs: as asked for: for each new token the token itself, then the most likely ones.
     :ivar prompt_logprobs: on the first delta, as asked for: the same for each token of the prompt; None for its first.
     :ivar embedding: the answer of an engine that embeds, little-endian float32; see :class:`Embedding`.
+    :ivar epoch: that of the request that it answers; see :class:`~actors.engine.GenerateRequest`.
+    :ivar load: where it has changed: requests that the engine has in all, of whatever client.
     """
 
     text: str = ""
@@ -61,6 +63,19 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     logprobs: list[list[Logprob]] | None = None
     prompt_logprobs: list[list[Logprob] | None] | None = None
     embedding: bytes | None = None
+    epoch: int = 0
+    load: int | None = None
+
+
+class Reset(Delta, frozen=True, omit_defaults=True, gc=False):
+    """The answer begins anew: forget the deltas so far. Only sent to who asked for ``reroute="restart"``.
+
+    It is a delta without text, made by the pool when a replica was lost that no other one can go on for.
+
+    :ivar attempt: which one begins, so at least 2.
+    """
+
+    attempt: int = 2
 
 
 class Choice(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -239,11 +239,11 @@ class PoolCore:
 
     def scale(self, replicas: int) -> list[Action]:
         """Have so many replicas. Those given up are forgotten; those too many are drained, the latest first."""
-        for number in [n for n, replica in self._replicas.items() if replica.state == "dead"]:
-            del self._replicas[number]
+        actions: list[Action] = []
+        for number in [number for number, replica in self._replicas.items() if replica.state == "dead"]:
+            actions += self.drain(number)
         self.given_up.clear()
         serving = [replica for replica in self._replicas.values() if self._will_serve(replica)]
-        actions: list[Action] = []
         for _ in range(replicas - len(serving)):
             replica = ReplicaEntry(self._next_replica, self._supervisor)
             self._next_replica += 1
@@ -261,15 +261,10 @@ class PoolCore:
         if known is None:
             return []
         known.restart = False
-        match known.state:
-            case "ready":
-                known.state = "draining"
-            case "starting":
-                return [self._stop(known), *self._assign()]
-            case "waiting" | "dead":
-                del self._replicas[replica]
-            case _:
-                pass
+        if known.state == "ready":
+            known.state = "draining"
+        elif known.state in {"starting", "waiting", "dead"}:
+            return [self._stop(known), *self._assign()]
         return [*self._stop_drained(), *self._assign()]
 
     def replica_ready(self, replica: int, generation: int) -> list[Action]:
@@ -412,12 +407,12 @@ class PoolCore:
         replica.suspect = False
         replica.restart = replica.restart and replica.state != "draining"
         replica.cause = cause
-        return self._stop(replica)
+        return self._stop(replica, cause)
 
-    def _stop(self, replica: ReplicaEntry) -> StopReplica:
+    def _stop(self, replica: ReplicaEntry, cause: str = "") -> StopReplica:
         replica.state = "stopping"
         replica.foreign, replica.progressed, replica.silent = 0, False, None
-        return StopReplica(replica.number, replica.generation, replica.restart)
+        return StopReplica(replica.number, replica.generation, replica.restart, cause)
 
     def _stop_drained(self) -> list[Action]:
         drained = [each for each in self._replicas.values() if each.state == "draining" and not each.requests]

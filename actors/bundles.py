@@ -62,6 +62,8 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
                 f"Placement(cpus={self.cpus:g}, gpus={self.gpus:g}): neither may be negative "
                 "and a bundle needs at least one of them"
             )
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise MisuseError(f"Placement(gpus={self.gpus:g}): more than one GPU comes in whole numbers only")
         if self.strategy not in Strategy.__args__:  # type: ignore[attr-defined]  # typeshed hides Literal's arguments
             raise MisuseError(
                 f"Placement(strategy={self.strategy!r}): it must be STRICT_PACK, PACK, SPREAD or STRICT_SPREAD"
@@ -102,7 +104,7 @@ class Group:
 
     :ivar replica: index of the replica, from 0.
     :ivar bundles: its bundles; an actor is placed in the first one.
-    :ivar native: what the cluster knows it by (on Ray: the placement group).
+    :ivar native: what the cluster knows it by (on Ray the placement group, locally the GPUs of each bundle).
     :ivar nodes: the node of each bundle; empty until the group is ready.
     """
 

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     import builtins
     from collections.abc import Callable, Mapping
     from types import TracebackType
-    from typing import Self
+    from typing import Self, Unpack
 
     from actors.body import Body
-    from actors.bundles import Group, Placement, Reservation, Strategy
+    from actors.bundles import Group, Placement, Reservation
     from actors.engine import EngineSpec
     from actors.interface import ActorSpec
     from actors.lives import ActorHealth, Monitor
-    from actors.pool import EnginePool, ReplicaProgress
+    from actors.pool import EnginePool, PoolOptions
     from actors.supervision import RestartPolicy, Supervisor
 
 __all__ = ("ActorInfo", "Cluster", "ClusterResources", "Isolation", "NodeResources")
@@ -211,45 +211,14 @@ class Cluster(ABC):
     async def resources(self) -> ClusterResources:
         """CPUs and GPUs of every node, in all and free."""
 
-    def engines(
-        self,
-        spec: EngineSpec,
-        *,
-        replicas: int = 1,
-        name: str | None = None,
-        cpus: float = 1.0,
-        gpus: float | None = None,
-        strategy: Strategy = "STRICT_PACK",
-        labels: Mapping[str, str] = {},
-        wait: float | None = None,
-        max_in_flight: int = 256,
-        on_progress: Callable[[ReplicaProgress], object] | None = None,
-    ) -> EnginePool:
+    def engines(self, spec: EngineSpec, **options: Unpack[PoolOptions]) -> EnginePool:
         """A pool of engines in this cluster; nothing starts before it is entered.
 
-        :param cpus: CPUs of each worker's bundle.
-        :param gpus: GPUs of each worker's bundle; by default 1 for a vLLM engine where the cluster has any, else 0.
-        :param strategy: how the workers of one replica lie on nodes; see :class:`~actors.bundles.Placement`.
-        :param labels: of the nodes that will do; see :class:`~actors.bundles.Placement`.
-        :param wait: seconds to wait for resources; see :meth:`reserve`.
-        :param max_in_flight: most requests in one replica at a time; more wait in order of arrival.
-        :param on_progress: told about once a second how far the start of each replica is.
+        :param options: of :class:`~actors.EnginePool`: replicas, name, cpus, max_in_flight and so on.
         """
         from actors.pool import EnginePool
 
-        return EnginePool(
-            self,
-            spec,
-            replicas=replicas,
-            name=name,
-            cpus=cpus,
-            gpus=gpus,
-            strategy=strategy,
-            labels=labels,
-            wait=wait,
-            max_in_flight=max_in_flight,
-            on_progress=on_progress,
-        )
+        return EnginePool(self, spec, **options)
 
     async def aclose(self) -> None:
         """Stop every actor, last started first, and give back every reservation. Idempotent, never cut short."""

@@ -56,6 +56,7 @@ class EchoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     :ivar fail_on: a prompt that contains this text is refused with RequestError.
     :ivar hang_on: a prompt that contains this text is never answered.
     :ivar die_after: tokens after which the engine is dead, for this and every other request.
+    :ivar die_on: a prompt that contains this text leaves the engine dead.
     """
 
     start_seconds: _Seconds = 0.0
@@ -65,6 +66,7 @@ class EchoOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     fail_on: str | None = None
     hang_on: str | None = None
     die_after: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    die_on: str | None = None
 
 
 class EchoEngine:
@@ -77,6 +79,8 @@ class EchoEngine:
     :param spec: its ``engine_args`` are :class:`EchoOptions`; ``max_model_len`` is counted in words.
     :raises MisuseError: an unknown option, or a value of the wrong type.
     """
+
+    resumes = True
 
     def __init__(self, spec: EngineSpec) -> None:
         try:
@@ -103,7 +107,10 @@ class EchoEngine:
             _refuse_what_needs_a_model(request)
             if self._options.hang_on is not None and self._options.hang_on in text:
                 await anyio.sleep_forever()
-            pieces, finish_reason = _answer(words, request.sampling)
+            if self._options.die_on is not None and self._options.die_on in text:
+                self._died = self._died or f"the echo engine died of a prompt with {self._options.die_on!r}, as told"
+                raise EngineDead(self._died)
+            pieces, finish_reason = _answer(words, request.sampling, len(request.resume))
             await anyio.sleep(self._options.first_token_seconds)
             if request.pooling is not None:
                 outcome = "finished"
@@ -122,7 +129,7 @@ class EchoEngine:
                 usage = None
                 if index == answers[-1]:
                     outcome = "finished"
-                    usage = Usage(len(words), len(answers) * len(pieces))
+                    usage = Usage(len(words) + len(request.resume), len(answers) * len(pieces))
                 yield Delta("".join(last), [_token_id(piece) for piece in last], index, finish_reason, usage)
         except EngineError:
             outcome = "failed"
@@ -179,11 +186,12 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\s*\S+", text)
 
 
-def _answer(words: list[str], sampling: Sampling) -> tuple[list[str], str]:
-    """The tokens to answer with, and why they end there."""
+def _answer(words: list[str], sampling: Sampling, begun: int) -> tuple[list[str], str]:
+    """The tokens to answer with, and why they end there; ``begun`` of the answer were told before."""
+    max_tokens = begun + sampling.max_tokens
     if sampling.ignore_eos:
         spaced = " ".join(word.strip() for word in words)
-        repeats = -(-sampling.max_tokens // len(words))
+        repeats = -(-max_tokens // len(words))
         words = _words(" ".join([spaced] * repeats))
     text = "".join(words)
     stops = [sampling.stop] if isinstance(sampling.stop, str) else sampling.stop or []
@@ -191,9 +199,9 @@ def _answer(words: list[str], sampling: Sampling) -> tuple[list[str], str]:
     if cuts:
         at, stop = min(cuts)
         words = _words(text[: at + len(stop)] if sampling.include_stop_str_in_output else text[:at])
-    if len(words) > sampling.max_tokens or (sampling.ignore_eos and not cuts):
-        return words[: sampling.max_tokens], "length"
-    return words, "stop"
+    if len(words) > max_tokens or (sampling.ignore_eos and not cuts):
+        return words[begun:max_tokens], "length"
+    return words[begun:], "stop"
 
 
 def _token_id(piece: str) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 import anyio
 import msgspec
 
-from actors.answers import Choice, Completion, Delta, Embedding, Logprob, Usage
+from actors.answers import Choice, Completion, Delta, Embedding, Logprob, Reset, Usage
 from actors.requests import (
     ChatMessage,
     ChatOptions,
@@ -60,6 +60,7 @@ __all__ = (
     "Prompt",
     "PromptLike",
     "RequestOptions",
+    "Reset",
     "Sampling",
     "SamplingOptions",
     "StructuredOutputs",
@@ -142,12 +143,14 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
     :ivar pid: of the actor's process.
     :ivar start_seconds: how long the engine took to start.
+    :ivar resumes: whether the engine heeds ``GenerateRequest.resume``.
     """
 
     pid: int
     model: str
     start_seconds: float
     load: EngineLoad
+    resumes: bool = False
 
 
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,7 +203,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 class Engine(Protocol):
     """What an engine does. It is made as ``cls(spec)`` in the process that runs it.
 
-    It may also have ``metrics() -> EngineMetrics``, ``async sleep(level)`` and ``async wake()``.
+    It may also have ``metrics() -> EngineMetrics``, ``async sleep(level)``, ``async wake()``, and ``resumes = True``
+    if it goes on after the tokens in ``request.resume``, so that a pool may hand it the answer of a lost replica.
     """
 
     async def start(self) -> None:
@@ -250,6 +254,7 @@ class EngineActor:
         self._spec = spec
         self._engine = make_engine(spec)
         self._start_seconds = 0.0
+        self._in_flight = 0
 
     async def on_start(self) -> None:
         began = time.monotonic()
@@ -264,17 +269,28 @@ class EngineActor:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         deltas = self._engine.generate(request)
+        epoch, told = request.epoch, 0
+        self._in_flight += 1
         try:
             async for delta in deltas:
+                if epoch or told != self._in_flight:
+                    told = self._in_flight
+                    delta = msgspec.structs.replace(delta, epoch=epoch, load=told)
                 yield delta
         finally:
+            self._in_flight -= 1
             await deltas.aclose()
 
-    async def health(self) -> None:
-        await self._engine.check_health()
+    async def pulse(self, seconds: float) -> AsyncIterator[int]:
+        """Requests in flight, now and every so many seconds. :raises EngineDead: the engine can't serve any more."""
+        while True:
+            await self._engine.check_health()
+            yield self._in_flight
+            await anyio.sleep(seconds)
 
     async def info(self) -> EngineInfo:
-        return EngineInfo(os.getpid(), self._spec.model, self._start_seconds, self._engine.load())
+        resumes = bool(getattr(self._engine, "resumes", False))
+        return EngineInfo(os.getpid(), self._spec.model, self._start_seconds, self._engine.load(), resumes)
 
     async def metrics(self) -> EngineMetrics:
         metrics: EngineMetrics = self._optional("metrics")()

@@ -11,6 +11,7 @@ import anyio
 from actors.body import Body, End
 from actors.bundles import Bundle, Group, Placement, Reservation
 from actors.cluster import Cluster, ClusterResources, Isolation, NodeResources
+from actors.devices import Devices
 from actors.health import Vitals
 from actors.host import Host
 from actors.host_process import HostProcess
@@ -61,11 +62,12 @@ class LocalCluster(Cluster):
         self._gpus = gpus
         self._labels = dict(labels)
         self._given_back = anyio.Event()
+        self._devices = Devices(gpus)
 
     async def reserve(self, placement: Placement, *, wait: float | None = None) -> Reservation:
         """Set the placement's CPUs and GPUs aside.
 
-        They are only counted: an actor's process is held to nothing.
+        CPUs are only counted. An actor in a group with GPUs sees these and no others (CUDA_VISIBLE_DEVICES).
 
         :param wait: seconds to wait for what other reservations hold.
         :raises PlacementError: they are not free, or can never be.
@@ -79,7 +81,8 @@ class LocalCluster(Cluster):
         refusal = placement.refusal(await self.resources())
         if refusal is not None:
             raise PlacementError(refusal)
-        groups = [Group(replica, bundles) for replica, bundles in enumerate(placement.bundles())]
+        devices = self._devices.take(placement)
+        groups = [Group(replica, bundles, devices[replica]) for replica, bundles in enumerate(placement.bundles())]
         for group in groups:
             group.nodes = ("local",) * len(group.bundles)
         reservation = Reservation(placement, groups, self._give_back)
@@ -105,7 +108,8 @@ class LocalCluster(Cluster):
     ) -> Callable[[ActorSpec], Body]:
         isolated = self._isolation if isolation is None else _checked(isolation)
         if isolated == "process":
-            return lambda spec: HostProcess(spec, env=env, grace=self._grace)
+            seen = Devices.environment(group)
+            return lambda spec: HostProcess(spec, env=seen | dict(env), grace=self._grace)
         if env:
             raise MisuseError(f"env={dict(env)} needs isolation='process': a task shares this process's environment")
         return _Task
@@ -113,6 +117,7 @@ class LocalCluster(Cluster):
     async def _give_back(self, reservation: Reservation) -> None:
         await self._roster.stop_all(reservation.groups)
         self._reservations.remove(reservation)
+        self._devices.give_back(reservation)
         self._given_back.set()
         self._given_back = anyio.Event()
 

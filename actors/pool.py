@@ -2,64 +2,77 @@
 
     generate -> Router (which replica, or wait) -> the replica's EngineActor -> deltas -> DeltaStream
 
-This module starts and stops the replicas; :mod:`actors.routing` has the requests. A pool holds no
-cancel scope, so it works as a fixture and in an ``AsyncExitStack``.
+What goes where, and what happens when a replica is lost, is decided by :mod:`actors.assignment`; :mod:`actors.routing`
+has the requests, :mod:`actors.fleet` the replicas; this module is what users see of them. A pool holds no cancel
+scope, so it works as a fixture and in an ``AsyncExitStack``.
 """
 
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict
 
 import anyio
-import msgspec
 
-from actors.bundles import Placement
-from actors.engine import Completion, Embedding, EngineActor, EngineInfo, EngineMetrics, to_embed_request, to_request
+from actors.answers import Completion, Embedding, Reset
+from actors.assignment import PoolCore
+from actors.batches import calls
+from actors.engine import EngineInfo, EngineMetrics
 from actors.finish import finish
-from actors.routing import DeltaStream, Replica, ReplicaState, ReplicaStats, Router
+from actors.fleet import Fleet, FleetOptions, Replica
+from actors.pool_actions import StartReplica
+from actors.pool_stats import PoolStats, ReplicaProgress, ReplicaStats, Speed
+from actors.requests import to_embed_request, to_request
+from actors.routing import DeltaStream, Router
+from actors.supervision import Supervisor
 from arun.errors import EngineError, MisuseError, RequestError
 from arun.logs import get_logger
+from arun.outcome_stream import fan_out
+from arun.policies import Policy
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
     from types import TracebackType
     from typing import Self, Unpack
 
-    from actors.bundles import Reservation, Strategy
+    from actors.batches import BatchRequest
+    from actors.bundles import Strategy
     from actors.cluster import Cluster
     from actors.engine import Delta, EngineSpec, GenerateRequest, Lane, PromptLike, RequestOptions
+    from actors.pool_state import Reroute
+    from arun.outcome_stream import FanOut
     from arun.runtime import Background
 
-__all__ = ("DeltaStream", "EnginePool", "PoolStats", "ReplicaProgress", "ReplicaStats")
+__all__ = ("DeltaStream", "EnginePool", "PoolOptions", "PoolStats", "ReplicaProgress", "ReplicaStats")
 
 log = get_logger("arun.pool")
 
-_HEADROOM = 16  # messages besides requests that an engine's actor takes at a time
 _PROGRESS_SECONDS = 1.0
+_PULSE_SECONDS = 5.0
+_SUPERVISOR = Supervisor()
+_BATCH_LIMIT = 1024
+_SERVING = {"reserving bundles", "preparing model", "loading model", "ready", "restarting"}
 
 
-class ReplicaProgress(msgspec.Struct, frozen=True):
-    """Where the start of one replica is.
+class PoolOptions(TypedDict, total=False):
+    """What ``cluster.engines()`` takes by name; see :class:`EnginePool`."""
 
-    :ivar seconds: since the pool's start.
-    """
-
-    replica: int
-    state: ReplicaState
-    seconds: float
-
-
-class PoolStats(msgspec.Struct, frozen=True):
-    """A pool at one moment.
-
-    :ivar waiting: requests that no replica has room for yet.
-    """
-
-    name: str
-    waiting: int
-    replicas: tuple[ReplicaStats, ...]
+    replicas: int
+    name: str | None
+    cpus: float
+    gpus: float | None
+    strategy: Strategy
+    labels: Mapping[str, str]
+    wait: float | None
+    max_in_flight: int
+    max_waiting: int
+    restarts: int | Supervisor
+    watchdog: float
+    start_timeout: float
+    quarantine: int
+    affinity_margin: int
+    on_progress: Callable[[ReplicaProgress], object] | None
 
 
 class EnginePool:
@@ -69,9 +82,26 @@ class EnginePool:
     ...     async for delta in pool.generate("Hello", max_tokens=32):
     ...         print(delta.text, end="")
 
+    A replica whose process dies, whose engine fails or that hangs is started again in its bundles, and what it was
+    answering goes on at another replica after the last token that was delivered.
+
     :param cpus: CPUs of each worker's bundle.
-    :param max_in_flight: most requests that one replica has at a time; others wait in order of arrival.
-    :param on_progress: called about once a second and at every change while the replicas start.
+    :param gpus: GPUs of each worker's bundle; by default 1 for a vLLM engine where the cluster has any, else 0.
+    :param strategy: how the workers of one replica lie on nodes; see :class:`~actors.bundles.Placement`.
+    :param labels: of the nodes that will do; see :class:`~actors.bundles.Placement`.
+    :param wait: seconds to wait for resources that others hold, and for a cluster that grows.
+    :param max_in_flight: most requests that one replica has at a time; others wait, ``interactive`` before ``batch``.
+    :param max_waiting: most requests that wait; more are refused with PoolBusy.
+    :param restarts: how often a replica is started again within 60 seconds, or a Supervisor with other numbers. When
+        that is used up the replica is dead, and ``scale()`` replaces it.
+    :param watchdog: seconds. A replica that sends no delta for so long while consumers wait for one, or answers no
+        health check, hangs: it is killed and started again. More than the longest prompt takes to its first token.
+    :param start_timeout: seconds that a replica has to start again.
+    :param quarantine: a request that was in flight on so many replicas when they were lost is tried once more, alone,
+        and if that one is lost too it fails with RequestQuarantined; at once, if it was alone on the last of them.
+    :param affinity_margin: how many requests more than the least loaded replica one may have that has answered a prompt
+        with the same beginning, and still be preferred.
+    :param on_progress: called at every change of a replica's state, and about once a second while the pool starts.
     """
 
     def __init__(
@@ -87,27 +117,56 @@ class EnginePool:
         labels: Mapping[str, str] = {},
         wait: float | None = None,
         max_in_flight: int = 256,
+        max_waiting: int = 4096,
+        restarts: int | Supervisor = _SUPERVISOR,
+        watchdog: float = 60.0,
+        start_timeout: float = 600.0,
+        quarantine: int = 2,
+        affinity_margin: int = 8,
         on_progress: Callable[[ReplicaProgress], object] | None = None,
     ) -> None:
         spec.validate()
-        if replicas < 1 or max_in_flight < 1:
-            raise MisuseError(f"replicas is {replicas} and max_in_flight {max_in_flight}; both must be at least 1")
+        for option, value, least in (
+            ("replicas", replicas, 1),
+            ("max_in_flight", max_in_flight, 1),
+            ("max_waiting", max_waiting, 0),
+            ("quarantine", quarantine, 1),
+            ("affinity_margin", affinity_margin, 0),
+        ):
+            if value < least:
+                raise MisuseError(f"{option} is {value}; it must be at least {least}")
+        if watchdog <= 0 or start_timeout <= 0:
+            raise MisuseError(f"watchdog is {watchdog} and start_timeout {start_timeout}; both are seconds above 0")
         self.name = name or f"engines-{uuid.uuid4().hex[:6]}"
         self.on_progress = on_progress
-        self._cluster = cluster
         self._spec = spec
-        self._cpus = cpus
-        self._gpus = gpus
-        self._strategy: Strategy = strategy
-        self._labels = dict(labels)
-        self._wait = wait
         self._max_in_flight = max_in_flight
-        self._replicas = [Replica(number) for number in range(replicas)]
+        self._count = replicas
+        self._core = PoolCore(
+            limit=max_in_flight,
+            max_waiting=max_waiting,
+            supervisor=Supervisor(intensity=restarts) if isinstance(restarts, int) else restarts,
+            watchdog=watchdog,
+            quarantine=quarantine,
+            affinity_margin=affinity_margin,
+        )
+        options = FleetOptions(
+            cpus=cpus,
+            gpus=gpus,
+            strategy=strategy,
+            labels=dict(labels),
+            wait=wait,
+            concurrency=max_in_flight,
+            pulse=min(_PULSE_SECONDS, watchdog / 4),
+            watchdog=watchdog,
+            start_timeout=start_timeout,
+        )
+        self._fleet = Fleet(self.name, cluster, spec, options, self._tell)
         self._router: Router | None = None
-        self._reservation: Reservation | None = None
-        self._state: Literal["new", "starting", "open", "closed"] = "new"
+        self._state: Literal["new", "starting", "open", "draining", "closed"] = "new"
         self._closing: Background[None] | None = None
         self._began = 0.0
+        self._speeds: dict[int, Speed] = {}
 
     async def start(self) -> None:
         """Reserve bundles, start every replica, return when all are ready.
@@ -124,16 +183,14 @@ class EnginePool:
         self._began = anyio.current_time()
         ticking = Runtime.current().start(self._tick, name=f"progress of pool {self.name}")
         try:
-            await self._reserve()
             await self._start_replicas()
         except BaseException:
             await self.aclose()
             raise
         finally:
             ticking.cancel()
-        self._router = Router(self.name, self._replicas, limit=self._max_in_flight)
         self._state = "open"
-        log.info("pool.started", pool=self.name, replicas=len(self._replicas))
+        log.info("pool.started", pool=self.name, replicas=self._count)
 
     def generate(
         self,
@@ -144,6 +201,7 @@ class EnginePool:
         lane: Lane = "interactive",
         priority: int = 0,
         request_id: str | None = None,
+        reroute: Reroute = "continue",
         **options: Unpack[RequestOptions],
     ) -> DeltaStream:
         """Ask for an answer and return its deltas as they come. The request is submitted at once, by the call itself.
@@ -155,10 +213,15 @@ class EnginePool:
         :param lane: ``"interactive"`` is served before ``"batch"``.
         :param priority: within a lane, lower is served first.
         :param request_id: unique in this pool; by default a random one.
+        :param reroute: what happens when the replica is lost. ``"continue"``: another one goes on after the last token
+            that was delivered; where that would be wrong (seed, n, stop strings, penalties, logprobs, structured
+            outputs) and a delta is out, ReplicaLost is raised. ``"restart"``: there, a :class:`~actors.Reset` is
+            yielded instead and the answer begins anew. ``"never"``: ReplicaLost is raised always.
         :param options: fields of :class:`~actors.engine.Sampling`, which are vLLM's sampling parameters, and of
             :class:`~actors.engine.RequestOptions`: adapter, tools, chat template.
         :raises RequestError: an unknown parameter or a value out of range. What only the engine can judge, such as
             a prompt that is too long, is raised by the stream.
+        :raises PoolBusy: ``max_waiting`` requests wait already.
         """
         request = to_request(
             request_id or uuid.uuid4().hex,
@@ -169,7 +232,7 @@ class EnginePool:
         )
         if self._spec.runner == "pooling":
             raise RequestError(f"pool {self.name!r} embeds, it does not generate: call pool.embed()")
-        return self._submit(request)
+        return self._submit(request, reroute)
 
     async def complete(
         self,
@@ -182,7 +245,10 @@ class EnginePool:
         request_id: str | None = None,
         **options: Unpack[RequestOptions],
     ) -> Completion:
-        """Ask for an answer and return it whole; parameters and errors as for :meth:`generate`."""
+        """Ask for an answer and return it whole; parameters and errors as for :meth:`generate`.
+
+        When its replica is lost, an answer that can't be continued begins anew: nobody has seen anything of it.
+        """
         began = anyio.current_time()
         stream = self.generate(
             prompt,
@@ -191,6 +257,7 @@ class EnginePool:
             lane=lane,
             priority=priority,
             request_id=request_id,
+            reroute="restart",
             **options,
         )
         first: float | None = None
@@ -198,8 +265,35 @@ class EnginePool:
         async for delta in stream:
             if first is None:
                 first = anyio.current_time() - began
-            deltas.append(delta)
+            if isinstance(delta, Reset):
+                deltas.clear()
+            else:
+                deltas.append(delta)
         return Completion.of(stream.request_id, deltas, first)
+
+    def map(
+        self,
+        requests: Iterable[BatchRequest] | AsyncIterable[BatchRequest],
+        policy: Policy | None = None,
+        **options: Any,
+    ) -> FanOut[Completion]:
+        """Answer many requests and iterate over their Outcomes as they end.
+
+        >>> async for outcome in pool.map(prompts, max_tokens=64):
+        ...     match outcome:
+        ...         case Ok(completion): print(completion.text)
+        ...         case Failed(error): print(error.request_id, error)
+
+        :param requests: an (async) iterable of prompts, or of mappings with ``prompt`` and other arguments of
+            :meth:`generate`; read only as there is room, so it may be endless.
+        :param policy: limit, order, retries, and what a failure does; by default as many at a time as the replicas
+            take, in order of completion, with every failure as an Outcome.
+        :param options: arguments of :meth:`generate` for all requests; the lane is ``"batch"`` unless one is named.
+        :return: outcomes. A request without a ``request_id`` gets one that ends in ``-`` and its number, from 0; the
+            Completion has it, and an EngineError too.
+        """
+        policy = policy or Policy(limit=self.batch_limit, on_error="collect")
+        return fan_out(calls(self.complete, requests, {"lane": "batch", **options}), policy)
 
     async def embed(
         self,
@@ -238,7 +332,7 @@ class EnginePool:
         :raises EngineError: an engine has no metrics.
         :raises ActorDied: a replica's process has ended.
         """
-        return [await replica.actor.metrics() for replica in self._replicas if replica.actor is not None]
+        return [await actor.metrics() for actor in self._actors()]
 
     async def sleep(self, level: int = 1) -> None:
         """Give the engines' GPU memory back until :meth:`wake`; requests wait meanwhile, running ones are aborted.
@@ -247,27 +341,94 @@ class EnginePool:
         :raises EngineError: the engine can't sleep: it runs on a CPU, or its spec lacks
             ``engine_args={"enable_sleep_mode": True}``.
         """
-        for replica in self._replicas:
-            if replica.actor is not None:
-                await replica.actor.sleep(level)
+        for actor in self._actors():
+            await actor.sleep(level)
 
     async def wake(self) -> None:
         """Take the memory again and go on. :raises EngineError: the engine can't sleep."""
-        for replica in self._replicas:
-            if replica.actor is not None:
-                await replica.actor.wake()
+        for actor in self._actors():
+            await actor.wake()
 
     def stats(self) -> PoolStats:
         """Every replica with its counts, as the pool sees them now."""
-        waiting = 0 if self._router is None else self._router.waiting
-        return PoolStats(self.name, waiting, tuple(replica.stats() for replica in self._replicas))
+        core, now = self._core, anyio.current_time()
+        replicas = tuple(self._replica_stats(replica, now) for _, replica in sorted(self._fleet.replicas.items()))
+        return PoolStats(
+            name=self.name,
+            waiting=core.waiting,
+            waiting_interactive=core.waiting_in("interactive"),
+            waiting_batch=core.waiting_in("batch"),
+            in_flight=sum(each.in_flight for each in replicas),
+            tokens_per_second=sum(each.tokens_per_second for each in replicas),
+            restarts=core.restarts,
+            reroutes=core.reroutes,
+            dead_letters=core.dead_letters,
+            quarantined=core.quarantined,
+            prefix_hits=core.prefix_hits,
+            replicas=replicas,
+        )
 
     async def info(self) -> list[EngineInfo]:
         """What the engines say of themselves: their own counts include work that the pool has let go of.
 
         :raises ActorDied: a replica's process has ended.
         """
-        return [await replica.actor.info() for replica in self._replicas if replica.actor is not None]
+        return [await actor.info() for actor in self._actors()]
+
+    async def scale(self, replicas: int) -> None:
+        """Have so many replicas: start more and return when they are ready, or drain some and return at once.
+
+        Requests go on meanwhile. Replicas that were given up are replaced.
+
+        :raises PlacementError: the cluster can't hold so many more; nothing has changed.
+        :raises EngineError: a new one did not start; the message has the cause.
+        """
+        router = self._opened()
+        if replicas < 1:
+            raise MisuseError(f"scale({replicas}): a pool has at least 1 replica; aclose() ends it")
+        serving = [replica for replica in self._fleet.replicas.values() if replica.state in _SERVING]
+        if replicas > len(serving):
+            await self._fleet.check_fits(replicas)
+        before = set(self._fleet.replicas)
+        log.info("pool.scale", pool=self.name, replicas=replicas, serving=len(serving))
+        router.do(self._core.scale(replicas))
+        for replica in [each for number, each in self._fleet.replicas.items() if number not in before]:
+            await replica.settled.wait()
+            if replica.state == "dead":
+                raise EngineError(f"replica {replica.number} of pool {self.name!r} did not start: {replica.cause}")
+
+    async def drain(self, replica: int | None = None) -> None:
+        """Let what runs come to its end.
+
+        :param replica: its number: it gets no more requests, and when it has none it is stopped and its bundles are
+            given back; returns then. None: the pool takes no more requests; returns when none waits or runs. Its
+            engines stay up until it is closed.
+        :raises MisuseError: there is no such replica.
+        """
+        router = self._opened()
+        if replica is None:
+            self._state = "draining"
+            await router.wait_idle()
+            return
+        known = self._fleet.replicas.get(replica)
+        if known is None:
+            numbers = ", ".join(map(str, sorted(self._fleet.replicas)))
+            raise MisuseError(f"pool {self.name!r} has no replica {replica}; it has {numbers}")
+        if known.state == "ready":
+            self._fleet.set_state(known, "draining")
+        log.info("pool.drain", pool=self.name, replica=replica, in_flight=known.counts.in_flight)
+        router.do(self._core.drain(replica))
+        await known.gone.wait()
+
+    @property
+    def started(self) -> bool:
+        """Whether :meth:`start` was called."""
+        return self._state != "new"
+
+    @property
+    def batch_limit(self) -> int:
+        """Requests that :meth:`map` has in flight by default."""
+        return min(_BATCH_LIMIT, self._max_in_flight * max(1, len(self._fleet.replicas) or self._count))
 
     async def aclose(self) -> None:
         """Fail what is in flight, stop the engines, give the bundles back. Idempotent, never cut short."""
@@ -291,106 +452,93 @@ class EnginePool:
             "as a resource, and let another process open a pool of its own"
         )
 
-    def _submit(self, request: GenerateRequest) -> DeltaStream:
-        if self._router is None or self._state != "open":
+    def _opened(self) -> Router:
+        if self._router is None or self._state not in {"open", "draining"}:
             raise MisuseError(
                 f"pool {self.name!r} is not open; use it inside `async with cluster.engines(...) as pool:`"
             )
-        return self._router.submit(request)
+        return self._router
+
+    def _submit(self, request: GenerateRequest, reroute: Reroute = "continue") -> DeltaStream:
+        router = self._opened()
+        if self._state == "draining":
+            raise MisuseError(f"pool {self.name!r} is draining, so it takes no more requests")
+        return router.submit(request, reroute)
+
+    def _actors(self) -> list[Any]:
+        return [replica.actor for replica in self._fleet.replicas.values() if replica.actor is not None]
+
+    def _replica_stats(self, replica: Replica, now: float) -> ReplicaStats:
+        counts = replica.counts
+        speed = self._speeds.setdefault(replica.number, Speed())
+        return ReplicaStats(
+            replica=replica.number,
+            pid=replica.pid,
+            state=replica.state,
+            start_seconds=replica.start_seconds,
+            restarts=replica.generation - 1,
+            in_flight=counts.in_flight,
+            started=counts.started,
+            finished=counts.finished,
+            failed=counts.failed,
+            aborted=counts.aborted,
+            lost=counts.lost,
+            tokens=counts.tokens,
+            tokens_per_second=speed.at(now, counts.tokens),
+            cause=replica.cause,
+        )
 
     # Starting and stopping.
 
-    async def _reserve(self) -> None:
-        for replica in self._replicas:
-            self._tell(replica, "reserving bundles")
-        resources = await self._cluster.resources()
-        vllm = self._spec.engine == "vllm"
-        placement = Placement(
-            tensor_parallel=self._spec.tensor_parallel_size,
-            pipeline_parallel=self._spec.pipeline_parallel_size,
-            replicas=len(self._replicas),
-            cpus=self._cpus,
-            gpus=self._gpus if self._gpus is not None else 1.0 if vllm and resources.gpus else 0.0,
-            strategy=self._strategy,
-            labels=self._labels,
-        )
-        if vllm and not placement.gpus and placement.workers > 1 and self._strategy != "STRICT_PACK":
-            raise MisuseError(
-                f"strategy={self._strategy!r}: without GPUs vLLM runs all {placement.workers} workers of a replica on "
-                "one node; use STRICT_PACK"
-            )
-        if vllm and len(resources.nodes) == 1:  # the engines will run here, so what is missing is told at once
-            from actors.vllm_engine import check_here, resolve_here
+    async def _start_replicas(self) -> None:
+        await self._fleet.check_fits(self._count)
+        self._router = router = Router(self.name, self._core, self._fleet)
+        self._fleet.report_to(router)
+        # Not by router.do(): what keeps the first ones from starting is to be raised here.
+        starts = [action for action in self._core.scale(self._count) if isinstance(action, StartReplica)]
+        replicas = [self._fleet.add(start.replica) for start in starts]
+        await self._for_each(replicas, self._fleet.prepare)
+        await self._fleet.prepare_model()
+        await self._for_each(replicas, self._fleet.launch)
+        now = anyio.current_time()
+        for replica in replicas:
+            self._speeds[replica.number] = Speed()
+            self._speeds[replica.number].at(now, 0)
+            self._fleet.serve(replica)
 
-            check_here(self._spec)
-            self._reservation = await self._cluster.reserve(placement, wait=self._wait)
-            for replica in self._replicas:
-                self._tell(replica, "preparing model")
-            self._spec = await resolve_here(self._spec)
-        else:
-            self._reservation = await self._cluster.reserve(placement, wait=self._wait)
+    async def _for_each(self, replicas: list[Replica], do: Callable[[Replica], Awaitable[None]]) -> None:
+        failures: list[Exception] = []
+
+        async def one(replica: Replica) -> None:
+            try:
+                await do(replica)
+            except Exception as exc:  # noqa: BLE001  # whatever it is, start() raises it
+                exc.add_note(f"replica {replica.number} of pool {self.name!r} did not start")
+                failures.append(exc)
+                self._fleet.set_state(replica, "dead")
+                starting.cancel_scope.cancel()
+
+        async with anyio.create_task_group() as starting:
+            for replica in replicas:
+                starting.start_soon(one, replica)
+        if failures:
+            raise failures[0]
 
     async def _tick(self) -> None:
         while True:
             await anyio.sleep(_PROGRESS_SECONDS)
-            for replica in self._replicas:
+            for replica in self._fleet.replicas.values():
                 if replica.state not in {"ready", "dead"}:
-                    self._tell(replica, replica.state)
+                    self._tell(replica)
 
-    async def _start_replicas(self) -> None:
-        failures: list[Exception] = []
-
-        async def start(replica: Replica) -> None:
-            self._tell(replica, "loading model")
-            try:
-                await self._start_replica(replica)
-            except Exception as exc:  # noqa: BLE001  # whatever it is, start() raises it
-                exc.add_note(f"replica {replica.number} of pool {self.name!r} did not start")
-                failures.append(exc)
-                self._tell(replica, "dead")
-            else:
-                self._tell(replica, "ready")
-            if failures:
-                starting.cancel_scope.cancel()
-
-        async with anyio.create_task_group() as starting:
-            for replica in self._replicas:
-                starting.start_soon(start, replica)
-        if failures:
-            raise failures[0]
-
-    def _tell(self, replica: Replica, state: ReplicaState) -> None:
-        replica.state = state
+    def _tell(self, replica: Replica) -> None:
         if self.on_progress is not None:
-            self.on_progress(ReplicaProgress(replica.number, state, anyio.current_time() - self._began))
-
-    async def _start_replica(self, replica: Replica) -> None:
-        assert self._reservation is not None  # start() reserves first
-        replica.actor = await self._cluster.spawn(
-            EngineActor,
-            self._spec,
-            name=f"{self.name}-{replica.number}",
-            concurrency=self._max_in_flight + _HEADROOM,
-            group=self._reservation.groups[replica.number],
-            env=self._spec.env,
-        )
-        info: EngineInfo = await replica.actor.info()
-        replica.pid, replica.start_seconds = info.pid, info.start_seconds
+            self.on_progress(ReplicaProgress(replica.number, replica.state, anyio.current_time() - self._began))
 
     async def _close(self) -> None:
         if self._router is not None:
             self._router.close(EngineError(f"pool {self.name!r} was closed before the answer was complete"))
-        try:
-            async with anyio.create_task_group() as stopping:
-                for replica in reversed(self._replicas):
-                    stopping.start_soon(self._stop_replica, replica)
-        finally:
-            if self._reservation is not None:
-                await self._reservation.release()  # noqa: ASYNC102 - finish() lets no cancellation cut it short
+        async with anyio.create_task_group() as ending:
+            for replica in reversed(list(self._fleet.replicas.values())):
+                ending.start_soon(self._fleet.end, replica)
         log.info("pool.closed", pool=self.name)
-
-    async def _stop_replica(self, replica: Replica) -> None:
-        if replica.actor is not None:
-            await self._cluster.stop(replica.actor)
-        if replica.state != "dead":
-            replica.state = "stopped"

@@ -49,12 +49,14 @@ class StartReplica(msgspec.Struct, frozen=True):
 class StopReplica(msgspec.Struct, frozen=True):
     """End an engine, whatever state it is in, its streams included; answered by ``replica_stopped``.
 
-    :ivar restart: whether it is to be started again if its budget allows.
+    :ivar restart: whether it is to be started again if its budget allows; else its place is to be given back, too.
+    :ivar cause: why it was lost; empty where it is only not needed any more.
     """
 
     replica: int
     generation: int
     restart: bool
+    cause: str = ""
 
 
 Action: TypeAlias = Start | Fail | StartReplica | StopReplica

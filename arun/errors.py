@@ -200,7 +200,12 @@ class PortInUse(ArunError, OSError):
 
 
 class EngineError(ArunError):
-    """Root of the errors of inference engines."""
+    """Root of the errors of inference engines.
+
+    :ivar request_id: of the request that failed, where it was one.
+    """
+
+    request_id: str | None = None
 
 
 class RequestError(EngineError, ValueError):

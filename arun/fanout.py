@@ -15,6 +15,7 @@ from arun.hosting import BUDGET
 from arun.kernel import FanOutStatistics, Kernel
 from arun.outcomes import Ok
 from arun.policies import Policy
+from arun.timed import Timed
 
 __all__ = ("FanOutStatistics", "Kernel", "Results", "run_fan_out")
 
@@ -65,6 +66,13 @@ class Results(Generic[T]):
                 kernel.policy.on_error == "collect" and handle.on_error != "skip"
             ):
                 return self._map(handle)
+
+    def with_timeout(self, seconds: float) -> Timed[Any]:
+        """The same results, each with a time limit.
+
+        :param seconds: until the next result has come; after that a TimeoutError is raised, and the results go on.
+        """
+        return Timed(self, seconds)
 
 
 async def run_fan_out(

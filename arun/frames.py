@@ -1,4 +1,8 @@
-"""Where users' code stands: the line at which a coroutine or generator is suspended."""
+"""Frames: where users' code stands, and what a suspended generator holds. All of arun's looking into frames is here.
+
+What a suspended frame holds is public on CPython: every open ``with`` keeps its bound ``__exit__`` on the stack,
+and :func:`gc.get_referents` lists that.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import AsyncGeneratorType, BuiltinMethodType, CodeType, FrameType, MethodType
 from typing import Any
 
-__all__ = ("innermost_user_frame", "line_of", "user_line")
+__all__ = ("held", "innermost_user_frame", "line_at", "line_in", "line_of", "user_line")
 
 _OWN = str(Path(__file__).parent) + os.sep
 # The standard library's own folder; users' programs may live below its parents.
@@ -29,6 +33,28 @@ def line_of(suspended: Any) -> str:
     """``function at file:line`` of a frame, or of a suspended generator of either kind; "" if it has none."""
     frame = suspended if isinstance(suspended, FrameType) else _frame(suspended)
     return f"{frame.f_code.co_qualname} at {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+
+
+def line_at(generator: AsyncGeneratorType[Any, Any]) -> int:
+    """The line at which an async generator is suspended."""
+    frame = generator.ag_frame
+    return frame.f_lineno if frame is not None else generator.ag_code.co_firstlineno
+
+
+def line_in(code: CodeType, lasti: int) -> int:
+    """The line of an instruction; 0 if it has none."""
+    return next((line for start, end, line in code.co_lines() if start <= lasti < end and line is not None), 0)
+
+
+def held(suspended: object) -> Iterator[object]:
+    """The context managers that a suspended generator has open, and the async generators that it is iterating over."""
+    for referent in gc.get_referents(suspended):
+        kind = type(referent)
+        if kind in {MethodType, BuiltinMethodType}:
+            if referent.__name__ in {"__exit__", "__aexit__"}:
+                yield referent.__self__
+        elif kind is AsyncGeneratorType and referent.ag_frame is not None and not referent.ag_running:
+            yield referent
 
 
 def innermost_user_frame(frame: FrameType) -> FrameType:

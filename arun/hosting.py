@@ -25,8 +25,8 @@ import anyio
 import anyio.lowlevel
 
 from arun.errors import AbandonedGenerator, AbandonedWork, MisuseError
-from arun.frames import line_of, user_line
-from arun.guards import Owner, Yields, close_unused, forget, here, holds_scope, line_at, warn_at
+from arun.frames import line_at, line_of, user_line
+from arun.guards import Owner, Yields, close_unused, forget, here, holds_scope, warn_at
 from arun.logs import get_logger
 
 __all__ = (

@@ -16,6 +16,7 @@ from arun.handles import Handle
 from arun.outcomes import Outcome
 from arun.policies import Policy
 from arun.runtime import Background, Runtime
+from arun.timed import Timed
 
 __all__ = ("FanOut", "fan_out")
 
@@ -51,6 +52,13 @@ class FanOut(Generic[T]):
                 raise StopAsyncIteration
             self._background = Runtime.current().start(self._kernel.work_alone, name="arun fan_out")
         return cast("Outcome[T]", await self._results.__anext__())
+
+    def with_timeout(self, seconds: float) -> Timed[Outcome[T]]:
+        """The same outcomes, each with a time limit.
+
+        :param seconds: until the next outcome has come; after that a TimeoutError is raised, and the fan-out goes on.
+        """
+        return Timed(self, seconds)
 
     def statistics(self) -> FanOutStatistics:
         """Counts of this fan-out's subtasks and workers."""

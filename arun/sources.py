@@ -10,6 +10,7 @@ from typing import Any
 
 from arun.actions import Action, as_action
 from arun.errors import MisuseError, MisuseWarning
+from arun.frames import line_in
 from arun.guards import Checks, Owner, Yields, close_unused, shown, spelling, warn_at
 from arun.hosting import as_async_iterator, close, refuse
 from arun.state import State
@@ -121,7 +122,7 @@ _MADE_AT_MOST = 100
 
 def warn_of_unyielded(owner: Owner) -> None:
     for code, lasti in (owner.unyielded or {}).values():
-        line = next((line for start, end, line in code.co_lines() if start <= lasti < end and line is not None), 0)
+        line = line_in(code, lasti)
         told = (
             f"a SubGraphTask made in {code.co_qualname} at {code.co_filename}:{line} was never yielded, "
             "so it has not run: yield it"

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import msgspec
 
-from arun.errors import MisuseError
+from arun.errors import CodecError, MisuseError
 
 __all__ = ("Scope", "State", "StateDelta")
 
@@ -130,6 +130,28 @@ class State(Mapping[str, Any]):
     def get_all(self) -> dict[str, Any]:
         """All fields as a new dict."""
         return {key: self._get(key, None) for key in self}
+
+    def serialize(self) -> bytes:
+        """All fields as bytes; :meth:`deserialize` gives them back exactly, types included (see :mod:`arun.codec`).
+
+        :raises CodecError: for a value of a type that is not known, naming field and type; see :func:`arun.register`.
+        """
+        from arun.codec import encode  # which knows States
+
+        return encode(self)
+
+    @staticmethod
+    def deserialize(data: bytes | bytearray | memoryview) -> State:
+        """The State that :meth:`serialize` was called on. Bytes from anywhere may be given: nothing in them is run.
+
+        :raises CodecError: for bytes that are no State, or hold a type that is not registered here.
+        """
+        from arun.codec import decode
+
+        state = decode(data)
+        if not isinstance(state, State):
+            raise CodecError(f"these {len(data)} bytes hold a {type(state).__name__} and no State")
+        return state
 
     @property
     def delta(self) -> StateDelta:

@@ -17,6 +17,7 @@ from arun.context import Run
 from arun.errors import MisuseError
 from arun.events import Event, Item, Partial, RunCancelled, RunFailed, RunFinished
 from arun.runtime import Background, Runtime
+from arun.timed import Timed
 
 __all__ = ("Deliver", "RunStream")
 
@@ -90,9 +91,20 @@ class RunStream(Generic[R]):
             self._waiting = False
         if event is not None:
             return event
-        self._closed = True
-        await self._background.wait()
+        try:
+            await self._background.wait()
+        except Exception:
+            self._closed = True
+            raise
+        self._closed = True  # not before: one who was cancelled while waiting may ask again, and is told of the error
         raise StopAsyncIteration
+
+    def with_timeout(self, seconds: float) -> Timed[Event]:
+        """The same events, each with a time limit.
+
+        :param seconds: until the next event has come; after that a TimeoutError is raised, and the stream goes on.
+        """
+        return Timed(self, seconds)
 
     async def aclose(self) -> None:
         """Cancel the run, if it still goes, and wait for its clean-up."""

@@ -70,14 +70,18 @@ class Threads:
 _DEFAULT: Final = Threads()
 
 
-async def run_in_thread(function: Callable[[], T], *, label: str = "", threads: Threads | None = None) -> T:
+def run_in_thread(
+    function: Callable[[], T], *, label: str = "", threads: Threads | None = None
+) -> Coroutine[Any, Any, T]:
     """Call ``function`` in a worker thread, in a copy of the caller's contextvars.
 
     Cancelled, it waits for the function's end, at most for the grace of ``threads``.
 
     :param label: what a person calls it, for :class:`~arun.errors.AbandonedWork`.
     """
-    return await _Call(function, label, threads or _DEFAULT).run()
+    call = _Call(function, label, threads or _DEFAULT)
+    bound = call.threads.limiter()
+    return call.run() if bound is None else call.run_bounded(bound)
 
 
 async def step_in_thread(
@@ -107,7 +111,8 @@ async def step_in_thread(
                 iterator.close()
 
     call = _Call(step_through, label, threads or _DEFAULT, stepping=True)
-    await call.run()
+    bound = call.threads.limiter()
+    await (call.run() if bound is None else call.run_bounded(bound))
     await anyio.lowlevel.checkpoint_if_cancelled()
 
 
@@ -136,14 +141,14 @@ _unlimited: Final = _Unlimited()
 class _Call(Generic[T]):
     """One call on a worker thread."""
 
-    __slots__ = ("_delivering", "_function", "_label", "_lock", "_stepping", "_tell", "_thread", "_threads", "leaving")
+    __slots__ = ("_delivering", "_function", "_label", "_lock", "_stepping", "_tell", "_thread", "leaving", "threads")
 
     def __init__(self, function: Callable[[], T], label: str, threads: Threads, *, stepping: bool = False) -> None:
         #: whether the caller was cancelled and only waits for the end
         self.leaving = False
         self._function = function
         self._label = label
-        self._threads = threads
+        self.threads = threads
         self._stepping = stepping
         self._lock = threading.Lock()
         #: identifier of the thread while it runs the function
@@ -151,13 +156,10 @@ class _Call(Generic[T]):
         self._tell: Callable[[], object] | None = None
         self._delivering: anyio.CancelScope | None = None
 
-    async def run(self) -> T:
-        bound = self._threads.limiter()
-        if bound is None:
-            return await self._run_unbounded()
+    async def run_bounded(self, bound: anyio.CapacityLimiter) -> T:
         # Not anyio's own limiter of the call: that one is released when the thread is abandoned, before its end.
         async with bound:
-            return await self._run_unbounded()
+            return await self.run()
 
     async def deliver(self, receive: Callable[[Any], Coroutine[Any, Any, None]], item: Any) -> None:
         """Hand an item over, on the event loop; cut short when the caller is cancelled."""
@@ -165,7 +167,7 @@ class _Call(Generic[T]):
             with anyio.CancelScope() as self._delivering:
                 await receive(item)
 
-    async def _run_unbounded(self) -> T:
+    async def run(self) -> T:
         try:
             return await anyio.to_thread.run_sync(self._run, limiter=_unlimited, abandon_on_cancel=True)
         except anyio.get_cancelled_exc_class():
@@ -197,8 +199,8 @@ class _Call(Generic[T]):
             self._tell = lambda: post(ended.set)
         if self._delivering is not None:
             self._delivering.cancel()
-        self._threads.left_behind(stepping=self._stepping)
-        grace = self._threads.grace
+        self.threads.left_behind(stepping=self._stepping)
+        grace = self.threads.grace
         with anyio.CancelScope(shield=True, deadline=anyio.current_time() + grace) as scope:
             while not ended.is_set():
                 try:

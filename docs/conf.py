@@ -26,6 +26,7 @@ REFERENCE = {
         "arun.events",
         "arun.fanout",
         "arun.outcome_stream",
+        "arun.timed",
         "arun.executors",
         "arun.reducers",
         "arun.channel",
@@ -38,7 +39,7 @@ REFERENCE = {
         "arun.runtime",
         "arun.errors",
     ],
-    "reference/actors": ["actors", "actors.engine", "actors.echo_engine", "actors.models"],
+    "reference/actors": ["actors", "actors.engine", "actors.fitting", "actors.echo_engine", "actors.models"],
 }
 
 project = "arun"

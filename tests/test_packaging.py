@@ -26,8 +26,8 @@ FLOORS: dict[str, int] = {
     name: floor
     for floor, names in enumerate((
         "errors frames logs",
-        "events guards outcomes policies registry runtime state",
-        "codec conditions context handles hosted hosting threads",
+        "codec events guards outcomes policies registry runtime state timed",
+        "conditions context handles hosted hosting threads",
         "attempts collectors reductions signatures stream",
         "kernel",
         "fanout",

@@ -19,7 +19,7 @@ from arun.errors import MisuseError, PayloadError, ProtocolError
 from arun.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from msgspec import Raw
 
@@ -163,14 +163,21 @@ class Connection:
     async def wait(self, half: Inbound | Outbound) -> None:
         """Wait until something happens to a half of a stream; there may be several waiters."""
         waiters = self._waiters.setdefault(half, [])
+        happened: Awaitable[None]
+        wake: Callable[[], None]
         if self._loop is None:
             event = anyio.Event()
-            waiters.append(event.set)
-            await event.wait()
+            happened, wake = event.wait(), event.set
         else:
-            future: asyncio.Future[None] = self._loop.create_future()
-            waiters.append(functools.partial(_set, future))
-            await future
+            happened = future = self._loop.create_future()
+            wake = functools.partial(_set, future)
+        waiters.append(wake)
+        try:
+            await happened
+        except BaseException:
+            if wake in waiters:  # else somebody who gives up again and again on a quiet stream leaves them all here
+                waiters.remove(wake)
+            raise
 
     @property
     def congested(self) -> bool:

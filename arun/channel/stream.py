@@ -11,6 +11,7 @@ from arun.channel.messages import Fail
 from arun.channel.serving import CHECKPOINT_ITEMS
 from arun.channel.session import Batch, Inbound, Lost
 from arun.errors import PayloadError
+from arun.timed import Timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,6 +106,13 @@ class Stream(Generic[T]):
                 return self._decoder.decode(entry)
             except PayloadError as exc:
                 raise self._refuse(exc) from exc.__cause__
+
+    def with_timeout(self, seconds: float) -> Timed[T]:
+        """The same items, each with a time limit.
+
+        :param seconds: until the next item has come; after that a TimeoutError is raised, and the stream goes on.
+        """
+        return Timed(self, seconds)
 
     def cancel(self) -> None:
         """Tell the peer to close its handler, without waiting for that. Unread items are dropped."""

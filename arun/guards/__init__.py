@@ -28,7 +28,7 @@ from arun.guards.levels import (
 )
 from arun.guards.mutation import Repeats, Watched
 from arun.guards.owners import Named, Owner, Seat, forget, here
-from arun.guards.scopes import Yields, holds_scope, line_at
+from arun.guards.scopes import Yields, holds_scope
 from arun.guards.static import check_function, check_methods
 from arun.guards.watchdog import begin_run, end_run
 
@@ -54,7 +54,6 @@ __all__ = (
     "here",
     "holds_scope",
     "inherited_checks",
-    "line_at",
     "misuse",
     "set_default_level",
     "shown",

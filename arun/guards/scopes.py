@@ -1,23 +1,22 @@
 """Which cancel scopes a suspended generator holds.
 
 A scope that is open across a ``yield`` belongs to the generator and is entered in its host's task: its cancellation
-would land in whatever that task awaits next (PEP 789). What a suspended frame holds is public on CPython: every open
-``with`` keeps its bound ``__exit__`` on the frame's stack, and :func:`gc.get_referents` lists that.
+would land in whatever that task awaits next (PEP 789).
 """
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import weakref
 from collections.abc import Iterator
-from types import AsyncGeneratorType, BuiltinMethodType, CodeType, MethodType
+from types import AsyncGeneratorType, CodeType
 from typing import Any, Final, TypeAlias, cast
 
 from arun.errors import MisuseError
+from arun.frames import held, line_at
 from arun.guards.levels import Checks, misuse
 
-__all__ = ("Yields", "holds_scope", "is_scope_type", "line_at")
+__all__ = ("Yields", "holds_scope", "is_scope_type")
 
 _Generator: TypeAlias = AsyncGeneratorType[Any, Any]
 
@@ -28,7 +27,6 @@ _SCOPES: Final = {
     "async_timeout": {"Timeout"},
     "trio": {"CancelScope", "Nursery", "NurseryManager"},
 }
-_EXITS: Final = {"__exit__", "__aexit__"}
 #: How deep context managers that open context managers are followed.
 _DEPTH: Final = 6
 #: Looks at one instruction of one generator that holds something harmless there, before it is trusted.
@@ -82,7 +80,7 @@ class Yields:
         looks = self._looks
         if looks is not None and looks.get(lasti, 0) >= _LOOKS:
             return None
-        if next(_held(self._generator), None) is None:
+        if next(held(self._generator), None) is None:
             self._clean.add(lasti)
             return None
         found = _culprit(self._generator, _DEPTH)
@@ -103,12 +101,6 @@ class Yields:
         )
 
 
-def line_at(generator: _Generator) -> int:
-    """The line at which a generator is suspended."""
-    frame = generator.ag_frame
-    return frame.f_lineno if frame is not None else generator.ag_code.co_firstlineno
-
-
 def holds_scope(generator: _Generator) -> bool:
     """Whether a suspended generator has a cancel scope open."""
     return _culprit(generator, _DEPTH) is not None
@@ -116,7 +108,7 @@ def holds_scope(generator: _Generator) -> bool:
 
 def _culprit(generator: _Generator, depth: int) -> tuple[tuple[_Generator, ...], str] | None:
     """The generator that holds a scope, and those that iterate over it up to this one; and the scope."""
-    for one in _held(generator):
+    for one in held(generator):
         if isinstance(one, AsyncGeneratorType):
             found = _culprit(one, depth - 1) if depth else None
             if found is not None:
@@ -124,17 +116,6 @@ def _culprit(generator: _Generator, depth: int) -> tuple[tuple[_Generator, ...],
         elif (scope := _scope_in(one)) is not None:
             return (generator,), scope
     return None
-
-
-def _held(suspended: object) -> Iterator[object]:
-    """The context managers that a suspended generator has open, and the generators that it is iterating over."""
-    for referent in gc.get_referents(suspended):
-        kind = type(referent)
-        if kind in {MethodType, BuiltinMethodType}:
-            if referent.__name__ in _EXITS:
-                yield referent.__self__
-        elif kind is AsyncGeneratorType and referent.ag_frame is not None and not referent.ag_running:
-            yield referent
 
 
 def _scope_in(manager: object, depth: int = _DEPTH) -> str | None:
@@ -145,7 +126,7 @@ def _scope_in(manager: object, depth: int = _DEPTH) -> str | None:
         return None
     inside: Iterator[object] = iter(())
     if isinstance(manager, (contextlib._GeneratorContextManager, contextlib._AsyncGeneratorContextManager)):
-        inside = _held(cast("Any", manager).gen)
+        inside = held(cast("Any", manager).gen)
     elif isinstance(manager, (contextlib.ExitStack, contextlib.AsyncExitStack)):
         callbacks: Any = getattr(manager, "_exit_callbacks", ())
         inside = (getattr(callback, "__self__", None) for _, callback in callbacks)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.bundles import Placement, fit
+from actors.bundles import Placement, Reservation, fit
 from actors.cluster import ClusterResources, NodeResources
 from actors.fitting import Explanation
 from actors.local_cluster import LocalCluster
@@ -37,7 +38,7 @@ def test_a_bundle_names_no_resource_that_it_does_not_need() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"replicas": 0}, {"tensor_parallel": 0}, {"cpus": -1}, {"cpus": 0}, {"strategy": "STRICT"}],
+    [{"replicas": 0}, {"tensor_parallel": 0}, {"cpus": -1}, {"cpus": 0}, {"gpus": 1.5}, {"strategy": "STRICT"}],
     ids=str,
 )
 def test_impossible_numbers_are_refused_where_they_are_written(wrong: dict[str, object]) -> None:
@@ -159,6 +160,55 @@ async def test_a_local_cluster_waits_for_what_others_hold_if_it_is_told_to() -> 
         await held.release()
         got = await waiting
         assert [group.nodes for group in got.groups] == [("local",), ("local",)]
+
+
+class Sees:
+    async def devices(self) -> str | None:
+        """What CUDA is told to see."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.asyncio
+async def test_an_actor_on_this_machine_sees_the_gpus_of_its_group_and_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    async with LocalCluster(cpus=8, gpus=4) as local:
+
+        async def seen(reservation: Reservation) -> list[str | None]:
+            actors = [await local.spawn(Sees, group=group) for group in reservation.groups]
+            return [await actor.devices() for actor in actors]
+
+        first = await local.reserve(Placement(gpus=0.5, replicas=2))
+        pairs = await local.reserve(Placement(tensor_parallel=2, gpus=1))
+        assert await seen(first) == ["0", "0"]
+        assert await seen(pairs) == ["1,2"]
+        await first.release()
+        wide = await local.reserve(Placement(gpus=2))
+        assert await seen(wide) == ["0,3"]
+        assert await seen(await local.reserve(Placement())) == [None]
+        own = await local.spawn(Sees, group=wide.groups[0], env={"CUDA_VISIBLE_DEVICES": "7"})
+        assert await own.devices() == "7"
+
+
+@pytest.mark.asyncio
+async def test_gpus_are_those_that_this_process_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-abc")
+    async with LocalCluster(cpus=2, gpus=2) as local:
+        groups = (await local.reserve(Placement(gpus=1, replicas=2))).groups
+        actors = [await local.spawn(Sees, group=group) for group in groups]
+        assert [await actor.devices() for actor in actors] == ["5", "GPU-abc"]
+
+
+@pytest.mark.asyncio
+async def test_parts_of_gpus_do_not_add_up_to_a_whole_one() -> None:
+    async with LocalCluster(isolation="task", cpus=8, gpus=2) as local:
+        held = [await local.reserve(Placement(gpus=0.6)) for _ in range(2)]
+        with pytest.raises(PlacementError, match=r"no single GPU has 0\.8 free; free are 0\.4, 0\.4"):
+            await local.reserve(Placement(gpus=0.8))
+        for reservation in held:
+            await reservation.release()
+        await local.reserve(Placement(gpus=1, replicas=2))
 
 
 @pytest.mark.asyncio

@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
-__all__ = ("Check", "Options", "Row", "medians", "table")
+__all__ = ("Check", "Contestant", "Options", "Row", "medians", "table")
 
 Contestant = Callable[[], Awaitable[float]]
 
@@ -47,7 +47,7 @@ class Check(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One measured thing. Floor: the least that Python or a library needs for it; peer: Burr, doing the same."""
+    """One measured thing. Floor: the least that Python or a library needs for it; peer: Burr, or Ray where the row says so, doing the same."""
 
     what: str
     #: "us", "ms", "MB", or "" for a count
@@ -76,7 +76,7 @@ def medians(contestants: Mapping[str, Contestant], options: Options, *, times: i
 
 def table(rows: list[Row]) -> str:
     """The table, as text."""
-    lines: list[tuple[str, ...]] = [("what", "arun", "floor", "Burr", "ratio", "target", "holds")]
+    lines: list[tuple[str, ...]] = [("what", "arun", "floor", "peer", "ratio", "target", "holds")]
     for row in rows:
         head = (row.what, *(_shown(cost, row.unit) for cost in (row.arun, row.floor, row.peer)))
         for check in row.checks:

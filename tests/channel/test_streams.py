@@ -368,6 +368,19 @@ async def test_a_stream_cancelled_before_its_handler_began_never_runs_it(link):
     assert endless.produced == 0
 
 
+async def test_a_consumer_that_gives_up_waiting_again_and_again_leaves_nothing_behind(link):
+    async def quiet(method, payload):
+        await anyio.sleep_forever()
+        yield
+
+    connection = await link(quiet)
+    stream = connection.open("quiet")
+    for _ in range(100):
+        with anyio.move_on_after(0.001):
+            await anext(stream)
+    assert not any(connection._waiters.values())
+
+
 async def test_cancelling_a_waiting_consumer_loses_no_item(link):
     send, receive = anyio.create_memory_object_stream[int](100)
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import select
 from contextlib import suppress
@@ -78,40 +77,12 @@ def descendants() -> Callable[[int], Processes]:
     return Processes
 
 
-@pytest.fixture(scope="session")
-def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders of two random LoRA adapters for the tiny model, of different ranks."""
-    return {
-        "pirate": make_adapter(tmp_path_factory.mktemp("pirate"), rank=4, seed=1),
-        "poet": make_adapter(tmp_path_factory.mktemp("poet"), rank=8, seed=2),
-    }
-
-
-def make_adapter(folder: Path, *, rank: int, seed: int) -> str:
-    import numpy as np
-    from safetensors.numpy import save_file
-
-    random = np.random.default_rng(seed)
-    sizes = {"self_attn.q_proj": (128, 128), "self_attn.v_proj": (128, 64)}
-    weights = {}
-    for layer in range(2):
-        for module, (inputs, outputs) in sizes.items():
-            name = f"base_model.model.model.layers.{layer}.{module}"
-            weights[f"{name}.lora_A.weight"] = random.normal(size=(rank, inputs)).astype("float32")
-            weights[f"{name}.lora_B.weight"] = random.normal(size=(outputs, rank)).astype("float32")
-    save_file(weights, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj", "v_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none", "task_type": "CAUSAL_LM"}))
-    return str(folder)
-
-
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def tiny_pool(adapters: dict[str, str]) -> AsyncIterator[EnginePool]:
+async def tiny_pool() -> AsyncIterator[EnginePool]:
     """One vLLM engine for all tests that leave it alive."""
     spec = EngineSpec(
         model="tiny",
         max_model_len=512,
-        adapters=adapters,
         # The random model would go on with white space for ever where JSON allows it.
         engine_args={
             "max_num_seqs": 16,

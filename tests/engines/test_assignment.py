@@ -36,7 +36,7 @@ def lose(core, replica, generation=1, now=0.0):
     for request in running:
         actions += core.cut(request, core._requests[request].epoch)
         core.check()
-    assert StopReplica(replica, generation, True) in actions
+    assert StopReplica(replica, generation, True, "killed") in actions
     actions += core.replica_stopped(replica, generation, now)
     core.check()
     for action in list(actions):
@@ -189,7 +189,7 @@ def test_a_request_goes_on_elsewhere_after_the_tokens_that_were_delivered():
     core.submit("a")
     assert core.delta("a", 0, 1)
     actions = core.replica_lost(0, 1, "killed")
-    assert actions == [StopReplica(0, 1, True)]
+    assert actions == [StopReplica(0, 1, True, "killed")]
     assert core.delta("a", 0, 2)  # had arrived before the end
     assert core.cut("a", 0) == [Start("a", 1, 1, epoch=1, resume_from=3)]
     assert not core.delta("a", 0, 1)
@@ -255,7 +255,7 @@ def test_the_budget_decides_whether_a_replica_comes_back():
     assert (core.state(0), core.due()) == ("waiting", 101.0)
     assert core.tick(100.9) == []
     assert core.tick(101.0) == [StartReplica(0, 2)]
-    assert core.replica_lost(0, 2, "no memory") == [StopReplica(0, 2, True)]
+    assert core.replica_lost(0, 2, "no memory") == [StopReplica(0, 2, True, "no memory")]
     assert core.replica_stopped(0, 2, 101.5) == []
     assert core.tick(103.5) == [StartReplica(0, 3)]
     core.replica_lost(0, 3, "no memory")
@@ -293,7 +293,7 @@ def test_a_replica_that_sends_nothing_while_somebody_waits_is_lost():
     core.submit("a")
     core.hungry("a")
     assert ticks(core, 7) == []
-    assert core.tick(8.0) == [StopReplica(0, 1, True)]
+    assert core.tick(8.0) == [StopReplica(0, 1, True, "it sent nothing for 8 s while requests waited for it")]
 
 
 def test_a_slow_consumer_is_no_reason():
@@ -368,7 +368,8 @@ def test_scaling_replaces_what_was_given_up():
     core.replica_lost(0, 1, "killed")
     core.replica_stopped(0, 1, 0.0)
     assert core.state(0) == "dead"
-    assert core.scale(2) == [StartReplica(2, 1)]
+    assert core.scale(2) == [StopReplica(0, 1, False), StartReplica(2, 1)]
+    core.replica_stopped(0, 1, 0.0)
     assert (core.state(0), core.given_up) == (None, {})
 
 

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 import pickle
-import signal
 
 import anyio
 import msgspec
@@ -16,7 +15,7 @@ from actors.echo_engine import EchoEngine
 from actors.engine import EngineSpec, Usage
 from actors.local_cluster import LocalCluster
 from actors.pool import EnginePool
-from arun.errors import EngineDead, EngineError, MisuseError, PlacementError, RequestError
+from arun.errors import EngineError, MisuseError, PlacementError, RequestError
 from arun.runtime import Runtime
 
 pytestmark = pytest.mark.anyio
@@ -150,20 +149,6 @@ async def test_a_refused_request_raises_request_error_and_the_replica_goes_on():
         assert (pool.stats().replicas[0].failed, pool.stats().replicas[0].state) == (2, "ready")
 
 
-async def test_a_dead_engine_fails_all_its_requests_and_gets_no_more():
-    async with open_pool(echo(die_after=3), replicas=2) as pool:
-        doomed = pool.generate("a b c d e", max_tokens=10)
-        with pytest.raises(EngineDead, match=r"replica 0 of pool .* 1 requests in flight: .*after 3 tokens"):
-            async for _ in doomed:
-                pass
-        assert [each.state for each in pool.stats().replicas] == ["dead", "ready"]
-        assert (await pool.complete("a b")).text == "a b"
-        with pytest.raises(EngineDead, match="replica 1"):
-            await pool.complete("a b c")
-        with pytest.raises(EngineDead, match=r"no replica left. replica 0: .*; replica 1: "):
-            await pool.complete("a")
-
-
 async def test_an_unknown_parameter_is_refused_by_the_call_itself():
     async with open_pool() as pool:
         with pytest.raises(RequestError, match="did you mean 'frequency_penalty'"):
@@ -255,26 +240,6 @@ async def test_a_pool_refuses_to_be_pickled_and_to_be_used_before_its_start():
             pickle.dumps(pool)
         with pytest.raises(MisuseError, match="not open"):
             pool.generate("a")
-
-
-@pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_a_killed_replica_fails_its_requests_by_name_and_the_others_go_on():
-    async with open_pool(echo(hang_on="tar"), isolation="process", replicas=2, name="chat") as pool:
-        pid = pool.stats().replicas[0].pid
-        assert pid != os.getpid()
-        doomed = pool.generate("tar pit")
-        assert doomed.replica == 0
-
-        async def kill():
-            await anyio.wait_all_tasks_blocked()
-            os.kill(pid, signal.SIGKILL)
-
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(kill)
-            with pytest.raises(EngineDead, match=rf"replica 0 of pool 'chat' \(pid {pid}\).*SIGKILL"):
-                await anext(doomed)
-        assert (await pool.complete("water")).text == "water"
-        assert [each.state for each in pool.stats().replicas] == ["dead", "ready"]
 
 
 class Shouting(EchoEngine):

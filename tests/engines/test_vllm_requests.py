@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-import math
 import re
 from typing import Literal
 
@@ -149,24 +147,6 @@ async def test_bias_and_allowed_tokens_reach_the_sampler(tiny_pool):
         "a b c", max_tokens=5, allowed_token_ids=[80, 81], temperature=1, ignore_eos=True
     )
     assert set(allowed.token_ids) <= {80, 81}
-
-
-async def test_adapters_work_by_name_and_side_by_side(tiny_pool):
-    async def likelihoods(adapter):  # of a prompt's tokens: they differ by rounding only, however the engine batches
-        done = await tiny_pool.complete("An engine turns a prompt", max_tokens=1, prompt_logprobs=0, adapter=adapter)
-        return [position[0].logprob for position in done.prompt_logprobs[1:]]
-
-    names = [None, "pirate", "poet"]
-    alone = [await likelihoods(name) for name in names]
-    nearest = min(math.dist(a, b) for a, b in itertools.combinations(alone, 2))
-    for _ in range(3):
-        together = await asyncio.gather(*map(likelihoods, names))
-        assert max(map(math.dist, alone, together)) < nearest / 3
-
-
-async def test_an_unknown_adapter_is_refused_with_those_there_are(tiny_pool):
-    with pytest.raises(RequestError, match=r"no adapter 'parrot'; EngineSpec\.adapters has 'pirate', 'poet'"):
-        await tiny_pool.complete("An engine", adapter="parrot")
 
 
 async def test_tools_reach_the_chat_template(tiny_pool):

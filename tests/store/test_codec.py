@@ -36,6 +36,35 @@ class Colour(enum.Enum):
     BLUE = (1, 2)
 
 
+def test_a_state_comes_back_from_its_bytes_exactly() -> None:
+    fields: dict[str, Any] = {
+        "tuple": (1, [2.0, {3}]), "when": datetime(2024, 2, 29, tzinfo=UTC), "money": Decimal("1.10"), "big": 1 << 80,
+        "colour": Colour.RED, "point": Point(1, b"2"), "none": None,
+    }  # fmt: skip
+    state = State(fields).update(more={"a": State({"n": 1})}).wipe(delete=["none"])
+    back = State.deserialize(state.serialize())
+    assert back == state
+    assert list(back) == list(state)
+    assert {key: type(value) for key, value in back.items()} == {key: type(value) for key, value in state.items()}
+    assert type(back["tuple"][1][1]) is set
+    assert type(back["more"]["a"]) is State
+
+
+def test_a_state_names_the_field_that_has_no_bytes() -> None:
+    with pytest.raises(CodecError, match=r"\['client'\].*_Client"):
+        State({"n": 1, "client": _Client()}).serialize()
+
+
+@pytest.mark.parametrize("data", [b"", b"\xc1", encode([1]), encode({"n": 1}), State({"n": 1}).serialize()[:-1]])
+def test_what_is_no_state_is_refused(data: bytes) -> None:
+    with pytest.raises(CodecError):
+        State.deserialize(data)
+
+
+class _Client:
+    """Something that is no data."""
+
+
 @register
 class Level(enum.IntEnum):
     LOW = 1
