@@ -89,6 +89,37 @@ _CHANNEL = (
     ),
 )
 
+_CONNECTION = (
+    Plant(
+        "handler closed without aclose",
+        "connection",
+        "arun.channel.serving",
+        "            await aclose()\n    except",
+        "            pass\n    except",
+    ),
+    Plant(
+        "cancel does not interrupt the handler",
+        "connection",
+        "arun.channel.connection",
+        "                interrupt.interrupt()\n",
+        "                pass\n",
+    ),
+    Plant(
+        "credit due and nobody wakes the writer",
+        "connection",
+        "arun.channel.stream",
+        "            self._connection.wake_writer()\n",
+        "            pass\n",
+    ),
+    Plant(
+        "room and nobody is told",
+        "connection",
+        "arun.channel.connection",
+        "            self._room.set()\n            self._room = None\n",
+        "            self._room = None\n",
+    ),
+)
+
 _LEDGER = (
     Plant(
         "reduce before ledger write",
@@ -311,7 +342,7 @@ _POOL = (
     ),
 )
 
-PLANTS: dict[str, Plant] = {bug.name: bug for bug in (*_CHANNEL, *_LEDGER, *_POOL)}
+PLANTS: dict[str, Plant] = {bug.name: bug for bug in (*_CHANNEL, *_CONNECTION, *_LEDGER, *_POOL)}
 
 
 def check_plants(names: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import structlog
 
-from tests.simulation import channel, ledger, pool
+from tests.simulation import channel, connection, ledger, pool
 from tests.simulation.world import Violation, World
 
 __all__ = ("UNIVERSES", "Finding", "Swept", "play", "quiet", "replay", "sweep")
@@ -29,6 +29,7 @@ class Universe(NamedTuple):
 
 UNIVERSES: dict[str, Universe] = {
     "channel": Universe(channel.play, channel.PATHS),
+    "connection": Universe(connection.play, connection.PATHS, every=2),
     "pool": Universe(pool.play, pool.PATHS),
     "ledger": Universe(ledger.play, ledger.PATHS, every=4),
 }
