@@ -155,12 +155,16 @@ class Journal:
         await self.store.commit(self.lease, Step(sequence_id, action, pack(action, changes.delta), before))
         self.pending = 0
 
-    async def recall(self, parent: bytes, content: bytes) -> list[tuple[int, bytes]]:
-        """What earlier runs left of a subtask."""
-        if not self.pending:
+    async def recall(self, parent: bytes, content: bytes, *, again: bool = False) -> list[tuple[int, bytes]]:
+        """What earlier runs left of a subtask.
+
+        :param again: whether this run may have recorded it, too, which ``pending`` does not count.
+        """
+        if not (self.pending or again):
             return []
         found = await self.store.recall(self.lease, parent, content)
-        self.pending -= len(found)
+        if not again:
+            self.pending -= len(found)
         return found
 
 

@@ -33,15 +33,17 @@ __all__ = ("Entry", "Ledger", "Siblings")
 class Ledger:
     """A place in a run, below which subtasks are recorded."""
 
-    __slots__ = ("journal", "key")
+    __slots__ = ("_entered", "journal", "key")
 
     def __init__(self, journal: Journal, key: bytes) -> None:
         self.journal = journal
         self.key = key
+        self._entered = False
 
     def siblings(self, owner: str) -> Siblings:
-        """For what runs directly below this place."""
-        return Siblings(self, owner)
+        """For what runs directly below this place; asked for again by a retry, which finds what finished before."""
+        again, self._entered = self._entered, True
+        return Siblings(self, owner, again=again)
 
 
 class Entry:
@@ -79,12 +81,13 @@ class Entry:
 class Siblings:
     """The subtasks of one parallel action, or the steps of one sub-graph, as the ledger knows them."""
 
-    __slots__ = ("_counts", "_keys", "_known", "_ledger", "_resuming")
+    __slots__ = ("_again", "_counts", "_keys", "_known", "_ledger", "_resuming")
 
-    def __init__(self, ledger: Ledger, owner: str) -> None:
+    def __init__(self, ledger: Ledger, owner: str, *, again: bool) -> None:
         self._ledger = ledger
         self._keys = Keys(owner)
-        self._resuming = ledger.journal.pending > 0
+        self._again = again
+        self._resuming = again or ledger.journal.pending > 0
         #: how many of each content have been started, where nothing is looked up
         self._counts: dict[bytes, int] = {}
         self._known: dict[bytes, _Known] = {}
@@ -146,7 +149,7 @@ class Siblings:
         known = self._known[content] = _Known()
         known.loading = loading = anyio.Event()
         try:
-            found = await self._ledger.journal.recall(self._ledger.key, content)
+            found = await self._ledger.journal.recall(self._ledger.key, content, again=self._again)
         except BaseException:
             del self._known[content]  # this sibling was cancelled; the next one asks again
             raise

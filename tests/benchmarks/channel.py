@@ -66,7 +66,9 @@ def calls(options: Options) -> list[Row]:
                 "local": _on(LocalCluster, lambda actor: _calls(lambda: actor.same(1), count)),
                 "ray cluster": _on(RayCluster.connect, lambda actor: _calls(lambda: actor.same(1), count)),
                 "floor": _bare(socket.AF_INET, lambda reader, writer: _calls(lambda: _echo(reader, writer), count)),
-                "unix floor": _bare(socket.AF_UNIX, lambda reader, writer: _calls(lambda: _echo(reader, writer), count)),
+                "unix floor": _bare(
+                    socket.AF_UNIX, lambda reader, writer: _calls(lambda: _echo(reader, writer), count)
+                ),
                 "ray": lambda: _ray_calls(options.n(1000)),
             },
             options,
@@ -94,7 +96,9 @@ def idle(options: Options) -> list[Row]:
     )
     memory, busy, turns = map(float, done.stdout.split())
     return [
-        Row(f"{count:,} idle streams, both ends", "MB", memory, None, None, [Check("< 100 MB", memory / 1e6, 100, "MB")]),
+        Row(
+            f"{count:,} idle streams, both ends", "MB", memory, None, None, [Check("< 100 MB", memory / 1e6, 100, "MB")]
+        ),
         Row("their CPU", "", busy, None, None, [Check("no polling: < 0.1 % of a core", busy * 100, 0.1, "%")]),
         Row("turns of the event loop in 3 s", "", turns, None, None, [Check("no polling: at most 10", turns, 10, "")]),
     ]

@@ -8,8 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tests.simulation.planting import plant
-from tests.simulation.plants import PLANTS
+from tests.simulation.plants import PLANTS, find_planted
 
 
 def main() -> int:
@@ -18,14 +17,18 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first one; default 0")
     parser.add_argument("--universe", action="append", help="which ones, by default all")
     parser.add_argument("--jobs", type=int, help="processes; by default one a core")
-    parser.add_argument("--plant", choices=list(PLANTS), help="a bug to plant; then 0 says that it was found")
+    parser.add_argument("--plants", nargs="*", metavar="NAME", help="plant bugs, by default each, and look for them")
     given = parser.parse_args()
-    if given.plant:
-        return _find(given.plant, range(given.first, given.first + given.seeds))
+    seeds = range(given.first, given.first + given.seeds)
+    if given.plants is not None:
+        if unknown := sorted(set(given.plants) - set(PLANTS)):
+            parser.error(f"no such plant: {', '.join(unknown)}; there are: {', '.join(PLANTS)}")
+        return _find(given.plants or list(PLANTS), seeds, given.jobs)
 
-    from tests.simulation.runner import sweep
+    from tests.simulation.runner import quiet, sweep
 
-    swept = sweep(range(given.first, given.first + given.seeds), tuple(given.universe or ()), jobs=given.jobs)
+    quiet()
+    swept = sweep(seeds, tuple(given.universe or ()), jobs=given.jobs)
     for (universe, path), count in sorted(swept.seen.items()):
         print(f"{count:8} {universe}: {path}")
     for path in swept.never:
@@ -37,17 +40,14 @@ def main() -> int:
     return 1 if swept.findings or swept.never else 0
 
 
-def _find(name: str, seeds: range) -> int:
-    bug = PLANTS[name]
-    plant(bug)
-    from tests.simulation.runner import sweep
-
-    swept = sweep(seeds, (bug.universe,), jobs=1)
-    for finding in swept.findings:
-        print(f"{name!r} was found by seed {finding.seed}: {finding.error}")
-    if not swept.findings:
-        print(f"{name!r} was not found in {swept.universes:,} universes {bug.universe!r}", file=sys.stderr)
-    return 0 if swept.findings else 1
+def _find(names: list[str], seeds: range, jobs: int | None) -> int:
+    missed = 0
+    for name, found in find_planted(names, seeds, jobs=jobs):
+        missed += found is None
+        universe = PLANTS[name].universe
+        print(f"{universe:8} {name}: {'NOT FOUND' if found is None else found}", flush=True)
+    print(f"{len(names) - missed} of {len(names)} planted bugs were found within {len(seeds):,} seeds")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ __all__ = ("Violation", "World")
 
 T = TypeVar("T")
 
+#: A universe that does more goes round in a circle.
+MOST_EVENTS = 50_000
+
 
 class Violation(AssertionError):
     """An invariant doesn't hold."""
@@ -27,15 +30,17 @@ class World:
     :ivar seen: rare paths that were taken, see :meth:`sometimes`.
     """
 
-    __slots__ = ("_due", "_events", "_uniform", "log", "now", "seen")
+    __slots__ = ("_broken", "_due", "_events", "_uniform", "log", "now", "seen")
 
     def __init__(self, universe: str, seed: int) -> None:
         self.now = 0
         self.log: list[tuple[Any, ...]] = []
         self.seen: set[str] = set()
         self._uniform = Random(f"{universe} {seed}").random
-        self._due: list[tuple[int, float, int, Callable[..., object], tuple[Any, ...]]] = []
+        # [tick, what decides among those of one tick, number, what happens or None if that was called off, arguments]
+        self._due: list[list[Any]] = []
         self._events = 0
+        self._broken: Violation | None = None
 
     # What chance decides.
 
@@ -60,10 +65,16 @@ class World:
 
     # What happens.
 
-    def after(self, ticks: int, act: Callable[..., object], *args: Any) -> None:
-        """Let ``act(*args)`` happen so many ticks from now."""
+    def after(self, ticks: int, act: Callable[..., object], *args: Any) -> list[Any]:
+        """Let ``act(*args)`` happen so many ticks from now; returns what :meth:`forget` takes."""
         self._events += 1
-        heapq.heappush(self._due, (self.now + ticks, self._uniform(), self._events, act, args))
+        entry = [self.now + ticks, self._uniform(), self._events, act, args]
+        heapq.heappush(self._due, entry)
+        return entry
+
+    def forget(self, entry: list[Any]) -> None:
+        """Let it not happen."""
+        entry[3] = None
 
     def run(self, check: Callable[[], None], horizon: int) -> None:
         """Let everything happen that is due, and look after each event whether the invariants hold.
@@ -72,10 +83,15 @@ class World:
         """
         due = self._due
         while due:
-            self.now, _, _, act, args = heapq.heappop(due)
-            if self.now > horizon:
-                raise Violation(f"still going on at tick {horizon}: {act.__qualname__}{args}")
+            at, _, number, act, args = heapq.heappop(due)
+            if act is None:
+                continue
+            if at > horizon or number > MOST_EVENTS:
+                raise Violation(f"still going on at tick {self.now}, event {number}: {act.__qualname__}{args}")
+            self.now = at
             act(*args)
+            if self._broken is not None:
+                raise self._broken
             check()
 
     # What is told.
@@ -88,9 +104,10 @@ class World:
         """A rare path was taken. Over many seeds each must have been, or they prove nothing about it."""
         self.seen.add(path)
 
-    def require(self, holds: bool, message: str) -> None:
-        if not holds:
-            raise Violation(message)
+    def broken(self, message: str) -> Violation:
+        """What to raise where an invariant doesn't hold; the universe ends with it, even if somebody catches it."""
+        self._broken = self._broken or Violation(message)
+        return self._broken
 
     def digest(self) -> str:
         """Hash of the log: equal where every event was."""

@@ -24,7 +24,7 @@ def run(seconds: float, seed: int) -> int:
     first = _SEEDS * (1 + seed)
     swept = sweep(range(first, first + _SEEDS), stop=lambda: time.monotonic() >= ends)
     rate = swept.universes / swept.seconds
-    print(f"{swept.universes:,} universes from seed {first:,}, {swept.seconds:.0f} s, {rate:,.0f} a second")
+    print(f"  {swept.universes:,} universes from seed {first:,}, {swept.seconds:.0f} s, {rate:,.0f} a second")
     for finding in swept.findings:
         print(f"\n{finding}", file=sys.stderr)
     return 1 if swept.findings else 0

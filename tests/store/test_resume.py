@@ -310,6 +310,32 @@ async def test_a_subtask_that_is_tried_again_is_recorded_once_and_not_run_again(
         assert len(third.ran) == 1
 
 
+@pytest.mark.anyio
+async def test_a_nested_fan_out_that_is_tried_again_finds_what_finished(open_store: Open) -> None:
+    program = Program([1, 3])  # 2 fails at first
+    inner = doubling(program, policy=Policy(limit=1))
+
+    def from_now_on_all_is_well(error: Exception) -> bool:
+        program.allowed = None
+        return True
+
+    class Outer(MapActions):
+        reads, writes = ["items"], ["outs"]
+        policy = Policy(retry=Retry(attempts=2, initial=0.0, on=from_now_on_all_is_well))
+
+        def actions(self, state: State, context: Any, inputs: dict[str, Any]) -> Any:
+            return [inner]
+
+        async def reduce(self, state: State, states: Any) -> State:
+            (one,) = [done async for done in states]
+            return state.update(outs=one["outs"])
+
+    async with open_store() as store:
+        _, _, state = await app_of(store, {"m": Outer()}, items=[1, 3, 2]).arun()
+    assert sorted(state["outs"]) == [(1, 2), (2, 4), (3, 6)]
+    assert program.finished == {1: 1, 2: 1, 3: 1}
+
+
 @pytest.mark.asyncio
 async def test_a_run_that_a_timeout_cancels_at_any_moment_goes_on_in_the_same_object(tmp_path: Path) -> None:
     """asyncio's own cancellation goes through shields: also while a step is being committed."""
