@@ -2,7 +2,7 @@
 
     request (GenerateRequest)  ->  Engine.generate  ->  deltas (Delta), the last one with finish_reason and Usage
 
-The messages are in :mod:`actors.requests` and :mod:`actors.answers`; everything that routes, queues or counts requests
+The messages are in ``actors.requests`` and ``actors.answers``; everything that routes, queues or counts requests
 is testable against them alone. An engine is any class with the methods of :class:`Engine`, made from an
 :class:`EngineSpec` in the process that runs it.
 """

@@ -19,6 +19,11 @@ from sphinx.util.nodes import make_refnode
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+# msgspec reads a Struct's signature off its annotations, some of which name what only type checkers import.
+context = importlib.import_module("arun.context")
+for name, module in (("Executor", "arun.executors"), ("Ledger", "arun.ledger"), ("Threads", "arun.threads")):
+    setattr(context, name, getattr(importlib.import_module(module), name))
+
 # The modules that a user imports from, page by page, in reading order. One that is not there yet is left out.
 REFERENCE = {
     "reference/arun": [

@@ -75,11 +75,13 @@ class Connection:
         self._reason: str | None = None
         self._broken = False
         self._discarding = False
-        self._budget = Budget(limits.disturbances, limits.streams, anyio.current_time())
         self._ending = anyio.Event()
         self._peer_done = anyio.Event()
         self._closed = anyio.Event()
         self._loop = _asyncio_loop()
+        # What arrives is handed over in a callback of the event loop, where anyio knows of none.
+        self._now = anyio.current_time if self._loop is None else self._loop.time
+        self._budget = Budget(limits.disturbances, limits.streams, self._now())
         self._post = _thread_safe_post()
         self._runtime = runtime
         runtime.start(self._run, name=f"channel to {peer}")
@@ -237,7 +239,7 @@ class Connection:
                 effects = session.receive(messages)
                 self._apply(effects)
                 if effects.disturbances:
-                    wait = self._budget.spend(effects.disturbances, anyio.current_time())
+                    wait = self._budget.spend(effects.disturbances, self._now())
                     if wait:
                         return min(wait, _LONGEST_PAUSE)
                 frames += 1

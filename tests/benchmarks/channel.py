@@ -222,7 +222,7 @@ def _bare(family: socket.AddressFamily, measure: Callable[[Any, Any], Any]) -> C
         finally:
             writer.close()
             await writer.wait_closed()
-            os.waitpid(child, 0)
+            await asyncio.to_thread(os.waitpid, child, 0)
 
     return contestant
 
@@ -286,11 +286,11 @@ async def _read_bare(reader: asyncio.StreamReader, decode: Callable[[Any], bytes
     number, length, _ = _HEAD.unpack(await reader.readexactly(_HEAD.size))
     data = await reader.readexactly(4 * number + length)
     at = 4 * number
-    with memoryview(data) as view:
-        for index in range(number):
-            end = at + int.from_bytes(data[4 * index : 4 * index + 4], "big")
-            yield decode(view[at:end])
-            at = end
+    view = memoryview(data)
+    for index in range(number):
+        end = at + int.from_bytes(data[4 * index : 4 * index + 4], "big")
+        yield decode(view[at:end])
+        at = end
 
 
 async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> int:
@@ -304,7 +304,13 @@ async def _echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> i
 async def _idle(count: int) -> None:
     from arun.channel import Limits, connect_tcp, serve_tcp
 
+    waiting, all_wait = 0, asyncio.Event()
+
     async def wait(method: str, payload: Any) -> AsyncIterator[int]:
+        nonlocal waiting
+        waiting += 1
+        if waiting == count:
+            all_wait.set()
         await asyncio.Event().wait()
         yield 0
 
@@ -313,8 +319,7 @@ async def _idle(count: int) -> None:
     connection = await connect_tcp("127.0.0.1", int(server.address[1]), token=token, limits=limits)
     before = _resident()
     streams = [connection.open("wait") for _ in range(count)]
-    while len(asyncio.all_tasks()) < count:
-        await asyncio.sleep(0.01)
+    await all_wait.wait()
     memory = _resident() - before
     turns, loop = 0, asyncio.get_running_loop()
     run_once = loop._run_once  # type: ignore[attr-defined]  # asyncio's own: what is counted

@@ -47,7 +47,10 @@ class Check(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One measured thing. Floor: the least that Python or a library needs for it; peer: Burr, or Ray where the row says so, doing the same."""
+    """One measured thing.
+
+    Floor: the least that Python or a library needs for it; peer: Burr, or Ray where the row says so, doing the same.
+    """
 
     what: str
     #: "us", "ms", "MB", or "" for a count

@@ -219,10 +219,17 @@ async def test_swallowed_cancellation_is_reported_and_left_behind(monkeypatch: p
 
 async def test_fan_out_ends_at_a_break_followed_by_aclose() -> None:
     cleaned: list[int] = []
+    running, all_run = 0, anyio.Event()
 
     async def slow(i: int) -> int:
+        nonlocal running
         try:
-            await anyio.sleep(0.001 if not i else 10)
+            running += 1
+            if running == 10:
+                all_run.set()
+            if i:
+                await anyio.sleep_forever()
+            await all_run.wait()
             return i
         finally:
             cleaned.append(i)

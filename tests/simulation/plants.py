@@ -41,9 +41,9 @@ _CHANNEL = (
         "slot free before the clean-up",
         "channel",
         _SESSION,
-        "            effects.interrupted.append(outbound)\n            return\n",
+        "            effects.interrupted.append(outbound)\n            effects.disturbances += 1\n",
         "            effects.interrupted.append(outbound)\n            del self._outbound[message.stream]\n"
-        "            return\n",
+        "            effects.disturbances += 1\n",
     ),
     Plant(
         "cancel after end reopens",
