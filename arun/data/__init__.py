@@ -1,0 +1,1 @@
+"""Lazy datasets: a plan of steps over Arrow blocks, run by the kernel, streaming."""
