@@ -42,9 +42,11 @@ class Source(Protocol):
 
     def fragments(self) -> Iterable[Fragment]:
         """Its fragments, in the order of its rows. May be lazy."""
+        ...
 
     def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
         """The rows of a fragment but for the first ``skip``, block by block. Closing the iterator closes the file."""
+        ...
 
     def count(self) -> int | None:
         """How many rows there are, where that is known without reading them."""
