@@ -159,6 +159,9 @@ class SpillingQueue:
         """
         self._ended = True
         self._error = error
+        current, self._current = self._current, None
+        if current is not None:
+            self._close_unwanted(current)
         self._wake()
 
     def release(self) -> None:
