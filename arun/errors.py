@@ -34,6 +34,7 @@ __all__ = (
     "RequestError",
     "RequestQuarantined",
     "RunConflictError",
+    "SchemaError",
     "StoreError",
     "StreamRefused",
     "SubtaskFailed",
@@ -105,6 +106,10 @@ class CodecError(ArunError):
         self.path = path
         self.kind = kind
         self.why = why
+
+
+class SchemaError(ArunError):
+    """The rows of a dataset do not fit into one schema; the message names the step and the column."""
 
 
 class StoreError(ArunError):
