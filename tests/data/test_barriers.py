@@ -30,7 +30,7 @@ from arun.data.barriers import (
     repartition,
     sort,
 )
-from arun.errors import ArunError, MisuseError
+from arun.errors import ArunError, MisuseError, SchemaError
 
 from .blocks import cut, rows_of, table_of
 
@@ -401,8 +401,9 @@ async def test_what_does_not_fit_even_so_is_an_error_with_the_limit(folder: str)
         await rows_of(aggregate(Relation.of_blocks(cut(table, 20_000)), [], {"l": ("list", "x")}, limits=limits))
 
 
+@pytest.mark.parametrize("settled", [True, False])
 @pytest.mark.parametrize("when", ["feeding", "reading"])
-async def test_a_cancelled_query_leaves_nothing(when: str, folder: str) -> None:
+async def test_a_cancelled_query_leaves_nothing(when: str, settled: bool, folder: str) -> None:
     table, limits = pa.table({"x": pa.array(range(100_000))}), Limits(folder=folder)
     with anyio.CancelScope() as scope:
 
@@ -413,7 +414,7 @@ async def test_a_cancelled_query_leaves_nothing(when: str, folder: str) -> None:
                     scope.cancel()
                     await anyio.sleep_forever()
 
-        ordered = sort(Relation.of_blocks(source()), ["x"], limits=limits)
+        ordered = sort(Relation.of_blocks(source(), settled=settled), ["x"], limits=limits)
         async for _ in ordered:
             scope.cancel()
             await anyio.lowlevel.checkpoint()
@@ -439,13 +440,39 @@ async def test_an_error_of_the_source_is_raised_as_it_is(folder: str) -> None:
         await rows_of(sort(Relation.of_blocks(source()), ["x"], limits=Limits(folder=folder)))
 
 
+async def widening() -> AsyncIterator[pa.RecordBatch]:
+    """As Python's rows are: what comes later tells more about the types."""
+    yield pa.record_batch({"x": [3], "error": pa.nulls(1)})
+    yield pa.record_batch({"x": [1.5], "error": ["no"]})
+    yield pa.record_batch({"x": [2], "later": [True]})
+
+
+WIDENED = [
+    {"x": 1.5, "error": "no", "later": None},
+    {"x": 2.0, "error": None, "later": True},
+    {"x": 3.0, "error": None, "later": None},
+]
+
+
+async def test_blocks_may_get_wider_as_they_come() -> None:
+    assert await rows_of(sort(Relation.of_blocks(widening()), ["x"])) == WIDENED
+    shuffled = await rows_of(random_shuffle(widening(), seed=1))
+    assert sorted(shuffled, key=lambda row: row["x"]) == WIDENED
+    (block,) = [block async for block in repartition(widening(), count=1)]
+    assert sorted(block.to_pylist(), key=lambda row: row["x"]) == WIDENED
+
+
 async def test_blocks_that_do_not_go_together_are_told_apart() -> None:
     async def source() -> AsyncIterator[pa.RecordBatch]:
         yield pa.record_batch({"x": [1]})
         yield pa.record_batch({"x": ["one"]})
 
-    with pytest.raises(ArunError, match="x: string where those before it had x: int64"):
+    with pytest.raises(SchemaError, match="do not fit together"):
         await rows_of(sort(Relation.of_blocks(source()), ["x"]))
+    with pytest.raises(SchemaError, match="x: string where those before it had x: int64"):
+        await rows_of(sort(Relation.of_blocks(source(), settled=True), ["x"]))
+    with pytest.raises(SchemaError, match="do not fit together"):
+        await rows_of(random_shuffle(source()))
 
 
 async def test_a_query_that_is_left_half_way_leaves_nothing(folder: str) -> None:

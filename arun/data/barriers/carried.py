@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from arun.errors import ArunError, MisuseError
+from arun.errors import MisuseError, SchemaError
 
 __all__ = ("ROW", "carried_schema", "carried_type", "column", "held_to", "pack", "scanned", "unpack", "with_row")
 
@@ -58,7 +58,7 @@ def pack(block: pa.RecordBatch, schema: pa.Schema, carried: pa.Schema, first_row
 
     :param schema: what its columns are held to.
     :param first_row: number of its first row; None to travel without numbers.
-    :raises ArunError: its columns are not those of ``schema``.
+    :raises SchemaError: it does not fit into ``schema``.
     """
     block = held_to(block, schema)
     columns = [array.cast(field.type) for array, field in zip(block.columns, carried, strict=True)]
@@ -118,19 +118,21 @@ def _alike(kind: pa.DataType) -> bool:
 
 
 def held_to(block: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """The block, cast to ``schema`` if it is of another one.
+    """The block with the columns and types of ``schema``, into which it fits; a column that it lacks is null.
 
-    :raises ArunError: that is not possible.
+    :raises SchemaError: it does not fit.
     """
     if block.schema.equals(schema):
         return block
     try:
-        return block.select(schema.names).cast(schema)
-    except (KeyError, ValueError, pa.ArrowException) as exc:
-        raise ArunError(
-            f"a block has the columns {_listed(block.schema)} where those before it had {_listed(schema)}, and can't "
-            f"be cast to them ({exc}); give all rows the same types"
+        tables = [schema.empty_table(), pa.Table.from_batches([block])]
+        table = pa.concat_tables(tables, promote_options="permissive").cast(schema).combine_chunks()
+    except (ValueError, pa.ArrowException) as exc:
+        raise SchemaError(
+            f"a block has the columns {_listed(block.schema)} where those before it had {_listed(schema)}, and does "
+            f"not fit into them ({exc}); give all rows the same types"
         ) from exc
+    return table.to_batches()[0] if len(table) else pa.RecordBatch.from_pylist([], schema=schema)
 
 
 def _listed(schema: pa.Schema) -> str:

@@ -61,10 +61,12 @@ async def query(
     :raises ArunError: it needs more memory than it may use, even with spilling.
     """
     running: _Query | None = None
+    tables: Sequence[Table] = ()
     try:
         statement = await prepare()
         if statement is None:
             return
+        tables = statement.tables
         running = _Query(statement, limits, what)
         await running.serve(running.begin)
         while (batch := await running.serve(running.next_batch)) is not None:
@@ -74,7 +76,7 @@ async def query(
         with anyio.CancelScope(shield=True):
             if running is not None:
                 await run_in_thread(running.close, label=f"the end of {what}")
-            for relation in inputs:
+            for relation in (*inputs, *(table.relation for table in tables)):
                 if relation.blocks is not None:
                     await close(relation.blocks)
 

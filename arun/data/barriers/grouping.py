@@ -40,9 +40,10 @@ def aggregate(
         raise MisuseError("aggregate without keys and results has nothing to give; give it one of them")
     what = f"aggregate by {', '.join(keys)}" if keys else "aggregate"
     used = [*keys, *(one.column for one in wanted.values() if one.column is not None)]
+    allowed = limits or Limits()
 
     async def prepare() -> Statement | None:
-        known = await rows.known(pa.schema([(name, pa.null()) for name in dict.fromkeys(used)]))
+        known = await rows.known(pa.schema([(name, pa.null()) for name in dict.fromkeys(used)]), allowed)
         schema = aggregated_schema(known.schema, keys, wanted)
         table = known.table("t", what, numbered=any(one.ordered for one in wanted.values()))
         computed = [table.column(key) for key in keys]
@@ -53,7 +54,7 @@ def aggregate(
         sql = f"SELECT {', '.join(computed)} FROM {table.sql}{grouped}"
         return Statement(sql=sql, tables=(table,), schema=schema)
 
-    return query(prepare, [rows], what, limits or Limits())
+    return query(prepare, [rows], what, allowed)
 
 
 def aggregated_schema(
@@ -79,9 +80,10 @@ def distinct(
     if columns is not None and not columns:
         raise MisuseError("distinct: give at least one column, or None for all of them")
     what = "distinct" if columns is None else f"distinct by {', '.join(columns)}"
+    allowed = limits or Limits()
 
     async def prepare() -> Statement | None:
-        known = await rows.known(None)
+        known = await rows.known(None, allowed)
         if known.schema is None:
             return None
         table = known.table("t", what, numbered=columns is not None)
@@ -95,4 +97,4 @@ def distinct(
             sql = f"SELECT {chosen} FROM {table.sql} GROUP BY {', '.join(f't.{column(i)}' for i in sorted(keys))}"
         return Statement(sql=sql, tables=(table,), schema=known.schema)
 
-    return query(prepare, [rows], what, limits or Limits())
+    return query(prepare, [rows], what, allowed)

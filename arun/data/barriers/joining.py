@@ -50,10 +50,11 @@ def join(
     """
     keys = _keys(on, how)
     what = f"{how} join" + (f" on {', '.join(keys)}" if keys else "")
+    allowed = limits or Limits()
 
     async def prepare() -> Statement | None:
-        one = await left.known(None)
-        other = await right.known(_keys_only(one.schema, keys))
+        one = await left.known(None, allowed)
+        other = await right.known(_keys_only(one.schema, keys), allowed)
         if one.schema is None:
             one = msgspec.structs.replace(one, schema=_keys_only(other.schema, {v: k for k, v in keys.items()}))
         if not one.schema or not other.schema:
@@ -63,7 +64,7 @@ def join(
         tables = one.table("l", what, numbered=False), other.table("r", what, numbered=False)
         return Statement(sql=_sql(*tables, keys, how), tables=tables, schema=schema)
 
-    return query(prepare, [left, right], what, limits or Limits())
+    return query(prepare, [left, right], what, allowed)
 
 
 def joined_schema(

@@ -9,31 +9,40 @@ import msgspec
 import pyarrow as pa
 
 from arun.data.barriers.carried import ROW, carried_schema, column, scanned
+from arun.data.barriers.limits import Limits
+from arun.data.block import unify
+from arun.data.spill import SpillingQueue
 
-__all__ = ("Relation",)
+__all__ = ("Relation", "Table")
 
 
 class Relation(msgspec.Struct, frozen=True, kw_only=True):
     """The rows that go into an all-to-all operation.
 
-    :ivar schema: names and types of its columns; None where only the first block tells.
+    :ivar schema: names and types of its columns; None where only the blocks tell.
     :ivar blocks: read and closed by who reads the operation's result, in whose task; None if DuckDB scans ``files``.
     :ivar first: a block that comes before those.
+    :ivar settled: whether the first block has the types of all.
     :ivar files: paths of Parquet files, whose columns of ``schema`` are read.
     """
 
     schema: pa.Schema | None
     blocks: AsyncIterator[pa.RecordBatch] | None = None
     first: pa.RecordBatch | None = None
+    settled: bool = True
     files: tuple[str, ...] = ()
 
     @classmethod
-    def of_blocks(cls, blocks: AsyncIterator[pa.RecordBatch], schema: pa.Schema | None = None) -> Relation:
+    def of_blocks(
+        cls, blocks: AsyncIterator[pa.RecordBatch], schema: pa.Schema | None = None, *, settled: bool = False
+    ) -> Relation:
         """Rows that come block by block.
 
-        :param schema: what the blocks are held to; by default the first one's.
+        :param schema: what the blocks are held to. By default what all of them fit into, which only the last one tells:
+            so they wait, in memory or on disk, before any of them is looked at.
+        :param settled: promises that the first block has the types of all, so that they need not wait.
         """
-        return cls(schema=schema, blocks=blocks)
+        return cls(schema=schema, blocks=blocks, settled=settled)
 
     @classmethod
     def of_files(cls, paths: Sequence[str], schema: pa.Schema) -> Relation | None:
@@ -50,12 +59,24 @@ class Relation(msgspec.Struct, frozen=True, kw_only=True):
         )
         return cls(schema=schema, files=tuple(paths)) if exact and paths else None
 
-    async def known(self, otherwise: pa.Schema | None) -> Relation:
-        """The same rows with a schema: its own, the first block's, or ``otherwise`` if there is no block."""
+    async def known(self, otherwise: pa.Schema | None, limits: Limits) -> Relation:
+        """The same rows with a schema: their own, or ``otherwise`` if there is no block."""
         if self.schema is not None or self.blocks is None:
             return self
-        first = await anext(self.blocks, None)
-        return msgspec.structs.replace(self, first=first, schema=otherwise if first is None else first.schema)
+        if self.settled:
+            first = await anext(self.blocks, None)
+            return msgspec.structs.replace(self, first=first, schema=otherwise if first is None else first.schema)
+        queue = SpillingQueue(memory=limits.memory // 2, folder=limits.folder)
+        reader, schemas = queue.reader(), dict[pa.Schema, None]()
+        try:
+            async for block in self.blocks:
+                schemas[block.schema] = None
+                await queue.put(block)
+            queue.end()
+            return Relation(schema=unify(schemas) if schemas else otherwise, blocks=reader)
+        except BaseException:
+            queue.release()
+            raise
 
     def table(self, name: str, what: str, *, numbered: bool) -> Table:
         """As what DuckDB knows these rows, once their schema is known.

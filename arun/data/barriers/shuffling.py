@@ -18,6 +18,8 @@ import pyarrow.types as pt
 
 from arun.data.barriers.carried import carried_type, held_to, unpack
 from arun.data.barriers.limits import Limits
+from arun.data.block import unify
+from arun.data.execution.batch_functions import joined
 from arun.data.spill import Place, SpillFile, SpillingQueue
 from arun.errors import MisuseError
 from arun.hosting import close
@@ -31,8 +33,8 @@ _BITS: Final = 6
 _BLOCK: Final = 32_768
 #: Most bytes sorted at once: the offsets of a string column count to 2 GiB.
 _MOST: Final = 2**30
-#: The column with the keys; it comes last and is told by its place.
-_KEY: Final = "key"
+#: The column with the keys.
+_KEY: Final = "\0key"
 
 
 async def random_shuffle(
@@ -42,28 +44,24 @@ async def random_shuffle(
 
     :param seed: the same one gives the same rows the same order; None for another one every time.
     """
-    limits = limits or Limits()
     draw = random.Random(seed)
-    pile: _Pile | None = None
-    schema: pa.Schema | None = None
+    pile = _Pile(limits or Limits(), 0)
+    schemas: dict[pa.Schema, None] = {}
     try:
         async for block in blocks:
-            if schema is None or pile is None:
-                schema = block.schema
-                pile = _Pile(limits, 0)
-            keyed = _keyed(held_to(block, schema), draw)
-            pile_up = pile.add
-            await run_in_thread(lambda: pile_up(keyed), label="shuffling")  # noqa: B023 - it has ended before the next
-        if pile is None or schema is None:
+            schemas[block.schema] = None
+            keyed = _keyed(block, draw)
+            await run_in_thread(lambda: pile.add(keyed), label="shuffling")  # noqa: B023 - it ends before the next
+        if not schemas:
             return
+        schema = unify(schemas)
         shuffled = pile.shuffled()
         while (batch := await run_in_thread(lambda: next(shuffled, None), label="shuffling")) is not None:
-            for block in unpack(batch, schema):
+            for block in unpack(held_to(batch, _apart(schema)), schema):
                 yield block
     finally:
         with anyio.CancelScope(shield=True):
-            if pile is not None:
-                await run_in_thread(pile.close, label="the end of shuffling")
+            await run_in_thread(pile.close, label="the end of shuffling")
             await close(blocks)
 
 
@@ -118,7 +116,7 @@ class _Cut:
 
     def add(self, block: pa.RecordBatch) -> None:
         if len(block):
-            self._blocks.append(held_to(block, self._blocks[0].schema) if self._blocks else block)
+            self._blocks.append(block)
             self.rows += len(block)
 
     def take(self, rows: int) -> pa.RecordBatch:
@@ -133,20 +131,24 @@ class _Cut:
                 break
             left -= len(block)
         self.rows -= rows
-        return taken[0] if len(taken) == 1 else pa.concat_batches(taken)
+        return joined(taken)
 
 
 def _keyed(block: pa.RecordBatch, draw: random.Random) -> pa.RecordBatch:
-    """Give every row its key. Dictionaries become their values, because two may not fit into one, and views what they
-    show, because their rows can't be taken by number.
-    """
+    """Give every row its key."""
     keys = pa.Array.from_buffers(pa.uint64(), len(block), [None, pa.py_buffer(draw.randbytes(8 * len(block)))])
-    columns = [column.cast(carried_type(column.type)) if _apart(column.type) else column for column in block.columns]
-    return pa.RecordBatch.from_arrays([*columns, keys], names=[*block.schema.names, _KEY])
+    return block.cast(_apart(block.schema)).append_column(_KEY, keys)
 
 
-def _apart(kind: pa.DataType) -> bool:
-    return bool(pt.is_dictionary(kind) or pt.is_string_view(kind) or pt.is_binary_view(kind))
+def _apart(schema: pa.Schema) -> pa.Schema:
+    """With values for dictionaries, because two may not fit into one, and with what they show for views, because rows
+    of them can't be taken by number.
+    """
+    for index, field in enumerate(schema):
+        kind = field.type
+        if pt.is_dictionary(kind) or pt.is_string_view(kind) or pt.is_binary_view(kind):
+            schema = schema.set(index, field.with_type(carried_type(kind)))
+    return schema
 
 
 class _Bucket:
@@ -216,7 +218,7 @@ class _Pile:
             self._file.close()
 
     def _spread(self, rows: pa.RecordBatch) -> None:
-        keys = rows.column(rows.num_columns - 1)
+        keys = rows.column(_KEY)
         first_bits = pc.call_function("shift_right", [keys, pa.scalar(self._shift, pa.uint64())])
         numbers = pc.call_function("bit_wise_and", [first_bits, pa.scalar(2**_BITS - 1, pa.uint64())])
         rows = rows.take(pc.call_function("array_sort_indices", [numbers]))
@@ -230,7 +232,7 @@ class _Pile:
         assert self._file is not None
         for bucket in self._buckets:
             if bucket.waiting:
-                rows = pa.concat_batches(bucket.waiting)
+                rows = joined(bucket.waiting)
                 bucket.waiting = []
                 bucket.bytes += rows.nbytes
                 bucket.spilled.append(self._file.append(rows))
@@ -240,10 +242,9 @@ class _Pile:
 def _sorted(rows: list[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     if not rows:
         return
-    one = pa.concat_batches(rows)
+    one = joined(rows)
     rows.clear()
-    key = one.num_columns - 1
-    order = pc.call_function("array_sort_indices", [one.column(key)])
-    one = one.select(range(key))
+    order = pc.call_function("array_sort_indices", [one.column(_KEY)])
+    one = one.drop_columns(_KEY)
     for start in range(0, len(order), _BLOCK):
         yield one.take(order.slice(start, _BLOCK))

@@ -41,9 +41,10 @@ def sort(
             "for all or for each"
         )
     what = f"sort by {', '.join(by)}"
+    allowed = limits or Limits()
 
     async def prepare() -> Statement | None:
-        known = await rows.known(None)
+        known = await rows.known(None, allowed)
         if known.schema is None:
             return None
         existing(by, known.schema, what)
@@ -55,4 +56,4 @@ def sort(
         sql = f"SELECT {table.columns} FROM {table.sql} ORDER BY {', '.join(order)}, t.{ROW}"
         return Statement(sql=sql, tables=(table,), schema=known.schema)
 
-    return query(prepare, [rows], what, limits or Limits())
+    return query(prepare, [rows], what, allowed)
