@@ -27,7 +27,7 @@ FLOORS: dict[str, int] = {
     for floor, names in enumerate((
         "errors frames logs",
         "codec events guards outcomes policies registry runtime state timed",
-        "conditions context handles hosted hosting threads",
+        "conditions context handles hooks hosted hosting threads",
         "attempts collectors reductions signatures stream",
         "kernel",
         "fanout",
