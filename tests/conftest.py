@@ -48,7 +48,7 @@ def pytest_sessionfinish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    # Asked here and not by `importorskip` in the modules: importing vLLM takes five seconds, in every collecting process.
+    # Asked here, not by `importorskip` in the modules: importing vLLM takes five seconds of every collecting process.
     for kind, package in (("engine", "vllm"), ("ray", "ray")):
         if item.get_closest_marker(kind) is not None and find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
