@@ -21,7 +21,7 @@ from arun.graph import Graph, Transition
 from arun.parallel import RunnableGraph
 from arun.signatures import where
 
-__all__ = ("MAIN", "Find", "Pack", "action_of", "dig", "encode_values", "main_source", "refer_to")
+__all__ = ("MAIN", "Find", "Pack", "action_of", "dig", "encode_values", "main_source", "name_of_function", "refer_to")
 
 #: Takes what other processes can't import and gives the names, instead of module and qualified name, that its worker
 #: finds it by. What of the main module it is given, too.
@@ -69,6 +69,32 @@ def action_of(reference: Reference, find: Find) -> Action:
             return runnable._copy(name=reference.name, _bound=decode(reference.bound))
 
 
+def name_of_function(action: FunctionAction, *, by_value: bool) -> tuple[str, str]:
+    """The module that has a function action, and its name there.
+
+    :param by_value: the workers do not import the main module.
+    :raises MisuseError: no module has it.
+    """
+    name, function = action.display_name, cast("Any", action.function)
+    module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    if not isinstance(module, str) or not isinstance(qualname, str):
+        raise MisuseError(
+            f"action {name!r} is made of {function!r}, which has no name in a module, so a worker process can't import "
+            f"it; make it of a function at the top level of a module, {_INSTEAD}"
+        )
+    _refuse_unimportable(f"action {name!r} ({where(function)})", module, qualname, by_value=by_value)
+    found = dig(sys.modules.get(module), qualname)
+    if not _same(found, action):  # `ask = action(...)(function)` has it under another name
+        for other, value in vars(sys.modules.get(module) or ModuleType("")).items():
+            if _same(value, action):
+                return _portable(module), other
+        raise MisuseError(
+            f"action {name!r} ({where(function)}) is not what module {module!r} has as {qualname!r}, so a worker "
+            f"process can't import it; decorate it at the top level of the module, {_INSTEAD}"
+        )
+    return _portable(module), qualname
+
+
 def encode_values(values: Mapping[str, Any], what: Callable[[str], str]) -> bytes:
     """Encode a dict.
 
@@ -108,7 +134,7 @@ def dig(module: ModuleType | None, qualname: str) -> Any:
 
 def _refer_to_function(action: FunctionAction, pack: Pack | None) -> ByName:
     def name() -> tuple[str, str]:
-        return _name_of_function(action, by_value=pack is not None)
+        return name_of_function(action, by_value=pack is not None)
 
     module, qualname = _place(name, lambda: action._copy(name=None, _bound={}), pack)
     return ByName(module, qualname, action.name, _bound(action))
@@ -188,27 +214,6 @@ def _place(name: Callable[[], tuple[str, str]], code: Callable[[], object], pack
         if pack is None:
             raise
         return pack(code())
-
-
-def _name_of_function(action: FunctionAction, *, by_value: bool) -> tuple[str, str]:
-    name, function = action.display_name, cast("Any", action.function)
-    module, qualname = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    if not isinstance(module, str) or not isinstance(qualname, str):
-        raise MisuseError(
-            f"action {name!r} is made of {function!r}, which has no name in a module, so a worker process can't import "
-            f"it; make it of a function at the top level of a module, {_INSTEAD}"
-        )
-    _refuse_unimportable(f"action {name!r} ({where(function)})", module, qualname, by_value=by_value)
-    found = dig(sys.modules.get(module), qualname)
-    if not _same(found, action):  # `ask = action(...)(function)` has it under another name
-        for other, value in vars(sys.modules.get(module) or ModuleType("")).items():
-            if _same(value, action):
-                return _portable(module), other
-        raise MisuseError(
-            f"action {name!r} ({where(function)}) is not what module {module!r} has as {qualname!r}, so a worker "
-            f"process can't import it; decorate it at the top level of the module, {_INSTEAD}"
-        )
-    return _portable(module), qualname
 
 
 def _same(found: Any, action: FunctionAction) -> bool:
