@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -162,7 +164,8 @@ class RayExecutor:
     async def _start(self) -> _RayWorker:
         group = await self._take_group()
         try:
-            handle = await self._cluster.spawn(ExecutorWorker, group=group, env=self._env)
+            sys_path = [str(entry) or os.getcwd() for entry in sys.path]
+            handle = await self._cluster.spawn(ExecutorWorker, sys_path, group=group, env=self._env)
         except BaseException:
             self._give_back(group)
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator
 
 from actors.actor import actor
@@ -15,9 +16,13 @@ __all__ = ("ExecutorWorker",)
 
 @actor()
 class ExecutorWorker:
-    """Runs the subtasks of a :class:`~actors.executor.RayExecutor`, one at a time, and keeps the code that they need."""
+    """Runs the subtasks of a :class:`~actors.executor.RayExecutor`, one at a time, and keeps the code that they need.
 
-    def __init__(self) -> None:
+    :param sys_path: the parent's, so that a worker on its machine finds the modules that it finds.
+    """
+
+    def __init__(self, sys_path: list[str]) -> None:
+        sys.path.extend(entry for entry in sys_path if entry not in sys.path)
         self._library = Library()
 
     async def run(self, order: Order) -> AsyncIterator[Answer]:

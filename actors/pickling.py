@@ -1,4 +1,4 @@
-"""How code travels to other processes, an actor's class and arguments above all: by cloudpickle, over the control plane only.
+"""How code travels to other processes, actors' classes and arguments above all: by cloudpickle, over the control plane.
 
 Pickle never crosses a channel; this is for the pipe to a process that we started ourselves, and for Ray's own calls.
 """
