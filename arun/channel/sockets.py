@@ -185,6 +185,11 @@ class Server:
             if guest is not None and secret is guest.secret:
                 connection.close_soon()
 
+    def in_use(self, token: bytes) -> bool:
+        """Whether a connection of the client with this token is open."""
+        guest = self._guests.get(token)
+        return guest is not None and guest.secret in self._connections.values()
+
     async def aclose(self) -> None:
         """Stop listening, say goodbye to every client, and wait until all handlers have cleaned up.
 

@@ -312,13 +312,17 @@ async def test_a_token_of_one_client_can_be_taken_back_without_touching_the_othe
     await owner.aclose()
 
 
-async def test_a_server_tells_when_a_client_with_a_token_of_its_own_has_left(runtime):
+async def test_a_server_tells_when_a_client_has_left(runtime):
     server, left = await serve_tcp(echo, token=TOKEN), anyio.Event()
     server.admit(b"guest", on_left=left.set)
     guest = await connect_tcp(*server.address, token=b"guest")
+    assert [item async for item in guest.open("echo", 1)] == [1]
+    assert server.in_use(b"guest")
+    assert not server.in_use(b"another")
     await guest.aclose()
     with anyio.fail_after(5):
         await left.wait()
+    assert not server.in_use(b"guest")
     await server.aclose()
 
 
