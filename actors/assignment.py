@@ -474,18 +474,18 @@ class PoolCore:
             assert len(replica.requests) <= self._limit, f"replica {replica.number} is over its limit"
             assert not replica.requests or replica.state in {"ready", "draining"}, f"{replica.state} with requests"
             assert not replica.suspect or len(replica.requests) == 1, "a suspect has company"
-        fresh = 0
+        fresh = waiting = 0
+        suspects = set(map(id, self._suspects))
         for id_, entry in self._requests.items():
-            waits, suspected = id_ in self._line, entry in self._suspects
+            waits, suspected = id_ in self._line, id(entry) in suspects
             assert waits + suspected + entry.running + entry.failed == 1, f"{id_} is not in one place"
             assert (id_ in placed) == (entry.replica is not None), f"{id_} is on a replica that does not know it"
             assert entry.replica is None or entry.running, f"{id_} is on a replica and does not run"
             assert not suspected or entry.losses >= self._quarantine, f"{id_} is suspected of nothing"
+            waiting += waits or suspected
             fresh += waits and entry.epoch < 0
         assert fresh == self._new_waiting <= self._max_waiting, f"{fresh} wait, {self._new_waiting} counted"
-        assert len(self._line) + len(self._suspects) == sum(
-            id_ in self._line or entry in self._suspects for id_, entry in self._requests.items()
-        ), "somebody waits who has left"
+        assert waiting == self.waiting, "somebody waits who has left"
         if self.waiting:
             assert any(map(self._will_serve, self._replicas.values())), "requests wait for nobody"
             ward = self._ward()
