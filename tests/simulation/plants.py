@@ -351,7 +351,7 @@ _POOL = (
 )
 
 _BENEATH = ("anyio", "anyio._backends._asyncio", "concurrent.futures.process", "msgspec", "structlog")
-"""What arun and the runner import, and no bug is planted in: done once for all plants, that saves a third of the time."""
+"""What arun and the runner import, and no bug is planted in: once for all plants, which saves a third of the time."""
 
 PLANTS: dict[str, Plant] = {bug.name: bug for bug in (*_CHANNEL, *_CONNECTION, *_LEDGER, *_POOL)}
 
