@@ -162,7 +162,10 @@ class ActorStream:
     async def _next(self) -> Any:
         while not self._over:
             if self._stream is None or self._line is None:
-                self._open(await self._link.next_line())
+                line = await self._link.next_line()
+                self._open(line)
+                if self._stream is None:
+                    await self._link.judge(line, None, may_retry=True)
                 continue
             try:
                 item = await self._stream.__anext__()
