@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextvars import Context
+from functools import partial
 from typing import Any
 
 import anyio
@@ -168,7 +169,7 @@ async def test_a_capacity_that_another_event_loop_uses_is_refused_with_the_fix(a
 
     async def meanwhile(x: int) -> str:
         def elsewhere() -> None:
-            anyio.run(run, over(policy, same), backend=anyio_backend)
+            anyio.run(partial(run, over(policy, same), count=1), backend=anyio_backend)
 
         with pytest.raises(MisuseError) as caught:
             await anyio.to_thread.run_sync(Context().run, elsewhere)  # which holds no share
