@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -27,6 +28,7 @@ from arun import (
     action,
     fan_out,
 )
+from arun.channel import memory_pair
 from tests.guards.programs import app_of, place, raised_at
 
 pytestmark = pytest.mark.anyio
@@ -300,6 +302,29 @@ async def test_a_handle_awaited_on_another_event_loop() -> None:
 
     await app_of(parallel(tasks)).arun()
     assert "was started on another event loop" in str(errors[0])
+
+
+async def test_a_channel_used_on_another_event_loop() -> None:
+    async def two(method: str, payload: Any) -> AsyncIterator[int]:
+        yield 1
+        await anyio.sleep_forever()
+        yield 2
+
+    async with Runtime():
+        client, server = memory_pair(handler_b=two)
+        stream = client.open("two")
+        assert await anext(stream) == 1
+
+        async def opened() -> Any:
+            return client.open("two")
+
+        for use in (stream.__anext__, opened, functools.partial(client.call, "two")):
+            error = elsewhere(use)
+            assert isinstance(error, MisuseError)
+            assert "the connection to memory was made on another event loop, the only one that can use it" in str(error)
+        await stream.aclose()
+        await client.aclose()
+        await server.aclose()
 
 
 # -- twice --------------------------------------------------------------------------------------------------------
