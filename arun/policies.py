@@ -66,8 +66,8 @@ class Rate:
     """Most requests and tokens a minute; the same object in several policies is one budget.
 
     A token bucket: it starts full, refills continuously and holds at most one minute's worth (as hosted models' own
-    limits do); ``burst`` makes it smaller, which spreads the work more evenly. Waiting is first come, first served, over
-    all event loops and threads of the process.
+    limits do); ``burst`` makes it smaller, which spreads the work more evenly. Waiting is first come, first served, also
+    between event loops.
 
     :param per_minute: requests a minute.
     :param tokens_per_minute: tokens a minute; needs ``tokens``.
@@ -147,8 +147,8 @@ class Rate:
 class Capacity:
     """A budget of ``n`` that everything below a parallel action shares: ``Policy(capacity=Capacity(8))``.
 
-    Only leaf actions hold a share of it, and only while they run, so a parent can't keep its own children out. It serves
-    one event loop at a time.
+    Only leaf actions hold a share of it, and only while they run, so a parent can't keep its own children out.
+    It serves one event loop at a time.
     """
 
     def __init__(self, n: int) -> None:
@@ -179,8 +179,8 @@ class Capacity:
             self._token = token
         elif token != self._token:
             raise MisuseError(
-                f"{who} asks for a share of {self!r}, which is in use on another event loop, and neither could tell the "
-                "other that a share is free; give each event loop a Capacity of its own"
+                f"{who} asks for a share of {self!r}, which is in use on another event loop, and neither could tell "
+                "the other that a share is free; give each event loop a Capacity of its own"
             )
         if self._in_use < self.n and not self._waiting:
             self._in_use += 1
