@@ -66,8 +66,8 @@ class Rate:
     """Most requests and tokens a minute; the same object in several policies is one budget.
 
     A token bucket: it starts full, refills continuously and holds at most one minute's worth (as hosted models' own
-    limits do); ``burst`` makes it smaller, which spreads the work more evenly. Waiting is first come, first served, also
-    between event loops.
+    limits do); ``burst`` makes it smaller, which spreads the work more evenly. Waiting is first come, first served,
+    also between event loops.
 
     :param per_minute: requests a minute.
     :param tokens_per_minute: tokens a minute; needs ``tokens``.
