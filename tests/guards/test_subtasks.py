@@ -91,6 +91,29 @@ async def test_results_read_twice() -> None:
     assert raised_at(caught.value) == place(test_results_read_twice)
 
 
+async def test_a_fan_out_read_twice() -> None:
+    async with Runtime():
+        outcomes = fan_out([number, number])
+        assert len([one async for one in outcomes]) == 2
+        with pytest.raises(MisuseError, match=r"read to their end already.*keep what you need") as caught:
+            [one async for one in outcomes]  # here
+        assert raised_at(caught.value) == place(test_a_fan_out_read_twice)
+        closed = fan_out([number])
+        await closed.aclose()
+        assert not [one async for one in closed]
+
+
+async def test_a_plain_loop_over_results() -> None:
+    async def plain(states: AsyncIterator[Any]) -> int:
+        return sum(1 for _ in states)  # type: ignore[attr-defined]  # here
+
+    with pytest.raises(MisuseError, match=r"the results of Parallel .*write `async for done in ...`") as caught:
+        await app_of(parallel(reduce=plain)).arun()
+    assert raised_at(caught.value) == place(test_a_plain_loop_over_results)
+    with pytest.raises(MisuseError, match=r"the results of fan_out\(\) .*write `async for done in ...`"):
+        list(fan_out([number]))
+
+
 @pytest.mark.parametrize("error", [StopAsyncIteration, StopIteration])
 async def test_a_subtask_that_raises_stop_async_iteration(error: type[Exception]) -> None:
     async def stop() -> None:
