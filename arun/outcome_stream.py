@@ -49,7 +49,7 @@ class FanOut(Generic[T]):
         return self
 
     def __iter__(self) -> NoReturn:
-        iter(self._results)
+        self._results.__iter__()
 
     async def __anext__(self) -> Outcome[T]:
         if self._background is None:
