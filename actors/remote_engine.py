@@ -167,6 +167,6 @@ class RemoteEngine:
 
 def _told(server: Server, event: str) -> EngineError:
     """The error that a server sends in the middle of a stream."""
-    error = read_error(event)
+    error = read_error(server.clean(event))
     kind = RequestError if error.type == "invalid_request_error" or error.code == 400 else EngineError
-    return kind(f"{server.url} broke off its answer: {server.clean(error.message)}")
+    return kind(f"{server.url} broke off its answer: {error.message}")

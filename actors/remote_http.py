@@ -134,6 +134,7 @@ class Server:
                 method, self.url + path, content=body, headers={"content-type": "application/json"}
             )
             failure: EngineError
+            cause: Exception | None = None
             asked: float | None = None
             try:
                 response = await self._client.send(request, stream=True)
@@ -143,6 +144,7 @@ class Server:
                     "engine_args={'timeout': seconds} and the pool's watchdog"
                 ) from exc
             except transport_error as exc:
+                cause = exc
                 failure = EngineError(f"{self.url} can't be reached: {self.clean(exc)}")
             else:
                 if response.status_code == 200:
@@ -151,7 +153,7 @@ class Server:
             wait = max(self._retry.wait(attempt), asked or 0.0)
             if attempt >= self._options.attempts or wait > self._options.max_wait:
                 told = f"; it asks to wait {asked:g} s" if asked else ""
-                raise type(failure)(f"{failure}{told} (attempt {attempt} of {self._options.attempts})")
+                raise type(failure)(f"{failure}{told} (attempt {attempt} of {self._options.attempts})") from cause
             log.info("remote.retry", url=self.url, attempt=attempt, wait=round(wait, 2), error=str(failure))
             await anyio.sleep(wait)
 
@@ -166,7 +168,24 @@ class Server:
 
     async def _failure(self, response: httpx2.Response) -> tuple[EngineError, float | None]:
         """An answer that is worth another attempt, and the seconds until then that it asks for; raises other ones."""
-        status, body = response.status_code, b""
+        status = response.status_code
+        error = read_error(await self._text(response))
+        told = error.message[:2000] or response.reason_phrase
+        what = f"{self.url} answered {status}: {told}"
+        if status in {401, 403}:
+            key = f"the key in {self._options.api_key_env}" if self._options.api_key_env else "engine_args: api_key_env"
+            raise EngineError(f"{what}. Check {key}, and what it may use")
+        if status in _REFUSED:
+            raise RequestError(what)
+        if error.code == "insufficient_quota":  # a 429 that no waiting helps against
+            raise EngineError(what)
+        if status not in _WORTH_ANOTHER and status < 500:
+            raise EngineError(what)
+        return (PoolBusy if status == 429 else EngineError)(what), _retry_after(response.headers)
+
+    async def _text(self, response: httpx2.Response) -> str:
+        """The beginning of a response, cleaned: some servers repeat the key that they refuse."""
+        body = b""
         try:
             async for chunk in response.aiter_bytes():
                 body += chunk
@@ -176,19 +195,7 @@ class Server:
             pass  # the status says enough
         finally:
             await response.aclose()
-        error = read_error(body)
-        told = self.clean(error.message)[:2000] or response.reason_phrase
-        what = f"{self.url} answered {status}: {told}"
-        if status in {401, 403}:
-            key = f"the key in {self._options.api_key_env}" if self._options.api_key_env else "engine_args: api_key_env"
-            raise EngineError(f"{what}. Check {key}, and what it may use")
-        if status in _REFUSED:
-            raise RequestError(f"{what}")
-        if error.code == "insufficient_quota":  # a 429 that no waiting helps against
-            raise EngineError(what)
-        if status not in _WORTH_ANOTHER and status < 500:
-            raise EngineError(what)
-        return (PoolBusy if status == 429 else EngineError)(what), _retry_after(response.headers)
+        return self.clean(body.decode(errors="replace"))
 
 
 class _Model(msgspec.Struct):
@@ -199,9 +206,8 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
-def read_error(body: bytes | str) -> _ErrorBody:
-    """The error in a body, in whatever form servers have for it; its text where it is in none."""
-    text = body.decode(errors="replace") if isinstance(body, bytes) else body
+def read_error(text: str) -> _ErrorBody:
+    """The error in a body, in whatever form servers have for it; the text itself where it is in none."""
     try:
         value = msgspec.json.decode(text)
         inner = value.get("error", value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import anyio
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -66,7 +65,6 @@ class Scripted:
         self.replies = list(replies)
         self.seen: list[Any] = []
         self.headers: list[dict[str, str]] = []
-        self.left = anyio.Event()
         self.app = Starlette(
             routes=[
                 Route("/v1/models", self._models),
@@ -83,20 +81,22 @@ class Scripted:
         return await self.replies.pop(0)(request)
 
 
-def status(code: int, message: str = "no", headers: dict[str, str] | None = None, **error: Any) -> Reply:
+def status(
+    number: int, message: str = "no", *, code: str | None = None, headers: dict[str, str] | None = None
+) -> Reply:
     """An error."""
 
     async def reply(request: Request) -> Response:
-        return JSONResponse({"error": {"message": message, **error}}, code, headers)
+        return JSONResponse({"error": {"message": message, "code": code}}, number, headers)
 
     return reply
 
 
-def text(code: int, body: str) -> Reply:
+def text(number: int, body: str) -> Reply:
     """An answer that is no JSON."""
 
     async def reply(request: Request) -> Response:
-        return Response(body, code)
+        return Response(body, number)
 
     return reply
 
