@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from actors.pool_actions import Action
     from actors.pool_state import Reroute
 
-__all__ = ("DeltaStream", "Router")
+__all__ = ("RoutedStream", "Router")
 
 log = get_logger("arun.pool")
 
@@ -83,7 +83,7 @@ class Router:
         self._closed = False
         self._ticking: Background[None] = Runtime.current().start(self._tick, name=f"clock of pool {pool}")
 
-    def submit(self, request: GenerateRequest, reroute: Reroute = "continue") -> DeltaStream:
+    def submit(self, request: GenerateRequest, reroute: Reroute = "continue") -> RoutedStream:
         """Send a request to a replica, at once or when there is room.
 
         :raises RequestError: a request with its id is in flight.
@@ -104,7 +104,7 @@ class Router:
         self.do(actions)
         if self._sleeping:
             self._stirred.set()
-        return DeltaStream(self, route)
+        return RoutedStream(self, route)
 
     def do(self, actions: Sequence[Action]) -> None:
         """Carry out what the core says."""
@@ -154,7 +154,7 @@ class Router:
             Runtime.current().start(self._fleet.bury, replica, name=f"end of replica {replica.number}")
         self._stirred.set()
 
-    # For DeltaStream.
+    # For RoutedStream.
 
     def end(self, route: Route, outcome: Outcome) -> None:
         """A request is through; the first outcome counts."""
@@ -356,12 +356,8 @@ class Route:
             self.changed.set()
 
 
-class DeltaStream:
-    """The deltas of one answer, in order. Made by ``pool.generate()``.
-
-    Leaving it early aborts the request: ``aclose()`` (``contextlib.aclosing`` calls it) waits until the engine has
-    let go of it; being cancelled in ``async for`` does the same; dropping the stream does it in the background.
-    """
+class RoutedStream:
+    """The :class:`~actors.DeltaStream` of a request that is sent to one replica or another."""
 
     __slots__ = ("__weakref__", "_route", "_router")
 
@@ -371,25 +367,16 @@ class DeltaStream:
 
     @property
     def request_id(self) -> str:
-        """As given to ``generate()``, or made up by it."""
         return self._route.request.request_id
 
     @property
     def replica(self) -> int | None:
-        """The number of the replica that answers; None while the request waits for one."""
         return None if self._route.replica is None else self._route.replica.number
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delta:
-        """The next delta.
-
-        :raises RequestError: the engine refused this request.
-        :raises ReplicaLost: the replica was lost, and the answer can't be continued by another.
-        :raises RequestQuarantined: replicas were lost because of this request.
-        :raises EngineDead: the pool has no replica left.
-        """
         route, router = self._route, self._router
         if route.outcome is not None:
             if route.outcome == "finished" and route.stream is not None:
@@ -438,7 +425,6 @@ class DeltaStream:
         return delta
 
     async def aclose(self) -> None:
-        """Abort the request and wait until the engine has let go of it. Does nothing after the last delta."""
         if self._route.outcome is None:
             await self._router.abort(self._route)
 

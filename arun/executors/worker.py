@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import logging
 import os
 import runpy
 import select
@@ -26,7 +25,6 @@ from typing import Any
 
 import anyio
 import msgspec
-import structlog
 
 from arun.channel.connection import Connection
 from arun.channel.session import Allowed
@@ -120,12 +118,6 @@ def main() -> None:
             stream.reconfigure(
                 line_buffering=True, write_through=False
             )  # whole lines, so that those of several processes don't mix
-    # Ours to choose, in a process of our own, until a module of the program's chooses: what structlog does by default
-    # would put every debug line of every worker on the program's stdout.
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
     threading.Thread(target=_watch_owner, args=(owner, grace), name="arun owner watch", daemon=True).start()
     anyio.run(_serve, fd, owner, backend=backend)
 
