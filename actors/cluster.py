@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, overload
 
 import msgspec
 
@@ -113,7 +113,10 @@ class Cluster(ABC):
 
     :param grace: seconds that ``on_stop`` gets before a process is killed.
     :param silence: seconds after which an actor's process that does not even answer for its health is killed.
+    :cvar has_tasks: whether ``spawn(isolation="task")`` is possible here.
     """
+
+    has_tasks: ClassVar[bool] = False
 
     def __init__(self, *, grace: float, silence: float) -> None:
         self._grace = grace
