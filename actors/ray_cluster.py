@@ -188,7 +188,7 @@ class RayCluster(Cluster):
         if order.group is not None:
             raise MisuseError(
                 f"{order.group!r} is given back when this program ends, and who calls a detached actor in it would "
-                "wait for ever (Ray's behaviour). Let a detached actor reserve by itself what it needs: in its on_start, "
+                "wait for ever (Ray's behaviour). Let a detached actor reserve what it needs by itself: in its on_start, "
                 "RayCluster.connect(), then reserve() and spawn()"
             )
         supervisor = detached.supervisor_of(order.restart, order.restarts)
