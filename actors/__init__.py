@@ -22,6 +22,7 @@ from actors.engine import (
     Sampling,
     Usage,
 )
+from actors.executor import RayExecutor
 from actors.front import PoolFront
 from actors.lives import ActorHealth, ActorRestarted, ActorStarted, ActorStopped, GaveUp, Monitor
 from actors.local_cluster import LocalCluster
@@ -63,6 +64,7 @@ __all__ = (
     "PoolOptions",
     "PoolStats",
     "RayCluster",
+    "RayExecutor",
     "ReplicaProgress",
     "ReplicaStats",
     "Reservation",

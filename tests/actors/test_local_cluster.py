@@ -15,9 +15,10 @@ import pytest
 
 from actors.bundles import Placement
 from actors.local_cluster import LocalCluster
-from arun.errors import ActorDied, MisuseError, PlacementError
+from arun.errors import ActorDied, ChannelLost, MisuseError, PlacementError
 from tests.actors.programs import ENVIRONMENT, children, owner_program, wait_gone
 from tests.actors.samples import Counter, Parent, Stubborn
+from tests.faults.nemesis import cut
 
 # Exit
 
@@ -104,6 +105,26 @@ async def test_a_long_temporary_folder_does_not_make_the_socket_path_too_long(
 
 
 # Processes
+
+
+@pytest.mark.asyncio
+async def test_who_asks_over_a_connection_that_was_cut_is_told_so_and_stalls_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("actors.generation._DEATH_NOTICE", 0.1)
+    async with LocalCluster(cpus=1) as cluster:
+        counter = await cluster.spawn(Counter)
+        stream = counter.watch()
+        await anext(stream)
+        [info] = cluster.list()
+        cut(info.address)
+        with pytest.raises(ChannelLost):
+            async for _ in stream:  # what had arrived comes first
+                pass
+        for ask in (counter.incr, lambda: anext(counter.watch())):
+            with pytest.raises(ChannelLost, match="whose process runs"):
+                await ask()
+        assert (await cluster.health(counter)).state == "alive"
 
 
 @pytest.mark.asyncio
