@@ -188,8 +188,8 @@ class RayCluster(Cluster):
         if order.group is not None:
             raise MisuseError(
                 f"{order.group!r} is given back when this program ends, and who calls a detached actor in it would "
-                "wait for ever (Ray's behaviour). Let a detached actor reserve by itself what it needs: in its on_start, "
-                "RayCluster.connect(), then reserve() and spawn()"
+                "wait for ever (Ray's behaviour). Let a detached actor reserve by itself what it needs, in on_start: "
+                "RayCluster.connect(), reserve(), spawn()"
             )
         supervisor = detached.supervisor_of(order.restart, order.restarts)
         if not self._roster.has(name):

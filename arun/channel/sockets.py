@@ -8,7 +8,7 @@ import os
 import socket
 import stat
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import anyio.lowlevel
@@ -58,7 +58,9 @@ async def connect_tcp(
     async def dial() -> Wire:
         if _on_asyncio():
             loop = asyncio.get_running_loop()
-            return (await loop.create_connection(AsyncioWire, host, port, happy_eyeballs_delay=0.25))[1]
+            # uvloop, which Ray's actors and many web servers run on, knows no happy eyeballs.
+            several: Any = {"happy_eyeballs_delay": 0.25} if isinstance(loop, asyncio.BaseEventLoop) else {}
+            return (await loop.create_connection(AsyncioWire, host, port, **several))[1]
         return StreamWire(await anyio.connect_tcp(host, port))
 
     secret = Secret(token)

@@ -605,3 +605,22 @@ def test_without_a_runtime_trio_is_told_to_open_one():
 
     with pytest.raises(MisuseError, match="no Runtime is open"):
         trio.run(main)
+
+
+# Other event loops.
+
+
+@pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop")])
+async def test_uvloop_will_do_as_well(runtime, tmp_path):
+    pytest.importorskip("uvloop")
+    over_tcp = await serve_tcp(echo, token=TOKEN)
+    over_unix = await serve_unix(echo, path=tmp_path / "socket", token=TOKEN)
+    connections = [
+        await connect_tcp(*over_tcp.address, token=TOKEN),
+        await connect_unix(tmp_path / "socket", token=TOKEN),
+    ]
+    for connection in connections:
+        assert [item async for item in connection.open("echo", list(range(1000)))] == [list(range(1000))]
+        await connection.aclose()
+    await over_tcp.aclose()
+    await over_unix.aclose()
