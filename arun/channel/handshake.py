@@ -33,6 +33,8 @@ from arun.channel.session import Allowed
 from arun.errors import MisuseError, ProtocolError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from arun.channel.limits import Limits
     from arun.channel.wire import Wire
 
@@ -62,23 +64,28 @@ class Secret:
 
 
 class Agreed(NamedTuple):
-    """Result of a handshake: the reader of what follows, and the peer's limits."""
+    """Result of a handshake: the reader of what follows, the peer's limits, and which secret it knows."""
 
     reader: FrameReader[SessionMessage]
     allowed: Allowed
+    secret: Secret
 
 
-async def authenticate_client(wire: Wire, secret: Secret, peer: str, limits: Limits) -> Agreed:
+async def authenticate_client(wire: Wire, known: Iterable[Secret], peer: str, limits: Limits) -> Agreed:
     """The server's part.
 
-    :raises ProtocolError: the client doesn't know the token, or sent something else.
+    :param known: the secrets that it takes, in whatever state they are when the proof has come.
+    :raises ProtocolError: the client knows none of them, or sent something else.
     :raises anyio.EndOfStream, anyio.BrokenResourceError: it went away.
     """
     nonce = secrets.token_bytes(_NONCE_BYTES)
     await _send(wire, Challenge(nonce))
     reader: FrameReader[Any] = FrameReader(peer, Hello, _FRAME_BYTES)
     hello: Hello = await _receive(wire, reader, peer)
-    if not hmac.compare_digest(hello.proof, secret.proof("client", nonce, hello.nonce)):
+    for secret in known:
+        if hmac.compare_digest(hello.proof, secret.proof("client", nonce, hello.nonce)):
+            break
+    else:
         raise ProtocolError(f"{peer} has another token")
     version = min(hello.newest, NEWEST_VERSION)
     if version < max(hello.oldest, OLDEST_VERSION):
@@ -88,7 +95,9 @@ async def authenticate_client(wire: Wire, secret: Secret, peer: str, limits: Lim
     proof = secret.proof("server", nonce, hello.nonce)
     await _send(wire, Welcome(version, proof, limits.streams, limits.message_bytes))
     return Agreed(
-        reader.switch(SessionMessage, largest_frame(limits.message_bytes)), Allowed(hello.streams, hello.message_bytes)
+        reader.switch(SessionMessage, largest_frame(limits.message_bytes)),
+        Allowed(hello.streams, hello.message_bytes),
+        secret,
     )
 
 
@@ -114,6 +123,7 @@ async def authenticate_to_server(wire: Wire, secret: Secret, peer: str, limits: 
     return Agreed(
         reader.switch(SessionMessage, largest_frame(limits.message_bytes)),
         Allowed(welcome.streams, welcome.message_bytes),
+        secret,
     )
 
 

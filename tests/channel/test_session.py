@@ -148,11 +148,11 @@ class Universe(RuleBasedStateMachine):
     def close(self, by_opener):
         self.closed = True
         running = self.running()
-        effects = (self.opener if by_opener else self.server).close("the end")
-        self.interrupt(effects.interrupted)
         for stream in self.by_id.values():
             # An opener that closes takes nothing more, also of what has ended over there.
             stream.cut = not stream.finished or (by_opener and stream.inbound.outcome is None)
+        effects = (self.opener if by_opener else self.server).close("the end")
+        self.interrupt(effects.interrupted)
         assert by_opener or all(stream.interrupted for stream in running)
 
     def running(self):
