@@ -16,6 +16,7 @@ __all__ = (
     "ArunError",
     "ChannelLost",
     "CodecError",
+    "DataError",
     "EngineDead",
     "EngineError",
     "GraphChangedError",
@@ -105,6 +106,10 @@ class CodecError(ArunError):
         self.path = path
         self.kind = kind
         self.why = why
+
+
+class DataError(ArunError):
+    """Data can't be read or written: nothing is there, a line is broken, types don't agree; the message says where."""
 
 
 class StoreError(ArunError):
