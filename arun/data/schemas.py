@@ -11,13 +11,14 @@ from arun.errors import DataError
 __all__ = ("conform", "conflict", "unify")
 
 
-def unify(named: Iterable[tuple[str, pa.Schema]]) -> pa.Schema:
+def unify(named: Iterable[tuple[str, pa.Schema]], *, remedy: str = "cast it in one of them") -> pa.Schema:
     """The schema that all of these fit in: every column that one of them has, of the wider type where types differ.
 
     What widens without loss: null to anything, integers and decimals, integers to floats, timestamps to finer units,
     structs by more fields.
 
     :param named: schemas with what a person calls each.
+    :param remedy: what to do where they don't fit in one.
     :raises DataError: a column has types that don't fit in one, or a name is there twice.
     """
     unified: pa.Schema | None = None
@@ -32,7 +33,7 @@ def unify(named: Iterable[tuple[str, pa.Schema]]) -> pa.Schema:
             try:
                 unified = pa.unify_schemas([unified, schema], promote_options="permissive")
             except (pa.ArrowTypeError, pa.ArrowInvalid) as exc:
-                raise _mismatch(unified, schema, first, name) from exc
+                raise _mismatch(unified, schema, first, name, remedy) from exc
     return pa.schema([]) if unified is None else unified
 
 
@@ -91,13 +92,11 @@ def _refuse_duplicates(name: str, schema: pa.Schema) -> None:
         raise DataError(f"{name} has two columns {twice!r}; rename one")
 
 
-def _mismatch(unified: pa.Schema, schema: pa.Schema, first: dict[str, str], name: str) -> DataError:
+def _mismatch(unified: pa.Schema, schema: pa.Schema, first: dict[str, str], name: str, remedy: str) -> DataError:
     for field in schema:
         if field.name in first and field.name in unified.names:
             before = unified.field(field.name).type
             if _widened(before, field.type) is None:
-                return DataError(
-                    f"the column {field.name!r} is {before} in {first[field.name]}, but {field.type} in {name}; "
-                    "read them one by one and cast it, or select() the other columns"
-                )
+                there = f"{before} in {first[field.name]}, but {field.type} in {name}"
+                return DataError(f"the column {field.name!r} is {there}; {remedy}")
     return DataError(f"the columns of {first[unified.names[0]]} and {name} don't fit together")

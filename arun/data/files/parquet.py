@@ -15,6 +15,7 @@ import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
 from arun.data.files.paths import File, Listing, Paths
+from arun.data.files.selection import chosen, without_first
 from arun.data.predicates import columns_of, keep
 from arun.data.schemas import conform, unify
 from arun.data.source import Fragment
@@ -57,13 +58,7 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
 
         :raises DataError: the files' columns don't fit together, or a column was asked for that none has.
         """
-        schema = self.footers.schema
-        if self.columns is None:
-            return schema
-        missing = [column for column in self.columns if column not in schema.names]
-        if missing:
-            raise DataError(f"{self.name} has no column {missing[0]!r}; it has {', '.join(schema.names)}")
-        return pa.schema([schema.field(column) for column in self.columns])
+        return chosen(self.footers.schema, self.columns, self.name)
 
     def fragments(self) -> Iterator[Fragment]:
         """The row groups, but for those that by their statistics hold no row that the predicate wants."""
@@ -78,33 +73,31 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
 
     def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
         """The rows of a row group, block by block."""
-        index, number = fragment.place
+        return without_first(self._read(*fragment.place), skip)
+
+    def _read(self, index: int, number: int) -> Iterator[pa.RecordBatch]:
         file, piece = self.footers.pieces[index]
+        group = piece.metadata.row_group(number)
         schema = self.schema()
         needed = pa.schema([field for field in self.footers.schema if field.name in {*schema.names, *self.asked}])
         columns = [name for name in needed.names if name in piece.physical_schema.names]
-        group = piece.metadata.row_group(number)
-        if not group.num_rows:
-            return
         rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES * group.num_rows // max(1, group.total_byte_size)))
         # Over a network many small reads would take long; there a row group is fetched at once.
-        buffering = {"buffer_size": _BUFFER_BYTES} if file.is_local else {"pre_buffer": True}
-        with file.open() as opened, pq.ParquetFile(opened, metadata=piece.metadata, **buffering) as reader:
-            for read in reader.iter_batches(rows, row_groups=[number], columns=columns):
-                batch = read
+        buffer = _BUFFER_BYTES if file.is_local else 0
+        with (
+            file.open() as opened,
+            pq.ParquetFile(opened, metadata=piece.metadata, buffer_size=buffer, pre_buffer=not buffer) as reader,
+        ):
+            for batch in reader.iter_batches(rows, row_groups=[number], columns=columns):
                 if self.predicate is not None:
-                    batch = keep(conform(read, needed, name=file.path), self.predicate, self.asked)
-                if skip >= batch.num_rows:
-                    skip -= batch.num_rows
-                    continue
-                yield conform(batch.slice(skip), schema, name=file.path)
-                skip = 0
+                    batch = keep(conform(batch, needed, name=file.path), self.predicate, self.asked)
+                yield conform(batch, schema, name=file.path)
 
     def count(self) -> int | None:
         """How many rows the footers tell."""
         if self.predicate is not None:
             return None
-        return sum(piece.metadata.num_rows for _, piece in self.footers.pieces)
+        return sum(int(piece.metadata.num_rows) for _, piece in self.footers.pieces)
 
     def select(self, columns: Sequence[str]) -> Self:
         """The same with these columns only."""
@@ -154,7 +147,8 @@ class _Footers:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        return unify((file.path, piece.physical_schema.remove_metadata()) for file, piece in self.pieces)
+        schemas = ((file.path, piece.physical_schema.remove_metadata()) for file, piece in self.pieces)
+        return unify(schemas, remedy="read them one by one, cast it, and union() them")
 
 
 def _piece(file: File) -> tuple[File, Any]:

@@ -1,10 +1,11 @@
 """Paths: from what a user names (files, folders, globs, lists, URLs) to files, in an order that is always the same.
 
 A folder stands for the files below it that have one of the format's suffixes, but for hidden ones (``.name``,
-``_name``). A glob, as in a shell with ``**``, and a file may have any suffix. Files of one folder or glob come sorted by
-path, those of a list in its order.
+``_name``). A glob, as in a shell with ``**``, and a file may have any suffix. Files of one folder or glob come sorted
+by path, those of a list in its order.
 
-``s3://`` and ``gs://`` go through pyarrow's own file systems, other URLs through fsspec. ``filesystem=`` takes either's.
+``s3://`` and ``gs://`` go through pyarrow's own file systems, other URLs through fsspec. ``filesystem=`` takes those of
+either.
 """
 
 from __future__ import annotations
@@ -191,6 +192,7 @@ def _hint(filesystem: Any, path: str) -> str:
     folder, _, wanted = path.rpartition("/")
     if filesystem.get_file_info(folder or "/").type != _Type.Directory:
         return f"; there is no folder {folder!r}"
-    names = [info.base_name for info in filesystem.get_file_info(pyarrow.fs.FileSelector(folder or "/"))]
+    infos = filesystem.get_file_info(pyarrow.fs.FileSelector(folder or "/"))
+    names = [info.base_name for info in infos if not info.base_name.startswith(".")]
     near = difflib.get_close_matches(wanted, names, n=3) or sorted(names)[:3]
     return f"; in {folder!r} there is {', '.join(near) or 'nothing'}"
