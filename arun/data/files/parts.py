@@ -234,7 +234,12 @@ class _PartFile:
 
     def abort(self) -> None:
         """Remove it."""
-        self._close()
+        try:
+            if self._encoder is not None:
+                self._encoder.close()
+            self._close()
+        except (pa.ArrowException, OSError):
+            pass  # a full disk, for one; what can't be written is not wanted any more
         if self._filesystem.get_file_info(self._temporary).type == _Type.File:
             self._filesystem.delete_file(self._temporary)
 
