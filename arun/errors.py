@@ -16,6 +16,7 @@ __all__ = (
     "ArunError",
     "ChannelLost",
     "CodecError",
+    "DataError",
     "EngineDead",
     "EngineError",
     "GraphChangedError",
@@ -34,7 +35,6 @@ __all__ = (
     "RequestError",
     "RequestQuarantined",
     "RunConflictError",
-    "SchemaError",
     "StoreError",
     "StreamRefused",
     "SubtaskFailed",
@@ -108,8 +108,8 @@ class CodecError(ArunError):
         self.why = why
 
 
-class SchemaError(ArunError):
-    """The rows of a dataset do not fit into one schema; the message names the step and the column."""
+class DataError(ArunError):
+    """Data can't be read or written: nothing is there, a line is broken, types don't agree; the message says where."""
 
 
 class StoreError(ArunError):
