@@ -60,7 +60,7 @@ async def split(
     :raises MisuseError: the plan can't be sent to another process; an option means nothing.
     """
     settings = options or RunOptions()
-    Splits(dataset.astream, consumers, equal=equal, by=by, memory=settings.memory_limit)  # refuses here, not there
+    Splits(dataset.astream, consumers, equal=equal, by=by, memory=1)  # refuses here, not there
     name = name or f"split-{uuid.uuid4().hex[:12]}"
     lifetime = _lifetime(cluster)
     coordinator = await cluster.spawn(
@@ -110,7 +110,7 @@ class SplitCoordinator:
             equal=equal,
             by=by,
             memory=options.memory_limit,
-            folder=None if options.spill_folder is None else str(options.spill_folder),
+            folder=options.folder,
             most=_MESSAGE,
         )
         self._own_name = own_name
@@ -179,6 +179,8 @@ class RemotePart:
 
     :param owner: None in a process that it was sent to, which finds the coordinator by its name.
     """
+
+    on_demand = True
 
     def __init__(self, owner: _Owner | None, name: str, consumer: int, consumers: int) -> None:
         self.__name__ = f"split {consumer + 1} of {consumers}"

@@ -222,6 +222,8 @@ class _InPieces:
 class Part:
     """The blocks of one consumer: called for an iteration of them."""
 
+    on_demand = True
+
     def __init__(self, splits: Splits, consumer: int) -> None:
         self.__name__ = f"split {consumer + 1} of {splits.consumers}"
         self._splits = splits
