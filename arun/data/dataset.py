@@ -16,6 +16,7 @@ from arun.data.batches import BatchFormat as TrainFormat
 from arun.data.block import Row
 from arun.data.cache import Cache
 from arun.data.declare import BatchOptions, RowOptions, SinkOptions, at_least, batch_function, names, row_function
+from arun.data.engines import RunEngine, engine_of
 from arun.data.execution.execution import Consumer
 from arun.data.explain import as_mermaid, as_text
 from arun.data.files import batch_sink, csv_sink, ipc_sink, jsonl_sink, parquet_sink
@@ -338,14 +339,16 @@ class Dataset:
 
     # -- running --------------------------------------------------------------------------------------------
 
-    async def arun(self, options: RunOptions | None = None) -> Report:
+    async def arun(self, options: RunOptions | None = None, *, engine: str | RunEngine = "local") -> Report:
         """Run it to its end: write to its sink, or, without one, compute the rows and let go of them.
 
         In the caller's task, so its timeouts and cancellation reach everything.
 
+        :param engine: "local", or "ray": on Ray Data, see :mod:`actors.dataset`.
         :raises Exception: the first error of a function, a source or the sink, with a note that names step and row.
+        :raises MisuseError: the engine can't run one of its steps; raised before anything runs.
         """
-        return (await run(self, options=options))[0]
+        return (await run(self, options=options, engine=engine))[0]
 
     def astream(self, options: RunOptions | None = None) -> BlockStream:
         """Run it, and iterate over its blocks, ``pyarrow.RecordBatch``, as they come."""
@@ -415,13 +418,23 @@ class Dataset:
 
     # -- looking at it ----------------------------------------------------------------------------------------
 
-    def explain(self, options: RunOptions | None = None, *, format: Literal["text", "mermaid"] = "text") -> str:
+    def explain(
+        self,
+        options: RunOptions | None = None,
+        *,
+        format: Literal["text", "mermaid"] = "text",
+        engine: str | RunEngine = "local",
+    ) -> str:
         """What would run: the plan as it was asked for, what the rules make of it, and its stages. Runs nothing.
 
         :param format: "text", or "mermaid": the stages as a flowchart.
+        :param engine: where it would run; of another than "local": what that makes of each node, or why it can't.
         """
         logical = Plan([self.node])
         optimised = plan_of(logical.roots, options or RunOptions())
+        elsewhere = engine_of(engine)
+        if elsewhere is not None:
+            return "\n".join(elsewhere.explain(optimised))
         physical = lower(optimised)
         return as_mermaid(physical) if format == "mermaid" else as_text(logical, optimised, physical)
 
@@ -461,7 +474,7 @@ class Dataset:
         return result
 
 
-async def run(*datasets: Dataset, options: RunOptions | None = None) -> list[Report]:
+async def run(*datasets: Dataset, options: RunOptions | None = None, engine: str | RunEngine = "local") -> list[Report]:
     """Run several datasets as one: what they share runs once.
 
     >>> rows = read_jsonl("in.jsonl").map(parse)
@@ -470,7 +483,11 @@ async def run(*datasets: Dataset, options: RunOptions | None = None) -> list[Rep
     :raises Exception: the first error of any of them; the others are cancelled.
     """
     settings = options or RunOptions()
-    physical = lower(plan_of([dataset.node for dataset in datasets], settings))
+    plan = plan_of([dataset.node for dataset in datasets], settings)
+    elsewhere = engine_of(engine)
+    if elsewhere is not None:
+        return list(await elsewhere.run(plan, settings))
+    physical = lower(plan)
     results, statistics = await run_plan(physical, [None] * len(datasets), settings)
     reports: list[Report] = []
     for dataset, result in zip(datasets, results, strict=True):
