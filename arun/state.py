@@ -47,7 +47,7 @@ class State(Mapping[str, Any]):
 
     Values are shared, never copied: change them through the State's operations and not in place.
 
-    :param initial: first values; the mapping itself is copied, its values are not.
+    :param initial_values: first values; the mapping itself is copied, its values are not.
 
     >>> state = State({"n": 1}).update(n=2, log=[])
     >>> state["n"], state.append(log="x")["log"]
@@ -59,9 +59,9 @@ class State(Mapping[str, Any]):
     #: Name of the action whose result this State is; None for any other State.
     action: str | None
 
-    def __init__(self, initial: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, initial_values: Mapping[str, Any] | None = None) -> None:
         self._base: dict[str, Any] = _NOTHING
-        self._overlay: dict[str, Any] = dict(initial) if initial else _NOTHING
+        self._overlay: dict[str, Any] = dict(initial_values) if initial_values else _NOTHING
         self._changed: dict[str, Any] = self._overlay
         self._scope: Scope | None = None
         self.action = None
