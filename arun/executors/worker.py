@@ -31,7 +31,7 @@ import structlog
 
 from arun.actions import perform
 from arun.channel.connection import Connection
-from arun.channel.session import Allowed
+from arun.channel.halves import Allowed
 from arun.channel.sockets import socket_wire
 from arun.codec import decode
 from arun.context import ApplicationContext, Run

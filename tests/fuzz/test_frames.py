@@ -91,7 +91,7 @@ PLANTED = {
 def test_a_planted_bug_is_found_and_its_program_replays_it(bug, monkeypatch):
     PLANTED[bug](monkeypatch)
     with pytest.raises(frames.Failure) as found:
-        frames.fuzz(SEED, 40_000)
+        frames.fuzz(SEED, 200_000)
     program = str(found.value).partition("replays it:\n")[2]
     with pytest.raises(frames.Failure):
         exec(program, {})
