@@ -55,6 +55,14 @@ def test_actors_end_with_their_owner_also_when_a_forked_child_holds_their_pipes(
             os.kill(forked, signal.SIGKILL)
 
 
+def test_actors_end_with_their_owner_also_when_they_are_stopped(tmp_path: Path) -> None:
+    with owner_program("tests.actors.owner", "SIGKILL", str(tmp_path / "diary")) as (owner, pids):
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        owner.kill()
+        assert wait_gone(pids, 10) == []
+
+
 @pytest.mark.asyncio
 async def test_an_actor_that_does_not_stop_is_killed_after_the_grace() -> None:
     async with LocalCluster(grace=0.2) as cluster:
