@@ -211,6 +211,10 @@ class Cluster(ABC):
     async def resources(self) -> ClusterResources:
         """CPUs and GPUs of every node, in all and free."""
 
+    async def holds(self, reservation: Reservation) -> bool:
+        """Whether the groups of a reservation are still there: somebody may have removed one behind our back."""
+        return True
+
     def engines(self, spec: EngineSpec, **options: Unpack[PoolOptions]) -> EnginePool:
         """A pool of engines in this cluster; nothing starts before it is entered.
 

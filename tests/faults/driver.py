@@ -18,14 +18,14 @@ from tests.faults.history import engine_records, owner_records
 from tests.faults.nemesis import descendants
 from tests.faults.rounds import Setting
 
-__all__ = ("ORPHAN_SECONDS", "kill_owner", "start")
+__all__ = ("ORPHAN_SECONDS", "kill_owner", "start", "wait_for")
 
 ORPHAN_SECONDS = 10
 """Within which everything must be gone when its owner is."""
 
 
 def start(setting: Setting, first: int, rounds: int, *more: str) -> subprocess.Popen[str]:
-    """Start the program; its problems come on stderr."""
+    """Start the program."""
     return subprocess.Popen(
         [
             sys.executable,
@@ -40,6 +40,16 @@ def start(setting: Setting, first: int, rounds: int, *more: str) -> subprocess.P
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def wait_for(program: subprocess.Popen[str]) -> list[str]:
+    """Wait for its end.
+
+    :return: everything that is wrong.
+    """
+    said, errors = program.communicate()
+    found = [line for line in said.splitlines() if line.startswith("problem: ")]
+    return found or [errors] * (program.returncode != 0)
 
 
 def kill_owner(setting: Setting, seed: int, *, after: int) -> list[str]:
@@ -66,6 +76,7 @@ def kill_owner(setting: Setting, seed: int, *, after: int) -> list[str]:
         found = [f"{ORPHAN_SECONDS} s after its owner was killed there is {pid} {owned[pid]}" for pid in left]
         for pid in left:
             os.kill(pid, signal.SIGKILL)
-        found += [f"its owner was killed, and left {name}" for name in os.listdir(Path(folder, "tmp"))]
+        files = set(os.listdir(Path(folder, "tmp"))) - {"ray"}
+        found += [f"its owner was killed, and left {name}" for name in sorted(files)]
         promise = msgspec.structs.replace(setting.promise, to_the_end=False)
         return found + problems(owner_records(Path(folder)), engine_records(Path(folder)), promise)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.driver import kill_owner, start
+from tests.faults.driver import kill_owner, start, wait_for
 from tests.faults.rounds import Setting
 
 
@@ -12,10 +12,7 @@ from tests.faults.rounds import Setting
 def test_requests_end_as_promised_through_faults_at_seeded_moments() -> None:
     """Ten rounds; side by side, because they mostly wait for watchdogs."""
     programs = [start(Setting(), first, 2) for first in range(0, 10, 2)]
-    for program in programs:
-        _, problems = program.communicate()
-        assert problems == ""
-        assert program.returncode == 0
+    assert [wait_for(program) for program in programs] == [[]] * 5
 
 
 def test_nothing_is_left_when_the_owner_of_a_pool_is_killed() -> None:
@@ -24,10 +21,7 @@ def test_nothing_is_left_when_the_owner_of_a_pool_is_killed() -> None:
 
 @pytest.mark.ray
 def test_requests_end_as_promised_in_ray_also_when_placement_groups_are_removed() -> None:
-    with start(Setting(cluster="ray"), 0, 2) as program:
-        _, problems = program.communicate()
-    assert problems == ""
-    assert program.returncode == 0
+    assert wait_for(start(Setting(cluster="ray"), 0, 3)) == []
 
 
 @pytest.mark.ray
