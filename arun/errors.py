@@ -35,6 +35,7 @@ __all__ = (
     "RequestError",
     "RequestQuarantined",
     "RunConflictError",
+    "SchemaError",
     "StoreError",
     "StreamRefused",
     "SubtaskFailed",
@@ -110,6 +111,10 @@ class CodecError(ArunError):
 
 class DataError(ArunError):
     """Data can't be read or written: nothing is there, a line is broken, types don't agree; the message says where."""
+
+
+class SchemaError(DataError):
+    """The rows of a dataset do not fit into one schema; the message names the step and the column."""
 
 
 class StoreError(ArunError):
