@@ -12,7 +12,7 @@ __all__ = ("as_mermaid", "as_text")
 
 
 def as_text(logical: Plan, optimised: Plan, physical: PhysicalPlan) -> str:
-    """Three plans, roots first, what they read indented below them; a node that was shown before by its number."""
+    """Three plans, roots first, what they read below them, indented where it is more than one."""
     return "\n".join((
         "logical:",
         *_tree(logical.roots),
@@ -39,21 +39,19 @@ def as_mermaid(physical: PhysicalPlan) -> str:
 
 
 def _tree(roots: Sequence[Node]) -> Iterator[str]:
-    shown: dict[int, int] = {}
-
-    def lines(node: Node, depth: int) -> Iterator[str]:
-        indent = "  " * (depth + 1)
-        if node.id in shown:
-            yield f"{indent}[{shown[node.id]}] again, shared"
-            return
-        shown[node.id] = len(shown)
+    numbers: dict[int, int] = {}
+    todo: list[tuple[Node, int]] = [(root, 1) for root in reversed(roots)]
+    while todo:
+        node, depth = todo.pop()
+        indent = "  " * depth
+        if node.id in numbers:
+            yield f"{indent}[{numbers[node.id]}] again, shared"
+            continue
+        numbers[node.id] = len(numbers)
         joined = " (in one stage with what is below)" if inline(node) else ""
-        yield f"{indent}[{shown[node.id]}] {node.label}{joined}"
-        for below in node.inputs:
-            yield from lines(below, depth + 1)
-
-    for root in roots:
-        yield from lines(root, 0)
+        yield f"{indent}[{numbers[node.id]}] {node.label}{joined}"
+        deeper = depth if len(node.inputs) == 1 else depth + 1
+        todo.extend((below, deeper) for below in reversed(node.inputs))
 
 
 def _stages(plan: PhysicalPlan) -> Iterator[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from arun.data.logical import AllToAll, Iterate, Node, OneToOne, Read, Union, Write, Zip
+from arun.data.logical import AllToAll, Iterate, Node, OneToOne, Plan, Read, Union, Write, Zip
 from arun.data.steps import Drop, Limit, Rename, RowFunction, Select, Step, Where
 
 if TYPE_CHECKING:
@@ -17,25 +18,29 @@ __all__ = ("known_count", "known_schema")
 
 def known_count(node: Node) -> int | None:
     """How many rows it gives; None if only running it tells. May block: sources look into their files."""
+    known: dict[int, int | None] = {}
+    for one in Plan([node]).nodes:
+        known[one.id] = _count(one, [known[below.id] for below in one.inputs])
+    return known[node.id]
+
+
+def _count(node: Node, inputs: Sequence[int | None]) -> int | None:
     match node:
         case Read():
             return node.source.count()
         case Iterate():
             return None
         case OneToOne():
-            rows = known_count(node.input)
+            rows = inputs[0]
             for step in node.steps:
                 rows = _count_after(step, rows)
             return rows
         case AllToAll():
-            return known_count(node.inputs[0]) if node.barrier.keeps_rows else None
+            return inputs[0] if node.barrier.keeps_rows else None
         case Union():
-            counts = [known_count(below) for below in node.inputs]
-            return None if None in counts else sum(cast("list[int]", counts))
-        case Zip():
-            return known_count(node.inputs[0])
-        case Write():
-            return known_count(node.input)
+            return sum(rows for rows in inputs if rows is not None) if None not in inputs else None
+        case Zip() | Write():
+            return inputs[0]
 
 
 def _count_after(step: Step, rows: int | None) -> int | None:
@@ -50,20 +55,27 @@ def _only_reorders(step: Step) -> bool:
 
 def known_schema(node: Node) -> pa.Schema | None:
     """The columns that it gives; None if only running it tells. May block: sources look into their files."""
+    known: dict[int, pa.Schema | None] = {}
+    for one in Plan([node]).nodes:
+        known[one.id] = _schema(one, [known[below.id] for below in one.inputs])
+    return known[node.id]
+
+
+def _schema(node: Node, inputs: Sequence[pa.Schema | None]) -> pa.Schema | None:
     match node:
         case Read():
             return node.source.schema()
         case Iterate():
             return node.schema
         case OneToOne():
-            schema = known_schema(node.input)
+            schema = inputs[0]
             for step in node.steps:
                 schema = _schema_after(step, schema)
             return schema
         case AllToAll():
-            return known_schema(node.inputs[0]) if node.barrier.keeps_rows else None
+            return inputs[0] if node.barrier.keeps_rows else None
         case Write():
-            return known_schema(node.input)
+            return inputs[0]
         case _:
             return None
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from arun.errors import MisuseError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ("RunOptions",)
 

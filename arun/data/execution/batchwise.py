@@ -31,14 +31,16 @@ async def batchwise(
 ) -> AsyncGenerator[Block]:
     """What a function makes of the batches of blocks."""
 
+    batches = blocks if step.batch_size is None else rebatched(blocks, step.batch_size)
+
     async def source() -> AsyncGenerator[Block]:
         try:
-            async for block in blocks if step.batch_size is None else rebatched(blocks, step.batch_size):
+            async for block in batches:
                 if block.rows:
                     yield block
         finally:
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
-                await close(blocks)
+                await close(batches)
 
     async def work(handle: Handle[Block]) -> Block:
         block: Block = handle.spec
@@ -86,17 +88,21 @@ async def rebatched(blocks: AsyncIterator[Block], size: int) -> AsyncGenerator[B
     """Blocks of so many rows each, but for the last one."""
     waiting: list[Block] = []
     rows = 0
-    async for block in blocks:
-        while block.rows:
-            some = block.slice(0, size - rows) if block.rows > size - rows else block
-            block = block.slice(some.rows)
-            waiting.append(some)
-            rows += some.rows
-            if rows == size:
-                yield _together(waiting)
-                waiting, rows = [], 0
-    if waiting:
-        yield _together(waiting)
+    try:
+        async for block in blocks:
+            while block.rows:
+                some = block.slice(0, size - rows) if block.rows > size - rows else block
+                block = block.slice(some.rows)
+                waiting.append(some)
+                rows += some.rows
+                if rows == size:
+                    yield _together(waiting)
+                    waiting, rows = [], 0
+        if waiting:
+            yield _together(waiting)
+    finally:
+        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
+            await close(blocks)
 
 
 def _together(blocks: list[Block]) -> Block:

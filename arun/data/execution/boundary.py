@@ -34,6 +34,8 @@ class Boundary:
         statistics: StageStatistics,
         start: Callable[[], None],
         abandon: Callable[[], Awaitable[None]],
+        *,
+        apart: bool = False,
     ) -> None:
         self.scope = anyio.CancelScope()
         self.statistics = statistics
@@ -41,6 +43,7 @@ class Boundary:
         self._size = size
         self._start = start
         self._abandon = abandon
+        self._apart = apart
         self._started = False
         self._readers: list[Reader] = []
         self._room: anyio.Event | None = None
@@ -110,6 +113,8 @@ class Boundary:
                 await self._ended.wait()
 
     def _full(self) -> bool:
+        if self._apart:
+            return False
         return any(len(one.blocks) >= self._blocks or one.size >= self._size for one in self._readers)
 
     async def _wait_for_room(self) -> None:

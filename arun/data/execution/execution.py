@@ -106,7 +106,9 @@ class Execution:
             await self._leave(stage)
 
         options = self.options
-        self._boundaries[stage.number] = Boundary(options.queue_blocks, options.queue_bytes, statistics, start, abandon)
+        self._boundaries[stage.number] = Boundary(
+            options.queue_blocks, options.queue_bytes, statistics, start, abandon, apart=stage.apart
+        )
 
     def _head(self, root: Stage) -> AsyncIterator[Block]:
         """What the consumer of a root reads: the operator itself, if nobody else does."""

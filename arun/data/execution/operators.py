@@ -111,22 +111,24 @@ async def _union(inputs: Sequence[Blocks]) -> AsyncGenerator[Block]:
 
 async def _zip(inputs: Sequence[Blocks]) -> AsyncGenerator[Block]:
     waiting: list[Block | None] = [None] * len(inputs)
-    names: list[str] | None = None
     while True:
         for number, blocks in enumerate(inputs):
-            if waiting[number] is None:
-                waiting[number] = await anext(blocks, None)
+            while (block := waiting[number]) is None or not block.rows:
+                following = await anext(blocks, None)
+                if following is None:
+                    break
+                waiting[number] = following
         here = [block for block in waiting if block is not None]
-        if len(here) < len(inputs):
-            if here:
-                raise MisuseError("zip(): one side has more rows than another")
+        ended = [block is None or not block.rows for block in waiting]
+        if any(ended) and not all(ended):
+            raise MisuseError("zip(): one side has more rows than another")
+        if len(here) == len(inputs):
+            rows = min(block.rows for block in here)
+            columns = [column for block in here for column in block.batch.slice(0, rows).columns]
+            yield Block(pa.RecordBatch.from_arrays(columns, names=_zipped_names(here)))
+            waiting = [block.slice(rows) for block in here]
+        if any(ended):
             return
-        rows = min(block.rows for block in here)
-        if names is None:
-            names = _zipped_names(here)
-        columns = [column for block in here for column in block.batch.slice(0, rows).columns]
-        yield Block(pa.RecordBatch.from_arrays(columns, names=names))
-        waiting = [block.slice(rows) if block.rows > rows else None for block in here]
 
 
 def _zipped_names(blocks: Sequence[Block]) -> list[str]:

@@ -11,36 +11,30 @@ past functions, which may. Not past a node that something else reads, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from arun.data.logical import AllToAll, Node, OneToOne, Plan, Read, Union
-from arun.data.steps import Select, Where
+from arun.data.rules.pushing import Passed, push_down
+from arun.data.steps import Select, Step, Where
 
 __all__ = ("push_filter",)
 
 
 def push_filter(plan: Plan) -> Plan:
     """See the module."""
-    return plan.rewrite(_visit)
+    return push_down(plan, _visit)
 
 
-def _visit(node: Node, alone: Callable[[Node], bool]) -> Node:
-    if not isinstance(node, OneToOne) or len(node.steps) != 1:
-        return node
-    where = node.steps[0]
-    return _push(where, node.input, alone) if isinstance(where, Where) else node
-
-
-def _push(where: Where, below: Node, alone: Callable[[Node], bool]) -> Node:
-    if alone(below):
-        if isinstance(below, Read):
-            fewer = None if below.filtered else below.source.where(where.expression)
-            if fewer is not None:
-                return Read(fewer, filtered=True)
-        elif isinstance(below, OneToOne) and len(below.steps) == 1 and isinstance(below.steps[0], Select):
-            return OneToOne(below.steps, _push(where, below.input, alone))
-        elif isinstance(below, Union):
-            return Union(tuple(_push(where, branch, alone) for branch in below.inputs))
-        elif isinstance(below, AllToAll) and below.barrier.keeps_rows:
-            return AllToAll(below.barrier, (_push(where, below.inputs[0], alone),))
-    return OneToOne((where,), below)
+def _visit(node: Node, coming: Step | None) -> Passed:
+    match node:
+        case OneToOne(steps=(Where() as where,)):
+            return Passed(None, [where], [] if coming is None else [coming])
+        case OneToOne(steps=(Select(),)) if coming is not None:
+            return Passed(node, [coming])
+        case Union() if coming is not None:
+            return Passed(node, [coming] * len(node.inputs))
+        case AllToAll() if coming is not None and node.barrier.keeps_rows:
+            return Passed(node, [coming])
+        case Read() if isinstance(coming, Where) and not node.filtered:
+            fewer = node.source.where(coming.expression)
+            return Passed(node, (), [coming]) if fewer is None else Passed(Read(fewer, filtered=True))
+        case _:
+            return Passed(node, (), [] if coming is None else [coming])

@@ -13,34 +13,26 @@ Past steps that keep rows only; two limits become the smaller one. Not past a no
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from arun.data.logical import Node, OneToOne, Plan, Union
-from arun.data.steps import Limit
+from arun.data.rules.pushing import Passed, push_down
+from arun.data.steps import Limit, Step
 
 __all__ = ("push_limit",)
 
 
 def push_limit(plan: Plan) -> Plan:
     """See the module."""
-    return plan.rewrite(_visit)
+    return push_down(plan, _visit)
 
 
-def _visit(node: Node, alone: Callable[[Node], bool]) -> Node:
-    if not isinstance(node, OneToOne) or len(node.steps) != 1:
-        return node
-    limit = node.steps[0]
-    return _push(limit, node.input, alone) if isinstance(limit, Limit) else node
-
-
-def _push(limit: Limit, below: Node, alone: Callable[[Node], bool]) -> Node:
-    if alone(below):
-        if isinstance(below, OneToOne) and len(below.steps) == 1:
-            step = below.steps[0]
-            if isinstance(step, Limit):
-                return _push(Limit(min(limit.rows, step.rows)), below.input, alone)
-            if step.keeps_rows:
-                return OneToOne(below.steps, _push(limit, below.input, alone))
-        elif isinstance(below, Union):
-            below = Union(tuple(_push(limit, branch, alone) for branch in below.inputs))
-    return OneToOne((limit,), below)
+def _visit(node: Node, coming: Step | None) -> Passed:
+    match node:
+        case OneToOne(steps=(Limit() as limit,)):
+            rows = min(limit.rows, coming.rows) if isinstance(coming, Limit) else limit.rows
+            return Passed(None, [Limit(rows)])
+        case OneToOne(steps=(step,)) if coming is not None and step.keeps_rows:
+            return Passed(node, [coming])
+        case Union() if coming is not None:
+            return Passed(node, [coming] * len(node.inputs), [coming])
+        case _:
+            return Passed(node, (), [] if coming is None else [coming])
