@@ -1,4 +1,4 @@
-"""Random plans give the same rows optimised, unoptimised and interpreted as lists, whatever the blocks and queues are."""
+"""Random plans give the same rows optimised, unoptimised and interpreted as lists, whatever blocks and queues are."""
 
 from __future__ import annotations
 
