@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio.lowlevel import current_token
 
-from arun.channel.codec import FrameReader, decoder_for, encode_payload, largest_frame
+from arun.channel.codec import SESSION_FRAME_BYTES, FrameReader, decoder_for, encode_payload
+from arun.channel.halves import Allowed, Batch, Effects, Inbound, Outbound
 from arun.channel.limits import Budget
 from arun.channel.messages import End, Fail, SessionMessage
 from arun.channel.serving import Handler, Interrupt, serve
-from arun.channel.session import Allowed, Batch, Effects, Inbound, Outbound, Session
+from arun.channel.session import Session
 from arun.channel.stream import Stream, ending
 from arun.errors import MisuseError, PayloadError, ProtocolError
 from arun.logs import get_logger
@@ -66,7 +67,7 @@ class Connection:
         self.wake_writer: Callable[[], None] = wire.wake
         self._handler = handler or _refuse
         self._limits = limits
-        self._reader = reader or FrameReader(peer, SessionMessage, largest_frame(limits.message_bytes))
+        self._reader = reader or FrameReader(peer, SessionMessage, SESSION_FRAME_BYTES)
         self._on_closed = on_closed
         self._waiters: dict[Inbound | Outbound, list[Callable[[], None]]] = {}
         self._interrupts: dict[Outbound, Interrupt] = {}
@@ -102,7 +103,8 @@ class Connection:
         The request is queued at once; nothing needs to be awaited for it to be sent.
 
         :param method: what the peer's handler is asked for, 1 to 512 characters.
-        :param payload: anything that msgspec encodes; encoded here.
+        :param payload: anything that msgspec encodes, and extension types; encoded here. The memory of arrays must
+            stay as it is until the first item has come.
         :param item_type: the type that each item is decoded into; Any gives msgspec's builtins.
         :param window: items that may lie unread here before the peer's handler has to wait.
         :raises PayloadError: the payload can't be encoded or is too large, or nothing can be decoded
@@ -217,6 +219,11 @@ class Connection:
             self.wake_writer()
         self._wake(inbound)
 
+    async def wait_through(self, outbound: Outbound) -> None:
+        """Wait until every part of a large item is on its way, or will never be."""
+        while outbound.transfer is not None:
+            await self.wait(outbound)
+
     def finish(self, outbound: Outbound, message: End | Fail) -> None:
         """A handler has ended and cleaned up."""
         self.session.finish(outbound, message)
@@ -260,7 +267,10 @@ class Connection:
 
     def next_frame(self) -> bytes | None:
         """What to write next, or None when there is nothing to say."""
-        return self.session.take_frame()
+        frame = self.session.take_frame()
+        for half in self.session.outbox.through:
+            self._wake(half)
+        return frame
 
     def written(self) -> None:
         """The wire took what there was, or as much as it takes now."""
