@@ -17,6 +17,7 @@ from arun.channel.messages import End, Fail, SessionMessage
 from arun.channel.serving import Handler, Interrupt, serve
 from arun.channel.session import Session
 from arun.channel.stream import Stream, ending
+from arun.channel.tracing import traceparent
 from arun.errors import MisuseError, PayloadError, ProtocolError
 from arun.logs import get_logger
 
@@ -314,7 +315,7 @@ class Connection:
                 f"got {len(method)} characters and a window of {window}"
             )
         encoded = encode_payload(payload, f"payload of {method!r}", self.session.allowed.message_bytes)
-        inbound = self.session.open(method, encoded, window)
+        inbound = self.session.open(method, encoded, window, traceparent())
         self._wire.wake()
         return inbound
 
