@@ -23,7 +23,7 @@ _VALID = re.compile("[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def traceparent() -> str:
-    """The place in a trace of what runs here, which a stream that is opened here carries; nothing where there is none."""
+    """Where in a trace this code runs, as a stream that is opened here carries it; nothing where there is no trace."""
     trace: Any = sys.modules.get("opentelemetry.trace")
     if trace is not None:
         span = trace.get_current_span().get_span_context()
