@@ -53,6 +53,18 @@ class Host:
         """
         self._life = Runtime.current().start(self._live, hang_up, name="actor")
 
+    async def start(self) -> None:
+        """Start the object, once, whoever asks for it; returns when it is ready.
+
+        :raises Exception: what the constructor or ``on_start`` raised.
+        """
+        self._asked.set()
+        await self._started.wait()
+        if self._error is not None:
+            raise self._error
+        if self._serving is None:
+            raise MisuseError("the actor was stopped while it was starting")
+
     def stop(self) -> None:
         """Ask it to hang up and run ``on_stop``; a start that goes on is cancelled."""
         if self._started.is_set():
@@ -90,21 +102,13 @@ class Host:
     def handle(self, method: str, payload: msgspec.Raw) -> AsyncIterator[object] | Awaitable[object]:
         """Answer one message: its result, or the items of a stream."""
         if self._serving is None or method == START:
-            return self._outcome()
+            return self.start()
         return self._serving.answer(method, payload)
 
     def load(self) -> tuple[int, int, int]:
         """Messages that run, that wait, and that may wait. From any thread."""
         serving = self._serving
         return (0, 0, 0) if serving is None else (serving.running, serving.waiting, serving.mailbox)
-
-    async def _outcome(self) -> None:
-        self._asked.set()
-        await self._started.wait()
-        if self._error is not None:
-            raise self._error
-        if self._serving is None:
-            raise MisuseError("the actor was stopped while it was starting")
 
 
 class _Serving:

@@ -83,6 +83,7 @@ class Connection:
         self._peer_done = anyio.Event()
         self._closed = anyio.Event()
         self._loop = _asyncio_loop()
+        self._token = current_token()
         # What arrives is handed over in a callback of the event loop, where anyio knows of none.
         self._now = anyio.current_time if self._loop is None else self._loop.time
         self._budget = Budget(limits.disturbances, limits.streams, self._now())
@@ -117,6 +118,7 @@ class Connection:
             into item_type.
         :raises StreamRefused: the peer's streams are all taken.
         :raises ChannelLost: the connection has ended.
+        :raises MisuseError: on another event loop than the connection's, or in another thread.
         """
         decoder = decoder_for(item_type)
         return Stream(self, self._open(method, payload, window), decoder, self._cancel_from_thread)
@@ -179,7 +181,11 @@ class Connection:
     # For Stream and serve().
 
     async def wait(self, half: Inbound | Outbound) -> None:
-        """Wait until something happens to a half of a stream; there may be several waiters."""
+        """Wait until something happens to a half of a stream; there may be several waiters.
+
+        :raises MisuseError: on another event loop than the connection's, or in another thread.
+        """
+        self._refuse_elsewhere()
         waiters = self._waiters.setdefault(half, [])
         happened: Awaitable[None]
         wake: Callable[[], None]
@@ -315,7 +321,17 @@ class Connection:
                 self._on_closed(self)
             log.debug("connection.closed", peer=self.peer, reason=self._reason)
 
+    def _refuse_elsewhere(self) -> None:
+        # asyncio says at once which of its loops runs; asking anyio takes ten times as long.
+        here = _asyncio_loop() if self._loop is not None else current_token()
+        if here != (self._loop or self._token):
+            raise MisuseError(
+                f"the connection to {self.peer} was made on another event loop, the only one that can use it; connect "
+                "on this one, too, or pass on what comes"
+            )
+
     def _open(self, method: str, payload: object, window: int) -> Inbound:
+        self._refuse_elsewhere()
         if not 1 <= len(method) <= 512 or not 1 <= window < 2**31:
             raise MisuseError(
                 f"a method has 1 to 512 characters and a window 1 to {2**31 - 1} items, "

@@ -10,7 +10,7 @@ import socket
 import ssl
 import stat
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
 import anyio.lowlevel
@@ -26,7 +26,7 @@ from arun.logs import get_logger
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from arun.channel.serving import Handler
     from arun.channel.tls import TLSConfig
@@ -72,7 +72,9 @@ async def connect_tcp(
         if _on_asyncio():
             loop = asyncio.get_running_loop()
             made = functools.partial(AsyncioWire, None if context is None else AsyncioWire.pause)
-            wire = (await loop.create_connection(made, host, port, happy_eyeballs_delay=0.25))[1]
+            # uvloop, which Ray's actors and many web servers run on, knows no happy eyeballs.
+            several: Any = {"happy_eyeballs_delay": 0.25} if isinstance(loop, asyncio.BaseEventLoop) else {}
+            wire = (await loop.create_connection(made, host, port, **several))[1]
         else:
             wire = StreamWire(await anyio.connect_tcp(host, port))
         try:
@@ -186,12 +188,13 @@ class Server:
         self._listener = listener
         self._handler = handler
         self._secret = secret
+        self._guests: dict[bytes, _Guest] = {}
         self._limits = limits
         self._context = context
         self._half_open = 0
         # Strangers' failures since the last that was logged, and until when none is.
         self._unlogged, self._quiet_until = 0, 0.0
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, Secret] = {}
         self._runtime = runtime
         self._accepting = runtime.start(self._accept_all, name=f"channel server {self._name}")
         log.info("server.started", address=self._name)
@@ -203,6 +206,25 @@ class Server:
     def connections(self) -> int:
         """How many authenticated connections there are."""
         return len(self._connections)
+
+    def admit(self, token: bytes, *, on_left: Callable[[], object] | None = None) -> None:
+        """Take one more token, that of one more client, so that it can be taken back without touching the others.
+
+        :param on_left: called when a connection with this token has ended.
+        """
+        self._guests[token] = _Guest(Secret(token), on_left)
+
+    def revoke(self, token: bytes) -> None:
+        """Take back what :meth:`admit` gave: the token opens nothing any more, and its connections are closed."""
+        guest = self._guests.pop(token, None)
+        for connection, secret in self._connections.items():
+            if guest is not None and secret is guest.secret:
+                connection.close_soon()
+
+    def in_use(self, token: bytes) -> bool:
+        """Whether a connection of the client with this token is open."""
+        guest = self._guests.get(token)
+        return guest is not None and guest.secret in self._connections.values()
 
     async def aclose(self) -> None:
         """Stop listening, say goodbye to every client, and wait until all handlers have cleaned up.
@@ -290,7 +312,7 @@ class Server:
                     _notice_loss(wire, self._limits)
                 if self._context is not None:
                     await wire.start_tls(self._context)
-                agreed = await authenticate_client(wire, self._secret, peer, self._limits)
+                agreed = await authenticate_client(wire, self._known(), peer, self._limits)
         except (ProtocolError, anyio.EndOfStream, anyio.BrokenResourceError, OSError) as exc:
             self._warn("authentication.failed", peer=peer, error=repr(exc))
             await wire.aclose()
@@ -309,9 +331,20 @@ class Server:
             limits=self._limits,
             allowed=agreed.allowed,
             reader=agreed.reader,
-            on_closed=self._connections.discard,
+            on_closed=self._left,
         )
-        self._connections.add(connection)
+        self._connections[connection] = agreed.secret
+
+    def _known(self) -> Iterator[Secret]:
+        yield self._secret
+        for guest in tuple(self._guests.values()):
+            yield guest.secret
+
+    def _left(self, connection: Connection) -> None:
+        secret = self._connections.pop(connection, None)
+        for guest in tuple(self._guests.values()):
+            if guest.secret is secret and guest.on_left is not None:
+                guest.on_left()
 
     def _warn(self, event: str, **details: object) -> None:
         """Log a stranger's failure; of many in a short time the first, so that strangers can't fill the disk."""
@@ -327,6 +360,13 @@ class Server:
             return f"unix:{self.address}"
         address = wire.extra(SocketAttribute.remote_address, None)
         return _tcp_name(*address[:2]) if isinstance(address, tuple) else "a client that has gone"
+
+
+class _Guest(NamedTuple):
+    """A client with a token of its own, and whom to tell when it has left."""
+
+    secret: Secret
+    on_left: Callable[[], object] | None
 
 
 async def socket_wire(sock: socket.socket) -> Wire:

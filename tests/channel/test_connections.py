@@ -293,6 +293,40 @@ async def test_a_wrong_token_is_told_nothing_and_logged_without_secrets(runtime)
     await server.aclose()
 
 
+async def test_a_token_of_one_client_can_be_taken_back_without_touching_the_others(runtime):
+    server, left = await serve_tcp(Waiting(), token=TOKEN), []
+    server.admit(b"guest", on_left=lambda: left.append("guest"))
+    owner, guest = [await connect_tcp(*server.address, token=token) for token in (TOKEN, b"guest")]
+    streams = [connection.open("wait") for connection in (owner, guest)]
+    assert [await anext(stream) for stream in streams] == ["started"] * 2
+    server.revoke(b"guest")
+    with pytest.raises(ChannelLost):
+        await anext(streams[1])
+    await guest.aclose()
+    while server.connections > 1:
+        await anyio.lowlevel.checkpoint()
+    assert left == []  # nobody is to be told of what it did itself
+    with pytest.raises(ChannelLost, match="another token"):
+        await connect_tcp(*server.address, token=b"guest")
+    assert not owner.closed
+    await server.aclose()
+    await owner.aclose()
+
+
+async def test_a_server_tells_when_a_client_has_left(runtime):
+    server, left = await serve_tcp(echo, token=TOKEN), anyio.Event()
+    server.admit(b"guest", on_left=left.set)
+    guest = await connect_tcp(*server.address, token=b"guest")
+    assert [item async for item in guest.open("echo", 1)] == [1]
+    assert server.in_use(b"guest")
+    assert not server.in_use(b"another")
+    await guest.aclose()
+    with anyio.fail_after(5):
+        await left.wait()
+    assert not server.in_use(b"guest")
+    await server.aclose()
+
+
 async def test_nothing_follows_the_challenge_for_a_wrong_token(runtime):
     server = await serve_tcp(echo, token=TOKEN)
     async with await anyio.connect_tcp(*server.address) as stream:
@@ -615,3 +649,22 @@ def test_without_a_runtime_trio_is_told_to_open_one():
 
     with pytest.raises(MisuseError, match="no Runtime is open"):
         trio.run(main)
+
+
+# Other event loops.
+
+
+@pytest.mark.parametrize("anyio_backend", [pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop")])
+async def test_uvloop_will_do_as_well(runtime, tmp_path):
+    pytest.importorskip("uvloop")
+    over_tcp = await serve_tcp(echo, token=TOKEN)
+    over_unix = await serve_unix(echo, path=tmp_path / "socket", token=TOKEN)
+    connections = [
+        await connect_tcp(*over_tcp.address, token=TOKEN),
+        await connect_unix(tmp_path / "socket", token=TOKEN),
+    ]
+    for connection in connections:
+        assert [item async for item in connection.open("echo", list(range(1000)))] == [list(range(1000))]
+        await connection.aclose()
+    await over_tcp.aclose()
+    await over_unix.aclose()

@@ -180,7 +180,7 @@ def address(value: Any) -> int:
         (torch.eye(3).to_sparse(), "layout torch.sparse_coo"),
         ([np.ones(3), object()], "objects of type object is unsupported"),
     ],
-    ids=str,
+    ids=["objects", "a field of objects", "on no device", "sparse", "an object beside an array"],
 )
 def test_what_cannot_be_sent_is_refused_with_the_reason(value, said):
     with pytest.raises(PayloadError, match=said):
