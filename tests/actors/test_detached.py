@@ -36,7 +36,7 @@ from arun.errors import (
 )
 from tests.actors.fragile import Fragile
 from tests.actors.programs import ENVIRONMENT, ROOT, wait_gone
-from tests.actors.samples import Counter, FailsToStart, Wide
+from tests.actors.samples import Counter, FailsToStart, HangsAtStart, Wide
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -220,9 +220,16 @@ class TestActors:
         with pytest.raises(ActorDied, match="it is not started again: its restart policy is 'temporary'"):
             await actor.incr()
 
-    async def test_one_that_does_not_start_leaves_nothing(self, cluster: RayCluster) -> None:
+    async def test_one_that_does_not_start_leaves_nothing(self, cluster: RayCluster, tmp_path: Path) -> None:
         with pytest.raises(RemoteError, match="refused in on_start"):
             await cluster.spawn(FailsToStart, "on_start", name="stillborn", lifetime="detached")
+        starting = asyncio.create_task(
+            cluster.spawn(HangsAtStart, str(tmp_path / "starts"), name="stillborn", lifetime="detached")
+        )
+        await until((tmp_path / "starts").exists)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
         with pytest.raises(ActorNotFound):
             await cluster.get("stillborn")
 
