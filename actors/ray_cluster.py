@@ -348,7 +348,7 @@ def _explained(address: str | None) -> Generator[None]:
             raise
         raise MisuseError(
             f"the Ray at {address} wants its token: set RAY_AUTH_MODE=token, and have the token in RAY_AUTH_TOKEN or "
-            "in ~/.ray/auth_token. Ray looks for it by itself only with address='auto'"
+            "in ~/.ray/auth_token. Ray looks for it by itself only with address='auto' and no RAY_ADDRESS"
         ) from exc
 
 
