@@ -29,6 +29,7 @@ from actors.local_cluster import LocalCluster
 from actors.models import demo_model, tiny_model
 from actors.pool import DeltaStream, EnginePool, PoolOptions, PoolStats, ReplicaProgress, ReplicaStats
 from actors.ray_cluster import RayCluster
+from actors.remote_engine import RemoteEngine
 from actors.supervision import Backoff, Supervisor
 from actors.vllm_engine import VLLMEngine
 
@@ -65,6 +66,7 @@ __all__ = (
     "PoolStats",
     "RayCluster",
     "RayExecutor",
+    "RemoteEngine",
     "ReplicaProgress",
     "ReplicaStats",
     "Reservation",

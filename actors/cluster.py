@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, overload
 
 import msgspec
 
@@ -113,7 +113,10 @@ class Cluster(ABC):
 
     :param grace: seconds that ``on_stop`` gets before a process is killed.
     :param silence: seconds after which an actor's process that does not even answer for its health is killed.
+    :cvar has_tasks: whether ``spawn(isolation="task")`` is possible here.
     """
+
+    has_tasks: ClassVar[bool] = False
 
     def __init__(self, *, grace: float, silence: float) -> None:
         self._grace = grace
@@ -251,6 +254,10 @@ class Cluster(ABC):
     def patience(self) -> dict[str, float]:
         """How long this cluster waits for what, in seconds, as its parameters name it."""
         return {"grace": self._grace, "silence": self._silence}
+
+    async def holds(self, reservation: Reservation) -> bool:
+        """Whether the groups of a reservation are still there: somebody may have removed one behind our back."""
+        return True
 
     def engines(self, spec: EngineSpec, **options: Unpack[PoolOptions]) -> EnginePool:
         """A pool of engines in this cluster; nothing starts before it is entered.

@@ -20,7 +20,6 @@ import anyio.to_thread
 
 from actors.pickling import dumps_code, importable, loads_code
 from actors.ray_host import import_ray
-from arun.actions import Action
 from arun.errors import MisuseError
 from arun.executors.references import dig
 from arun.registry import Registered, register, registered
@@ -51,12 +50,11 @@ class Luggage:
     def __init__(self) -> None:
         self.blobs: dict[str, bytes] = {}
 
-    def pack(self, code: object) -> tuple[str, str]:
+    def pack(self, what: str, code: object) -> tuple[str, str]:
         """A :data:`arun.executors.references.Pack`.
 
         :raises MisuseError: it can't be pickled, or takes more than 64 MiB.
         """
-        what = f"action {code.display_name!r}" if isinstance(code, Action) else f"{code!r}"
         return _CODE, self._add(dumps_code(code, what), what)
 
     def pack_types(self) -> None:
@@ -106,7 +104,8 @@ class CodeTable:
     def check_out(self, keys: Iterable[str]) -> None:
         """An order needs this code no more."""
         for key in keys:
-            self._users[key] -= 1
+            if key in self._users:  # else the table was closed meanwhile
+                self._users[key] -= 1
 
     async def aclose(self) -> None:
         """Remove all of it."""

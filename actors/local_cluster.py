@@ -46,6 +46,8 @@ class LocalCluster(Cluster):
     :param silence: seconds after which an actor's process that does not even answer for its health is killed.
     """
 
+    has_tasks = True
+
     def __init__(
         self,
         *,

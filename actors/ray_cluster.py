@@ -26,7 +26,7 @@ from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from typing import Self
 
     from actors.body import Body
@@ -134,6 +134,10 @@ class RayCluster(Cluster):
             await reservation.release()  # noqa: ASYNC102 - finish() lets no cancellation cut it short
             raise
         return reservation
+
+    async def holds(self, reservation: Reservation) -> bool:
+        """Whether the placement groups of a reservation are still there; a round trip to Ray's head node."""
+        return await anyio.to_thread.run_sync(_none_removed, reservation.groups)
 
     async def resources(self) -> ClusterResources:
         """CPUs and GPUs of every node, in all and free. What actors freed a moment ago may still count as taken."""
@@ -418,6 +422,11 @@ def _groups(placement: Placement) -> list[Group]:
             ray.util.remove_placement_group(group.native)
         raise
     return groups
+
+
+def _none_removed(groups: Sequence[Group]) -> bool:
+    table = import_ray().util.placement_group_table
+    return all(table(group.native)["state"] != "REMOVED" for group in groups)
 
 
 def _nodes(native: Any) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ __all__ = ("RoutedStream", "Router")
 log = get_logger("arun.pool")
 
 _ABORT_SECONDS = 10.0
+_MOST_STARTS = 3  # of a request whose answers break off on a replica that goes on
 
 _BEGUN_ANEW = (
     "seed",
@@ -179,6 +180,15 @@ class Router:
         self.lost(replica, route.generation, str(error))
         route.lost_with = (replica.number, pid, replica.cause)
         self.do(self.core.cut(route.request.request_id, route.epoch))
+
+    def again(self, route: Route) -> bool:
+        """The stream of a request has broken, for no fault of its replica's; tells whether it begins anew."""
+        if route.reroute != "restart" or route.epoch + 1 >= _MOST_STARTS or route.replica is None:
+            return False
+        replica, route.stream, route.replica = route.replica, None, None
+        replica.counts.lost += 1
+        self.do(self.core.cut(route.request.request_id, route.epoch))
+        return True
 
     async def abort(self, route: Route) -> None:
         """End a request whose consumer has left; returns when the engine has let go of it."""
@@ -390,6 +400,10 @@ class RoutedStream:
                 except StopAsyncIteration:
                     if route.error is None:
                         raise EngineError("the engine ended the stream before the answer was complete") from None
+                    continue
+                except ReplicaLost:  # this answer alone broke off; its replica goes on
+                    if route.error is None and not router.again(route):
+                        raise
                     continue
                 except _LOSSES as exc:
                     if route.error is None:

@@ -16,6 +16,7 @@ __all__ = (
     "ArunError",
     "ChannelLost",
     "CodecError",
+    "DataError",
     "EngineDead",
     "EngineError",
     "GraphChangedError",
@@ -34,6 +35,7 @@ __all__ = (
     "RequestError",
     "RequestQuarantined",
     "RunConflictError",
+    "SchemaError",
     "StoreError",
     "StreamRefused",
     "SubtaskFailed",
@@ -105,6 +107,14 @@ class CodecError(ArunError):
         self.path = path
         self.kind = kind
         self.why = why
+
+
+class DataError(ArunError):
+    """Data can't be read or written: nothing is there, a line is broken, types don't agree; the message says where."""
+
+
+class SchemaError(DataError):
+    """The rows of a dataset do not fit into one schema; the message names the step and the column."""
 
 
 class StoreError(ArunError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import anyio
 import anyio.lowlevel
@@ -43,6 +43,11 @@ class Results(Generic[T]):
                 "them, or combine several reducers over one reading"
             )
         return self
+
+    def __iter__(self) -> NoReturn:
+        raise MisuseError(
+            f"the results of {self._kernel.name} come one by one; write `async for done in ...`, not `for`"
+        )
 
     async def __anext__(self) -> Any:
         kernel = self._kernel
@@ -115,7 +120,10 @@ async def run_fan_out(
             failure = exc
         finally:
             kernel.cancel()
-    kernel.log_failures()  # a reducer that has ended reads no more errors
+    # A reducer that has ended reads no more errors.
+    misuse = kernel.misuse() if failure is None else None
+    kernel.log_failures()
+    failure = failure or misuse
     if failure is not None:
         raise failure
     if not results.read:

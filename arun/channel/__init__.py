@@ -6,7 +6,9 @@
 >>> total = await connection.call("add", [1, 2], result_type=int)
 """
 
+from arun.channel.codec import decode_payload
 from arun.channel.connection import Connection
+from arun.channel.extensions import register_type
 from arun.channel.failures import register_error
 from arun.channel.limits import Limits
 from arun.channel.memory import memory_pair
@@ -22,8 +24,10 @@ __all__ = (
     "Stream",
     "connect_tcp",
     "connect_unix",
+    "decode_payload",
     "memory_pair",
     "register_error",
+    "register_type",
     "serve_tcp",
     "serve_unix",
 )

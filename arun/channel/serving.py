@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from arun.channel.connection import Connection
-    from arun.channel.session import Outbound
+    from arun.channel.halves import Outbound
 
 __all__ = ("CHECKPOINT_ITEMS", "Handler", "Interrupt", "serve")
 
@@ -94,7 +94,7 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
             with connection.interruptible(outbound):
                 answer = handler(outbound.method, payload)
                 if isinstance(answer, Awaitable):
-                    _send_one(connection, outbound, await answer)
+                    await _send_one(connection, outbound, await answer)
                 else:
                     iterator = answer
                     await _send_all(connection, outbound, iterator)
@@ -128,6 +128,9 @@ async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncI
             await connection.wait(outbound)
             streak = 0
         wake()
+        if outbound.transfer is not None:
+            # What the item is made of belongs to the iterator again once it goes on.
+            await connection.wait_through(outbound)
         if connection.congested:
             await connection.wait_for_room()
         streak += 1
@@ -136,10 +139,13 @@ async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncI
             streak = 0
 
 
-def _send_one(connection: Connection, outbound: Outbound, item: object) -> None:
+async def _send_one(connection: Connection, outbound: Outbound, item: object) -> None:
     session = connection.session
     # A stream begins with credit for one; without it, it was cancelled.
     session.send(outbound, encode_payload(item, f"result of {outbound.method!r}", session.allowed.message_bytes))
+    if outbound.transfer is not None:
+        connection.wake_writer()
+        await connection.wait_through(outbound)
 
 
 async def _close(iterator: AsyncIterator[object]) -> Exception | None:

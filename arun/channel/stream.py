@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from anyio.lowlevel import checkpoint
 
 from arun.channel.failures import rebuild
+from arun.channel.halves import Batch, Inbound, Lost
 from arun.channel.messages import Fail
 from arun.channel.serving import CHECKPOINT_ITEMS
-from arun.channel.session import Batch, Inbound, Lost
 from arun.errors import PayloadError
 from arun.timed import Timed
 

@@ -23,9 +23,9 @@ from arun.signatures import where
 
 __all__ = ("MAIN", "Find", "Pack", "action_of", "dig", "encode_values", "main_source", "name_of_function", "refer_to")
 
-#: Takes what other processes can't import and gives the names, instead of module and qualified name, that its worker
-#: finds it by. What of the main module it is given, too.
-Pack: TypeAlias = Callable[[object], tuple[str, str]]
+#: Takes what other processes can't import, after a name of it for errors, and gives what its worker finds it by instead
+#: of module and qualified name. It is given what the main module defines, too.
+Pack: TypeAlias = Callable[[str, object], tuple[str, str]]
 #: The other side of that: what a worker has under a module's and a qualified name.
 Find: TypeAlias = Callable[[str, str], Any]
 
@@ -136,14 +136,15 @@ def _refer_to_function(action: FunctionAction, pack: Pack | None) -> ByName:
     def name() -> tuple[str, str]:
         return name_of_function(action, by_value=pack is not None)
 
-    module, qualname = _place(name, lambda: action._copy(name=None, _bound={}), pack)
+    what = f"action {action.display_name!r}"
+    module, qualname = _place(name, what, lambda: action._copy(name=None, _bound={}), pack)
     return ByName(module, qualname, action.name, _bound(action))
 
 
 def _refer_to_instance(action: Action, pack: Pack | None) -> Instance:
     cls = type(action)
     name = f"action {action.display_name!r}"
-    module, qualname = _place(lambda: _name_of_class(name, cls, by_value=pack is not None), lambda: cls, pack)
+    module, qualname = _place(lambda: _name_of_class(name, cls, by_value=pack is not None), name, lambda: cls, pack)
     values = {key: value for key, value in vars(action).items() if key != "scope"}
     actions = {key: refer_to(value, pack) for key, value in values.items() if isinstance(value, Action)}
     values = {key: value for key, value in values.items() if key not in actions}
@@ -174,7 +175,8 @@ def _refer_to_condition(transition: Transition, pack: Pack | None) -> ConditionO
         if kind == "default":
             return ConditionOrder(kind, b"", [])
         function: Any = condition.resolver
-        place = _place(lambda: _name_of_predicate(what, function, by_value=pack is not None), lambda: function, pack)
+        by_value = pack is not None
+        place = _place(lambda: _name_of_predicate(what, function, by_value=by_value), what, lambda: function, pack)
         return ConditionOrder("function", encode([*place, condition.name, list(condition.keys)]), [])
 
     return refer(transition.condition)
@@ -207,13 +209,15 @@ def _bound(action: Action) -> bytes:
 # -- names ---------------------------------------------------------------------------------------------------
 
 
-def _place(name: Callable[[], tuple[str, str]], code: Callable[[], object], pack: Pack | None) -> tuple[str, str]:
+def _place(
+    name: Callable[[], tuple[str, str]], what: str, code: Callable[[], object], pack: Pack | None
+) -> tuple[str, str]:
     try:
         return name()
     except MisuseError:
         if pack is None:
             raise
-        return pack(code())
+        return pack(what, code())
 
 
 def _same(found: Any, action: FunctionAction) -> bool:

@@ -17,9 +17,10 @@ from anyio import wait_all_tasks_blocked
 from structlog.testing import capture_logs
 
 from arun.channel import Limits, connect_tcp, connect_unix, memory_pair, serve_tcp, serve_unix
-from arun.channel.codec import FrameReader, Outbox, encode_message
+from arun.channel.codec import FrameReader, encode_message
 from arun.channel.handshake import Secret
 from arun.channel.messages import Challenge, Goodbye, Hello, Item, Open, SessionMessage, Welcome
+from arun.channel.outbox import Outbox
 from arun.errors import ChannelLost, MisuseError, PortInUse, ProtocolError
 from arun.runtime import Runtime
 

@@ -45,9 +45,9 @@ def main() -> int:
         asyncio.run(run_rounds(setting, seeds, folder, lambda line: print(line, flush=True)))
     found = problems(owner_records(folder), engine_records(folder), setting.promise)
     for problem in found:
-        print(problem, file=sys.stderr)
+        print(f"problem: {problem}")
     if found:
-        print(f"{len(found)} problems; the history is in {folder}", file=sys.stderr)
+        print(f"problem: {len(found)} in all; the history is in {folder}")
         return 1
     shutil.rmtree(folder)
     return 0

@@ -148,22 +148,24 @@ class _Request:
             if promise.to_the_end:
                 yield f"{self.name} never ended"
             return
+        # Not what the engines began: to one that dies it may be on its way.
+        struck = len({strike.pid for strike in strikes if self.submitted.time <= strike.time <= self.ended.time})
         match self.ended.how:
             case "left":
                 pass
             case "finished":
                 yield from self._complete()
-            case "ReplicaLost" if self.submitted.reroute == "never" and self.starts:
+            case "ReplicaLost" if self.submitted.reroute == "never" and struck:
                 pass
             case "ReplicaLost" if not self.submitted.resumable and self.tokens:
                 if self.submitted.reroute == "restart":
                     yield f"{self.name} failed with its replica, and was to begin anew"
-            case "RequestQuarantined" if len(self.starts) >= promise.quarantine:
+            case "RequestQuarantined" if struck >= promise.quarantine:
                 pass
             case "EngineDead" if _nobody_serves(states, self.ended.time):
                 pass
             case how:
-                yield f"{self.name} ended as {how}, after {len(self.starts)} starts: {self.ended.message}"
+                yield f"{self.name} ended as {how}, after faults of {struck} replicas: {self.ended.message}"
 
     def _complete(self) -> Iterator[str]:
         tokens, wanted = self.tokens, self.submitted

@@ -287,7 +287,7 @@ def _echo(words: list[str], tokens: int) -> list[int]:
 
 def _files(setting: Setting) -> set[str]:
     """What of ours there is in the folder for temporary files, and of vLLM's in shared memory."""
-    found = set(os.listdir(tempfile.gettempdir()))
+    found = set(os.listdir(tempfile.gettempdir())) - {"ray"}  # Ray keeps its logs
     if setting.engine == "vllm":
         found |= {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-", "vllm"))}
     return found

@@ -1,0 +1,259 @@
+"""Dataset: a lazy, immutable plan of steps over rows, and the ways to run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
+
+import pyarrow.compute as pc
+
+from arun.data import consumers
+from arun.data.block import Row
+from arun.data.declare import BatchOptions, RowOptions, at_least, batch_function, names, row_function
+from arun.data.execution.execution import Consumer
+from arun.data.explain import as_mermaid, as_text
+from arun.data.known import known_count, known_schema
+from arun.data.logical import Node, OneToOne, Plan, Union, Write, Zip
+from arun.data.options import RunOptions
+from arun.data.physical import lower
+from arun.data.running import Report, Statistics, plan_of, run_plan
+from arun.data.sink import Sink
+from arun.data.steps import Drop, Expression, Limit, Rename, Select, Step, Where
+from arun.data.stream import BlockStream, RowStream
+from arun.errors import MisuseError
+from arun.threads import run_in_thread
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ("Dataset", "run")
+
+
+class Dataset:
+    """Rows that are computed when they are asked for.
+
+    Every method but those that run it returns another Dataset, and costs nothing. Running it again computes again.
+
+    >>> evens = from_rows([{"n": n} for n in range(10)]).filter(lambda row: row["n"] % 2 == 0)
+    >>> await evens.take(2)
+    [{'n': 0}, {'n': 2}]
+
+    :ivar node: the plan that it stands for.
+    """
+
+    __slots__ = ("_statistics", "node")
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self._statistics: Statistics | None = None
+
+    def __repr__(self) -> str:
+        return f"<Dataset {self.node.label:.80}>"
+
+    def __iter__(self) -> Any:
+        raise MisuseError(
+            "a Dataset is async: `async for block in dataset`, `async for row in dataset.rows()`, or "
+            "`await dataset.collect()`"
+        )
+
+    # -- one-to-one ---------------------------------------------------------------------------------------
+
+    def map(self, function: Callable[[Row], Any], **options: Unpack[RowOptions]) -> Dataset:
+        """A row for each row: what a function returns; a generator gives any number of rows, as with ``flat_map``.
+
+        :param function: given a row, a dict that it may change; returns a dict. Plain or async.
+        :param options: see :class:`~arun.data.declare.RowOptions`.
+        """
+        return self._then(row_function("map", function, options))
+
+    def flat_map(self, function: Callable[[Row], Any], **options: Unpack[RowOptions]) -> Dataset:
+        """Any number of rows for each row.
+
+        :param function: given a row; returns an iterable of rows, or is a generator. Plain or async.
+        :param options: see :class:`~arun.data.declare.RowOptions`.
+        """
+        return self._then(row_function("flat_map", function, options))
+
+    def filter(self, condition: Callable[[Row], Any] | pc.Expression, **options: Unpack[RowOptions]) -> Dataset:
+        """The rows for which a condition holds.
+
+        :param condition: a function of a row, plain or async; or an Arrow expression such as
+            ``pyarrow.compute.field("n") > 3``, which is much faster, and which some sources need not read rows for.
+        :param options: of a function; see :class:`~arun.data.declare.RowOptions`.
+        """
+        if isinstance(condition, pc.Expression):
+            self._no_options("filter", options)
+            return self._then(Where(condition))
+        return self._then(row_function("filter", condition, options))
+
+    def with_column(
+        self, name: str, value: Callable[[Row], Any] | pc.Expression, **options: Unpack[RowOptions]
+    ) -> Dataset:
+        """One more column, or another one in its place.
+
+        :param value: a function of a row, plain or async, or an Arrow expression.
+        :param options: of a function; see :class:`~arun.data.declare.RowOptions`.
+        """
+        if isinstance(value, pc.Expression):
+            self._no_options("with_column", options)
+            return self._then(Expression(name, value))
+        return self._then(row_function("with_column", value, options, name))
+
+    def map_batches(self, function: Callable[[Any], Any], **options: Unpack[BatchOptions]) -> Dataset:
+        """What a function makes of each batch of rows.
+
+        :param function: given a batch; returns one, or is a generator of some. Plain or async.
+        :param options: see :class:`~arun.data.declare.BatchOptions`.
+        """
+        return self._then(batch_function(function, options))
+
+    def select(self, *columns: str) -> Dataset:
+        """These columns only, in this order."""
+        return self._then(Select(names("select", columns)))
+
+    def drop(self, *columns: str) -> Dataset:
+        """All columns but these."""
+        return self._then(Drop(names("drop", columns)))
+
+    def rename(self, columns: Mapping[str, str]) -> Dataset:
+        """Other names for columns.
+
+        :param columns: old to new.
+        """
+        names("rename", tuple(columns.values()))
+        return self._then(Rename(dict(columns)))
+
+    def limit(self, rows: int) -> Dataset:
+        """The first rows; what is not needed for them is not computed."""
+        return self._then(Limit(at_least("limit", "rows", rows, 0)))
+
+    # -- several datasets ----------------------------------------------------------------------------------
+
+    def union(self, *others: Dataset) -> Dataset:
+        """The rows of this one, then those of the others."""
+        return Dataset(Union(tuple(one._readable() for one in (self, *others))))
+
+    def zip(self, *others: Dataset) -> Dataset:
+        """The columns of this one and of others of as many rows, side by side; a name that is taken gets a number."""
+        return Dataset(Zip(tuple(one._readable() for one in (self, *others))))
+
+    # -- sinks ----------------------------------------------------------------------------------------------
+
+    def write(self, sink: Sink) -> Dataset:
+        """A dataset that, when it is run, writes these rows.
+
+        :param sink: where to; see :class:`~arun.data.sink.Sink`.
+        """
+        return Dataset(Write(sink, self._readable()))
+
+    # -- running --------------------------------------------------------------------------------------------
+
+    async def arun(self, options: RunOptions | None = None) -> Report:
+        """Run it to its end: write to its sink, or, without one, compute the rows and let go of them.
+
+        In the caller's task, so its timeouts and cancellation reach everything.
+
+        :raises Exception: the first error of a function, a source or the sink, with a note that names step and row.
+        """
+        return (await run(self, options=options))[0]
+
+    def astream(self, options: RunOptions | None = None) -> BlockStream:
+        """Run it, and iterate over its blocks, ``pyarrow.RecordBatch``, as they come."""
+        self._readable()
+        settings = options or RunOptions()
+        return BlockStream(lambda consumer: self._run(self.node, consumer, settings), settings)
+
+    def __aiter__(self) -> BlockStream:
+        return self.astream()
+
+    def rows(self, options: RunOptions | None = None) -> RowStream:
+        """Run it, and iterate over its rows, dicts, as they come."""
+        return RowStream(self.astream(options))
+
+    async def collect(self, options: RunOptions | None = None) -> pa.Table:
+        """Run it, and return all rows as a ``pyarrow.Table``."""
+        return await self._run(self._readable(), consumers.to_table, options)
+
+    async def take(self, rows: int = 20, options: RunOptions | None = None) -> list[Row]:
+        """The first rows, as dicts. Reads and computes no more than it must for them."""
+        limited = OneToOne((Limit(at_least("take", "rows", rows, 0)),), self._readable())
+        return cast("list[Row]", await self._run(limited, consumers.take, options))
+
+    async def count(self, options: RunOptions | None = None) -> int:
+        """How many rows there are: by what the sources know, where that tells, else by running it."""
+        self._readable()
+        known = await run_in_thread(partial(known_count, self.node))
+        return known if known is not None else cast("int", await self._run(self.node, consumers.count, options))
+
+    async def schema(self, options: RunOptions | None = None) -> pa.Schema | None:
+        """Its columns: by what the sources know, where that tells, else by running it up to its first block.
+
+        :return: None if there are neither rows nor anybody who knows.
+        """
+        self._readable()
+        known = await run_in_thread(partial(known_schema, self.node))
+        return known if known is not None else await self._run(self.node, consumers.first_schema, options)
+
+    # -- looking at it ----------------------------------------------------------------------------------------
+
+    def explain(self, options: RunOptions | None = None, *, format: Literal["text", "mermaid"] = "text") -> str:
+        """What would run: the plan as it was asked for, what the rules make of it, and its stages. Runs nothing.
+
+        :param format: "text", or "mermaid": the stages as a flowchart.
+        """
+        logical = Plan([self.node])
+        optimised = plan_of(logical.roots, options or RunOptions())
+        physical = lower(optimised)
+        return as_mermaid(physical) if format == "mermaid" else as_text(logical, optimised, physical)
+
+    def stats(self) -> Statistics:
+        """What the last run of this very dataset that has ended did, by stage and step.
+
+        :raises MisuseError: there was none.
+        """
+        if self._statistics is None:
+            raise MisuseError("this dataset was not run yet; explain() tells what would run")
+        return self._statistics
+
+    # -- within ------------------------------------------------------------------------------------------------
+
+    def _then(self, step: Step) -> Dataset:
+        return Dataset(OneToOne((step,), self._readable()))
+
+    def _readable(self) -> Node:
+        if isinstance(self.node, Write):
+            raise MisuseError(
+                f"{self.node.label} is a sink: run it with `await dataset.arun()`, and go on from the dataset before "
+                "it, or from what was written"
+            )
+        return self.node
+
+    def _no_options(self, operation: str, options: RowOptions) -> None:
+        if options:
+            raise MisuseError(f"{operation}() of an Arrow expression takes no {next(iter(options))}=")
+
+    async def _run(self, node: Node, consumer: Consumer, options: RunOptions | None) -> Any:
+        settings = options or RunOptions()
+        physical = lower(plan_of([node], settings))
+        (result,), self._statistics = await run_plan(physical, [consumer], settings)
+        return result
+
+
+async def run(*datasets: Dataset, options: RunOptions | None = None) -> list[Report]:
+    """Run several datasets as one: what they share runs once.
+
+    >>> rows = read_jsonl("in.jsonl").map(parse)
+    >>> await run(rows.filter(good).write_parquet("good/"), rows.filter(bad).write_jsonl("bad/"))
+
+    :raises Exception: the first error of any of them; the others are cancelled.
+    """
+    settings = options or RunOptions()
+    physical = lower(plan_of([dataset.node for dataset in datasets], settings))
+    results, statistics = await run_plan(physical, [None] * len(datasets), settings)
+    reports: list[Report] = []
+    for dataset, result in zip(datasets, results, strict=True):
+        dataset._statistics = statistics
+        parts = tuple(result) if isinstance(dataset.node, Write) else ()
+        reports.append(Report(sum(part.rows for part in parts) if parts else result, parts, statistics))
+    return reports

@@ -1,0 +1,132 @@
+"""Streams: the blocks of a run as a plain async iterator, which may be left at any time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Self
+
+from arun.data.block import Block, Row
+from arun.data.execution.boundary import Boundary
+from arun.data.execution.execution import Consumer
+from arun.data.execution.statistics import StageStatistics
+from arun.data.options import RunOptions
+from arun.errors import MisuseError
+from arun.runtime import Background, Runtime
+from arun.timed import Timed
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ("BlockStream", "RowStream")
+
+
+class BlockStream:
+    """The blocks of a dataset as they come, for one task, once; made by ``dataset.astream()``.
+
+    The run starts with the first block that is asked for, and belongs to the Runtime. Leaving the stream (``aclose()``,
+    ``async with``, garbage collection) cancels it.
+    """
+
+    def __init__(self, run: Callable[[Consumer], Awaitable[Any]], options: RunOptions) -> None:
+        # The run holds the boundary and never the stream, so a stream that its consumer drops is collected.
+        runs: list[Background[None]] = []
+
+        def start() -> None:
+            runs.append(Runtime.current().start(_host, run, boundary, name="arun dataset"))
+
+        statistics = StageStatistics(0, "stream")
+        boundary = Boundary(options.queue_blocks, options.queue_bytes, statistics, start, _nothing)
+        self._runs = runs
+        self._reader = boundary.reader(None)
+        self._waiting = False
+        self._closed = False
+
+    def __aiter__(self) -> AsyncIterator[pa.RecordBatch]:
+        return self
+
+    async def __anext__(self) -> pa.RecordBatch:
+        if self._closed:
+            raise StopAsyncIteration
+        if self._waiting:
+            raise MisuseError("two tasks iterate over one stream of blocks; give each a stream of its own, or split()")
+        self._waiting = True
+        try:
+            return (await self._reader.__anext__()).batch
+        except StopAsyncIteration:
+            self._closed = True
+            raise
+        finally:
+            self._waiting = False
+
+    def with_timeout(self, seconds: float) -> Timed[pa.RecordBatch]:
+        """The same blocks, each with a time limit.
+
+        :param seconds: until the next block has come; after that a TimeoutError is raised, and the stream goes on.
+        """
+        return Timed(self, seconds)
+
+    async def aclose(self) -> None:
+        """Cancel the run, if it still goes, and wait for its clean-up."""
+        self._closed = True
+        await self._reader.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        for run in getattr(self, "_runs", ()):
+            if not run.done:
+                run.cancel_soon()
+
+
+class RowStream:
+    """The rows of a dataset as they come, for one task, once; made by ``dataset.rows()``."""
+
+    def __init__(self, blocks: BlockStream) -> None:
+        self._blocks = blocks
+        self._rows: list[Row] = []
+
+    def __aiter__(self) -> AsyncIterator[Row]:
+        return self
+
+    async def __anext__(self) -> Row:
+        while not self._rows:
+            batch = await self._blocks.__anext__()
+            self._rows = batch.to_pylist()
+            self._rows.reverse()
+        return self._rows.pop()
+
+    async def aclose(self) -> None:
+        """Cancel the run, if it still goes, and wait for its clean-up."""
+        self._rows.clear()
+        await self._blocks.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+
+async def _host(run: Callable[[Consumer], Awaitable[Any]], boundary: Boundary) -> None:
+    async def feed(blocks: AsyncIterator[Block]) -> None:
+        async for block in blocks:
+            pending = boundary.put(block)
+            if pending is not None:
+                await pending
+
+    error: Exception | None = None
+    try:
+        with boundary.scope:
+            await run(feed)
+    except Exception as exc:  # noqa: BLE001 - raised where the stream is read
+        error = exc
+    finally:
+        boundary.end(error)
+
+
+async def _nothing() -> None:
+    """Nothing has been started that would have to end."""
