@@ -134,7 +134,7 @@ class _Round:
         """Let the requests meet their faults, then wait until both replicas serve again, and see that they do."""
         plans = [_Plan(self._chance, f"{self._seed}-{number}", self._setting) for number in range(REQUESTS)]
         # Within what half of the tokens come in, so that most requests are under way.
-        deltas = sum(plan.tokens for plan in plans) // 2
+        deltas = sum(min(plan.tokens, 60) for plan in plans) // 2
         strikes = drawn(self._chance, self._setting.kinds, self._setting.faults, deltas)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._strike_all, strikes)
@@ -261,7 +261,6 @@ class _Plan:
 
     def __init__(self, chance: Random, name: str, setting: Setting) -> None:
         self.name = name
-        self.tokens = chance.randrange(10, 60)
         words = [f"{name}.{number}" for number in range(chance.randrange(5, 30))]
         self.prompt = " ".join(words)
         self.seed = chance.randrange(100) if chance.random() < 0.25 else None
@@ -272,9 +271,12 @@ class _Plan:
             "restart",
             "never",
         ))
-        self.leaves_after = chance.randrange(1, self.tokens) if chance.random() < 0.1 else None
-        self.pauses_after = chance.randrange(1, self.tokens) if chance.random() < 0.05 else None
+        # A slow reader's answer is longer than what may lie unread, so that the engine has to wait for it.
+        slow = chance.random() < 0.05
+        self.tokens = chance.randrange(300, 400) if slow and setting.engine == "echo" else chance.randrange(10, 60)
+        self.pauses_after = chance.randrange(1, 10) if slow else None
         self.pause = setting.promise.watchdog * 1.2 if setting.engine == "echo" else 2.0
+        self.leaves_after = chance.randrange(1, self.tokens) if chance.random() < 0.1 else None
         self.answer = _echo(words, self.tokens) if setting.engine == "echo" else None
 
 
