@@ -168,8 +168,12 @@ def _async_llm(model: str) -> Any:
         vllm: Any = importlib.import_module("vllm")
         async_llm: Any = importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM
         args = vllm.AsyncEngineArgs(
-            model=model, max_model_len=_MODEL_LEN, enforce_eager=True, disable_log_stats=True
-        )  # fmt: skip
+            model=model,
+            max_model_len=_MODEL_LEN,
+            enforce_eager=True,
+            disable_log_stats=True,
+            distributed_executor_backend="uni",
+        )
         llm = async_llm.from_engine_args(args)
         kind: Any = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
         numbers = iter(range(10**9))

@@ -22,7 +22,7 @@ from arun.errors import ArunError
 from tests.faults.checker import Promise
 from tests.faults.engines import FOLDER, RecordedEcho, RecordedVLLM
 from tests.faults.history import Asked, Ended, Given, History, Left, Round, State, Struck, Submitted
-from tests.faults.nemesis import CORE_FAULTS, FAULTS, GROUP_FAULTS, Strike, descendants, drawn, strike
+from tests.faults.nemesis import CORE_FAULTS, FAULTS, GROUP_FAULTS, Strike, descendants, drawn, marked, strike
 
 if TYPE_CHECKING:
     from actors.cluster import Cluster
@@ -87,7 +87,7 @@ async def run_rounds(setting: Setting, seeds: range, folder: Path, told: Callabl
     promise = setting.promise
     before = _files(setting)
     async with setting.open() as cluster:
-        servers = set(descendants(os.getpid()))
+        servers = set(marked(folder))
         pool = cluster.engines(
             setting.spec(folder),
             name="faults",
@@ -102,10 +102,10 @@ async def run_rounds(setting: Setting, seeds: range, folder: Path, told: Callabl
             for seed in seeds:
                 history.add(Round(seed=seed))
                 await _Round(setting, seed, history, cluster, pool, told).run()
-        left = [command for pid, command in descendants(os.getpid()).items() if pid not in servers]
-        history.add(Left(what=left))
-    left = [*descendants(os.getpid()).values(), *sorted(_files(setting) - before)]
-    history.add(Left(what=left))
+                ours = descendants(os.getpid())
+                history.add(Left(what=[command for pid, command in marked(folder).items() if pid not in ours]))
+        history.add(Left(what=[command for pid, command in marked(folder).items() if pid not in servers]))
+    history.add(Left(what=[*marked(folder).values(), *sorted(_files(setting) - before)]))
     history.close()
 
 
