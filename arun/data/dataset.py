@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
 import pyarrow.compute as pc
 
 from arun.data import consumers
 from arun.data.block import Row
+from arun.data.checkpoint.running import run_with_checkpoint
 from arun.data.declare import BatchOptions, RowOptions, at_least, batch_function, names, row_function
 from arun.data.execution.execution import Consumer
 from arun.data.explain import as_mermaid, as_text
@@ -149,14 +152,25 @@ class Dataset:
 
     # -- running --------------------------------------------------------------------------------------------
 
-    async def arun(self, options: RunOptions | None = None) -> Report:
+    async def arun(
+        self, options: RunOptions | None = None, *, checkpoint: str | os.PathLike[str] | None = None
+    ) -> Report:
         """Run it to its end: write to its sink, or, without one, compute the rows and let go of them.
 
         In the caller's task, so its timeouts and cancellation reach everything.
 
+        :param checkpoint: a folder on a local disk that keeps what is finished. If the process is killed, the same call
+            goes on: every row is in the output once, and only rows that had not reached the sink are computed again.
+            For plans from files to files, of steps that take one row or batch at a time; ``explain()`` tells.
+        :raises MisuseError: the plan can't have a checkpoint; names the step.
+        :raises CheckpointError: the checkpoint is of another plan or input, or another process uses it.
         :raises Exception: the first error of a function, a source or the sink, with a note that names step and row.
         """
-        return (await run(self, options=options))[0]
+        if checkpoint is None:
+            return (await run(self, options=options))[0]
+        report = await run_with_checkpoint(self.node, Path(checkpoint), options or RunOptions())
+        self._statistics = report.statistics
+        return report
 
     def astream(self, options: RunOptions | None = None) -> BlockStream:
         """Run it, and iterate over its blocks, ``pyarrow.RecordBatch``, as they come."""
