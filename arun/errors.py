@@ -36,7 +36,6 @@ __all__ = (
     "RequestError",
     "RequestQuarantined",
     "RunConflictError",
-    "SchemaError",
     "StoreError",
     "StreamRefused",
     "SubtaskFailed",
@@ -112,10 +111,6 @@ class CodecError(ArunError):
 
 class DataError(ArunError):
     """Data can't be read or written: nothing is there, a line is broken, types don't agree; the message says where."""
-
-
-class SchemaError(DataError):
-    """The rows of a dataset do not fit into one schema; the message names the step and the column."""
 
 
 class StoreError(ArunError):

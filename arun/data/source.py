@@ -38,7 +38,8 @@ class Source(Protocol):
     :ivar name: for people, such as ``parquet prompts/*.parquet``.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def schema(self) -> pa.Schema | None:
         """Names and types of its columns; None where only reading tells."""

@@ -20,7 +20,6 @@ from arun.data import Dataset, RunOptions, from_iterable, from_rows, read
 from arun.data.block import origin_of
 from arun.data.checkpoint.progress import Progress, merged, ranges_of
 from arun.data.files import batch_sink, jsonl_sink, jsonl_source, parquet_sink, parquet_source
-from arun.data.logical import AllToAll
 from arun.data.source import Fragment
 from arun.errors import CheckpointError, MisuseError
 from tests.data.reading import rows
@@ -366,15 +365,6 @@ async def test_two_runs_at_once_are_refused(job: Job) -> None:
         group.cancel_scope.cancel()
 
 
-class Reverse:
-    label = "reverse"
-    columns = ()
-    keeps_rows = True
-
-    def run(self, *inputs: Any) -> Any:
-        raise AssertionError
-
-
 class Nowhere:
     name = "nowhere"
     part_bytes = None
@@ -400,7 +390,7 @@ def same(given: Any) -> Any:
         ),
         (lambda rows: rows.union(rows), "union has several inputs; checkpoint each by itself"),
         (lambda rows: rows.zip(rows), "zip has several inputs"),
-        (lambda rows: Dataset(AllToAll(Reverse(), (rows.node,))), "reverse needs all rows at once; checkpoint what"),
+        (lambda rows: rows.sort("n"), r"sort\(n\) needs all rows at once; checkpoint what comes before it"),
         (lambda rows: from_rows([{"n": 1}]), "read rows: another run could not tell that it is the same rows"),
         (lambda rows: from_iterable([{"n": 1}]), "iterate over list: nothing is known of rows before they come"),
     ],

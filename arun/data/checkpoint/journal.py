@@ -126,7 +126,7 @@ class Journal:
         """A block has reached the sink.
 
         :return: bytes that wait for the next part.
-        :raises SchemaError: its columns don't fit to those before.
+        :raises DataError: its columns don't fit to those before.
         """
         entry = _Entry(ranges_of([*(block.origins or ()), *block.dropped]), self.progress.ended())
         segment = self._segment_for(block.batch)

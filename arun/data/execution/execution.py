@@ -28,6 +28,7 @@ from arun.data.execution.output import Output
 from arun.data.execution.statistics import StageStatistics
 from arun.data.options import RunOptions
 from arun.data.physical import PhysicalPlan, Stage
+from arun.data.spill import SpillingQueue
 from arun.hosting import GRACE, close, drive
 
 __all__ = ("Consumer", "Execution")
@@ -108,8 +109,10 @@ class Execution:
             await self._leave(stage)
 
         options = self.options
+        folder = None if options.spill_folder is None else str(options.spill_folder)
+        spill = SpillingQueue(memory=options.queue_bytes, folder=folder) if stage.apart else None
         self._boundaries[stage.number] = Boundary(
-            options.queue_blocks, options.queue_bytes, statistics, start, abandon, apart=stage.apart
+            options.queue_blocks, options.queue_bytes, statistics, start, abandon, spill=spill
         )
 
     def _head(self, root: Stage) -> AsyncIterator[Block]:

@@ -62,6 +62,11 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
         """
         return chosen(self.footers.schema, self.columns, self.name)
 
+    @property
+    def files(self) -> tuple[File, ...]:
+        """Those that the paths stand for."""
+        return tuple(file for file, _ in self.footers.pieces)
+
     def fragments(self) -> Iterator[Fragment]:
         """The row groups, but for those that by their statistics hold no row that the predicate wants."""
         self.schema()

@@ -21,7 +21,7 @@ from arun.data.files.parquet import ParquetFormat
 from arun.data.files.paths import locate
 from arun.data.schemas import conflict, conform, unify
 from arun.data.sink import Part
-from arun.errors import DataError, MisuseError, SchemaError
+from arun.errors import DataError, MisuseError
 
 __all__ = ("Compression", "Encoder", "FileSink", "Format", "Mode", "csv_sink", "ipc_sink", "jsonl_sink", "parquet_sink")
 
@@ -216,7 +216,7 @@ class _PartFile:
             self._schema = _widened(self._schema, block.schema)
         why = conflict(self._schema, block.schema)
         if why is not None:
-            raise SchemaError(
+            raise DataError(
                 f"{self._path}: in a later block {why}; all blocks must have the same columns: cast it, or drop it"
             )
         self._rows += block.num_rows
