@@ -8,6 +8,7 @@ file                      holds
 ``00002-000.arrows``      blocks for part 2 of the output, as an Arrow stream; beside each, which rows it finishes
 ``00001.done``            that part 1 of the output is committed, and which rows were finished by it
 ``complete``              the parts of the whole output
+``new``                   what will be one of these files when it is whole
 ``lock``                  is locked by the process that writes
 ========================  ==========================================================================================
 
@@ -39,6 +40,7 @@ from arun.errors import CheckpointError
 __all__ = ("Journal", "ResumableSink")
 
 _ENTRY: Final = "arun"
+_NEW: Final = "new"
 
 
 class ResumableSink(Sink, Protocol):
@@ -164,7 +166,7 @@ class Journal:
             stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
             job.check(stored.job, self._folder)
             return stored.mark
-        others = sorted(other.name for other in self._folder.iterdir() if other.name != "lock")
+        others = sorted(other.name for other in self._folder.iterdir() if other.name not in {"lock", _NEW})
         if others:
             raise CheckpointError(f"{self._folder} holds {others[0]} and is no checkpoint; name a folder of its own")
         mark = uuid.uuid4().hex[:8]
@@ -293,7 +295,7 @@ def _empty(schema: pa.Schema) -> pa.RecordBatch:
 
 def _store(path: Path, value: Any) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
+    temporary = path.with_name(_NEW)
     temporary.write_bytes(msgspec.json.encode(value))
     temporary.replace(path)
 
