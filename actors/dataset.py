@@ -62,11 +62,11 @@ class RayEngine:
     """
 
     def explain(self, plan: Plan) -> Sequence[str]:
-        """See :class:`~arun.data.engines.RunEngine`."""
+        """See :class:`~arun.data.backends.Backend`."""
         return [f"{node.label} -> {_refusal(node) or _shown(node)}" for node in plan.nodes]
 
     async def run(self, plan: Plan, options: RunOptions) -> Sequence[Report]:
-        """See :class:`~arun.data.engines.RunEngine`.
+        """See :class:`~arun.data.backends.Backend`.
 
         :raises MisuseError: Ray Data can't do what a node asks for.
         """

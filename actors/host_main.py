@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import select
 import shutil
@@ -34,6 +35,8 @@ __all__ = ("HEALTH_SUFFIX", "HostOrder", "main")
 
 HEALTH_SUFFIX = ".health"
 """What the path of the health socket has on top of the actor's."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 log = get_logger("actors.host")
 
@@ -86,6 +89,7 @@ def main() -> None:
         shutil.rmtree(sys.argv[1], ignore_errors=True)
         sys.exit(1)
     leash = _take_over_stdin()
+    _continue_without_owner()
     os.set_inheritable(order.status_fd, False)
     sys.path[:] = [*order.sys_path, *(entry for entry in sys.path if entry not in order.sys_path)]
     _set_or_unset("PYTHONPATH", order.pythonpath)
@@ -140,6 +144,11 @@ def _watch_owner(leash: int, order: HostOrder, stop: Callable[[], object]) -> No
     time.sleep(order.grace)
     _remove_folder(order.path)
     _kill_process_group()
+
+
+def _continue_without_owner() -> None:
+    """Have the kernel send SIGCONT when the owner is gone: a stopped process could not even see that."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT))
 
 
 def _take_over_stdin() -> int:

@@ -15,6 +15,7 @@ __all__ = (
     "ApplicationBusyError",
     "ArunError",
     "ChannelLost",
+    "CheckpointError",
     "CodecError",
     "DataError",
     "EngineDead",
@@ -114,6 +115,10 @@ class DataError(ArunError):
 
 class StoreError(ArunError):
     """A store can't be used: its file is of another version, or no store, or the disk is full."""
+
+
+class CheckpointError(ArunError):
+    """A checkpoint can't be gone on with: it is of another job, its input has changed, or another process uses it."""
 
 
 class RunConflictError(ArunError):

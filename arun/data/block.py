@@ -24,7 +24,7 @@ from arun.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ("Block", "Row", "Shaper", "origin_of", "unify")
+__all__ = ("Block", "Row", "Shaper", "origin_of", "place_of", "unify")
 
 #: A row as users' functions see it.
 Row: TypeAlias = dict[str, Any]
@@ -56,11 +56,18 @@ class Block(msgspec.Struct, frozen=True, eq=False, gc=False):
         return cast("int", self.batch.nbytes)
 
     def slice(self, offset: int, rows: int | None = None) -> Block:
-        """Some of its rows; nothing is copied."""
+        """Some of its rows; nothing is copied. What was dropped goes with the first ones."""
         batch = self.batch.slice(offset) if rows is None else self.batch.slice(offset, rows)
         if self.origins is None:
             return Block(batch)
-        return Block(batch, self.origins[offset : offset + cast("int", batch.num_rows)])
+        return Block(batch, self.origins[offset : offset + cast("int", batch.num_rows)], () if offset else self.dropped)
+
+    def whole(self, rows: int) -> int:
+        """So many of its first rows, and those that have the same origin as the last one of them."""
+        if self.origins is not None:
+            while 0 < rows < len(self.origins) and self.origins[rows] == self.origins[rows - 1]:
+                rows += 1
+        return rows
 
 
 def origin_of(fragment: int, offset: int) -> int:
@@ -70,6 +77,11 @@ def origin_of(fragment: int, offset: int) -> int:
     :param offset: of the row in the fragment, from 0.
     """
     return fragment << _OFFSET_BITS | offset
+
+
+def place_of(origin: int) -> tuple[int, int]:
+    """The fragment's number and the row's offset that an origin is made of."""
+    return origin >> _OFFSET_BITS, origin & (1 << _OFFSET_BITS) - 1
 
 
 def unify(schemas: Iterable[pa.Schema]) -> pa.Schema:

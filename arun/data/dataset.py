@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
+import msgspec
 import pyarrow.compute as pc
 
 from arun.data import consumers
 from arun.data.all_to_all import Distinct, Join, RandomShuffle, Repartition, Sort
+from arun.data.backends import Backend, backend_of
 from arun.data.barriers import How
 from arun.data.batches import BatchFormat as TrainFormat
 from arun.data.block import Row
 from arun.data.cache import Cache
+from arun.data.checkpoint.running import run_with_checkpoint
 from arun.data.declare import BatchOptions, RowOptions, SinkOptions, at_least, batch_function, names, row_function
-from arun.data.engines import RunEngine, engine_of
+from arun.data.engines import ActorCall, Ask, Cluster, Embed, Embedder, Engine, PromptOf, prefix_of
 from arun.data.execution.execution import Consumer
 from arun.data.explain import as_mermaid, as_text
 from arun.data.files import batch_sink, csv_sink, ipc_sink, jsonl_sink, parquet_sink
@@ -118,6 +122,93 @@ class Dataset:
         :param options: see :class:`~arun.data.declare.BatchOptions`.
         """
         return self._then(batch_function(function, options))
+
+    def generate(
+        self,
+        engine: Engine,
+        *,
+        prompt: PromptOf = "prompt",
+        output: str = "answer",
+        fields: type | None = None,
+        by_prefix: bool = True,
+        rows: RowOptions | None = None,
+        **options: Any,
+    ) -> Dataset:
+        """Each row with an engine's answer to its prompt, and why it ended and the tokens that it took beside it.
+
+        >>> dataset.generate(pool, prompt="question", max_tokens=64, rows={"on_error": "collect"})
+
+        :param engine: an :class:`~actors.EnginePool`, or anything with such a ``complete``.
+        :param prompt: a column, or a function of a row: text or token ids.
+        :param output: column of the answer, ``{output}_finish_reason`` and so on.
+        :param fields: a msgspec Struct, dataclass, TypedDict or pydantic model: the answer is JSON of it, and its
+            fields become columns.
+        :param by_prefix: whether rows whose prompts begin alike are sent together, to the replica that knows that
+            beginning.
+        :param rows: see :class:`~arun.data.RowOptions`; by default as many rows at a time as the engine takes.
+        :param options: for ``complete``, such as ``max_tokens`` and ``temperature``; the lane is ``"batch"``.
+        """
+        return self._ask(Ask(engine, prompt, output, options, fields=fields), "generate", by_prefix, rows)
+
+    def chat(
+        self,
+        engine: Engine,
+        *,
+        messages: PromptOf = "messages",
+        system: str | None = None,
+        output: str = "answer",
+        fields: type | None = None,
+        by_prefix: bool = True,
+        rows: RowOptions | None = None,
+        **options: Any,
+    ) -> Dataset:
+        """As :meth:`generate`, for chat messages.
+
+        :param messages: a column, or a function of a row: ``[{"role": ..., "content": ...}]``, or what the user says.
+        :param system: a message before them.
+        """
+        ask = Ask(engine, messages, output, options, fields=fields, chat=True, system=system)
+        return self._ask(ask, "chat", by_prefix, rows)
+
+    def embed(
+        self,
+        engine: Embedder,
+        *,
+        prompt: PromptOf = "text",
+        output: str = "embedding",
+        rows: RowOptions | None = None,
+        **options: Any,
+    ) -> Dataset:
+        """Each row with the vector of a text, a list of float32, and ``{output}_prompt_tokens``.
+
+        :param prompt: a column, or a function of a row.
+        :param options: for the engine's ``embed``, such as ``dimensions``.
+        """
+        return self._ask(Embed(engine, prompt, output, options), "embed", False, rows)
+
+    def map_actor(
+        self,
+        cluster: Cluster,
+        cls: type[Any],
+        method: str,
+        *args: Any,
+        replicas: int = 1,
+        in_flight: int = 1,
+        rows: RowOptions | None = None,
+        **options: Any,
+    ) -> Dataset:
+        """A row for each row: what a method of an actor returns. The actors live as long as the run.
+
+        :param cls: an actor's class; ``cls(*args)`` is started ``replicas`` times.
+        :param method: given a row; returns a row.
+        :param in_flight: most rows that one actor has at a time.
+        :param options: of ``cluster.spawn``, or further arguments of the class.
+        """
+        at_least("map_actor", "replicas", replicas, 1)
+        at_least("map_actor", "in_flight", in_flight, 1)
+        call = ActorCall(cluster, cls, method, args=args, options=options, replicas=replicas, in_flight=in_flight)
+        title = f"map_actor({cls.__name__}.{method})"
+        return self._then(msgspec.structs.replace(row_function("map", call, rows or {}), title=title))
 
     def select(self, *columns: str) -> Dataset:
         """These columns only, in this order."""
@@ -249,14 +340,9 @@ class Dataset:
         """
         settings = options or RunOptions()
         self._readable()
-        splits = Splits(
-            lambda: self.astream(settings),
-            consumers,
-            equal=equal,
-            by=by,
-            memory=settings.memory_limit,
-            folder=settings.folder,
-        )
+        memory, folder = settings.memory_limit, settings.folder
+        blocks = partial(self.astream, settings)
+        splits = Splits(blocks, consumers, equal=equal, by=by, memory=memory, folder=folder)
         return tuple(Dataset(Iterate(Items(part))) for part in splits.parts())
 
     def cache(self, *, memory: int | None = None, options: RunOptions | None = None) -> Dataset:
@@ -269,13 +355,9 @@ class Dataset:
         :param options: of the run that computes them.
         """
         settings = options or RunOptions()
-        label = self._readable().label
-        kept = Cache(
-            lambda: self.astream(settings),
-            memory=settings.memory_limit if memory is None else at_least("cache", "memory", memory, 0),
-            folder=settings.folder,
-            name=label,
-        )
+        limit = settings.memory_limit if memory is None else at_least("cache", "memory", memory, 0)
+        name, blocks = self._readable().label, partial(self.astream, settings)
+        kept = Cache(blocks, memory=limit, folder=settings.folder, name=name)
         return Dataset(Iterate(Items(kept)))
 
     # -- sinks ----------------------------------------------------------------------------------------------
@@ -339,16 +421,33 @@ class Dataset:
 
     # -- running --------------------------------------------------------------------------------------------
 
-    async def arun(self, options: RunOptions | None = None, *, engine: str | RunEngine = "local") -> Report:
+    async def arun(
+        self,
+        options: RunOptions | None = None,
+        *,
+        checkpoint: str | PathLike[str] | None = None,
+        engine: str | Backend = "local",
+    ) -> Report:
         """Run it to its end: write to its sink, or, without one, compute the rows and let go of them.
 
         In the caller's task, so its timeouts and cancellation reach everything.
 
+        :param checkpoint: a folder on a local disk that keeps what is finished. If the process is killed, the same call
+            goes on: every row is in the output once, and only rows that had not reached the sink are computed again.
+            For plans from files to files, of steps that take one row or batch at a time; ``explain()`` tells.
         :param engine: "local", or "ray": on Ray Data, see :mod:`actors.dataset`.
+        :raises MisuseError: the plan can't have a checkpoint; names the step.
+        :raises CheckpointError: the checkpoint is of another plan or input, or another process uses it.
         :raises Exception: the first error of a function, a source or the sink, with a note that names step and row.
         :raises MisuseError: the engine can't run one of its steps; raised before anything runs.
         """
-        return (await run(self, options=options, engine=engine))[0]
+        if checkpoint is None:
+            return (await run(self, options=options, engine=engine))[0]
+        if engine != "local":
+            raise MisuseError("a checkpoint is kept by engine='local' only; leave one of the two out")
+        report = await run_with_checkpoint(self.node, Path(checkpoint), options or RunOptions())
+        self._statistics = report.statistics
+        return report
 
     def astream(self, options: RunOptions | None = None) -> BlockStream:
         """Run it, and iterate over its blocks, ``pyarrow.RecordBatch``, as they come."""
@@ -423,7 +522,7 @@ class Dataset:
         options: RunOptions | None = None,
         *,
         format: Literal["text", "mermaid"] = "text",
-        engine: str | RunEngine = "local",
+        engine: str | Backend = "local",
     ) -> str:
         """What would run: the plan as it was asked for, what the rules make of it, and its stages. Runs nothing.
 
@@ -432,7 +531,7 @@ class Dataset:
         """
         logical = Plan([self.node])
         optimised = plan_of(logical.roots, options or RunOptions())
-        elsewhere = engine_of(engine)
+        elsewhere = backend_of(engine)
         if elsewhere is not None:
             return "\n".join(elsewhere.explain(optimised))
         physical = lower(optimised)
@@ -460,6 +559,11 @@ class Dataset:
             )
         return self.node
 
+    def _ask(self, ask: Ask | Embed, what: str, by_prefix: bool, rows: RowOptions | None) -> Dataset:
+        step = row_function("map", ask, rows or {})
+        prefix = prefix_of(ask) if by_prefix else None
+        return self._then(msgspec.structs.replace(step, prefix=prefix, title=f"{what}({ask.output})"))
+
     def _all_to_all(self, barrier: Barrier) -> Dataset:
         return Dataset(AllToAll(barrier, (self._readable(),)))
 
@@ -474,7 +578,7 @@ class Dataset:
         return result
 
 
-async def run(*datasets: Dataset, options: RunOptions | None = None, engine: str | RunEngine = "local") -> list[Report]:
+async def run(*datasets: Dataset, options: RunOptions | None = None, engine: str | Backend = "local") -> list[Report]:
     """Run several datasets as one: what they share runs once.
 
     >>> rows = read_jsonl("in.jsonl").map(parse)
@@ -484,7 +588,7 @@ async def run(*datasets: Dataset, options: RunOptions | None = None, engine: str
     """
     settings = options or RunOptions()
     plan = plan_of([dataset.node for dataset in datasets], settings)
-    elsewhere = engine_of(engine)
+    elsewhere = backend_of(engine)
     if elsewhere is not None:
         return list(await elsewhere.run(plan, settings))
     physical = lower(plan)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from actors.dataset import RayEngine
 from arun.data import Dataset, RunOptions, from_iterable, from_rows, read_parquet
-from arun.data.engines import engine_of
+from arun.data.backends import backend_of
 from arun.data.running import plan_of
 from arun.errors import MisuseError
 from arun.executors import ProcessExecutor
@@ -200,10 +200,10 @@ def test_explain_shows_what_ray_would_run() -> None:
 
 
 def test_engines_are_found_by_name() -> None:
-    assert engine_of("local") is None
-    assert engine_of(RAY) is RAY
+    assert backend_of("local") is None
+    assert backend_of(RAY) is RAY
     with pytest.raises(MisuseError, match="no engine 'spark'; there are local"):
-        engine_of("spark")
+        backend_of("spark")
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    module, _, name = project["entry-points"]["arun.data.engines"]["ray"].partition(":")
+    module, _, name = project["entry-points"]["arun.data.backends"]["ray"].partition(":")
     assert getattr(import_module(module), name) is RayEngine

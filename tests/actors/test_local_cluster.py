@@ -79,6 +79,14 @@ def test_an_owner_that_ends_before_its_actor_has_heard_of_it_leaves_no_folder(tm
         pass
 
 
+def test_actors_end_with_their_owner_also_when_they_are_stopped(tmp_path: Path) -> None:
+    with owner_program("tests.actors.owner", "SIGKILL", str(tmp_path / "diary")) as (owner, pids):
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        owner.kill()
+        assert wait_gone(pids, 10) == []
+
+
 @pytest.mark.asyncio
 async def test_an_actor_that_does_not_stop_is_killed_after_the_grace() -> None:
     async with LocalCluster(grace=0.2) as cluster:

@@ -21,6 +21,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from arun.data.block import Block
+from arun.data.checkpoint.progress import Progress
 from arun.data.execution.boundary import Boundary, Reader
 from arun.data.execution.operators import operate
 from arun.data.execution.output import Output
@@ -40,16 +41,17 @@ class Execution:
     """One run of a physical plan.
 
     :param plan: what to run.
-    :param traced: whether rows know their origins; see :mod:`arun.data.block`.
+    :param progress: where a checkpoint is kept: what need not be done again. Rows then know their origins; see
+        :mod:`arun.data.block`.
     :ivar group: has the tasks of stages and of what they start.
     :ivar statistics: of each stage, by its number.
     """
 
     group: TaskGroup
 
-    def __init__(self, plan: PhysicalPlan, options: RunOptions, *, traced: bool = False) -> None:
+    def __init__(self, plan: PhysicalPlan, options: RunOptions, *, progress: Progress | None = None) -> None:
         self.options = options
-        self.traced = traced
+        self.progress = progress
         self.statistics = [StageStatistics(stage.number, stage.name) for stage in plan.stages]
         self._plan = plan
         self._boundaries: dict[int, Boundary] = {}

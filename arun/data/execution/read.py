@@ -7,10 +7,12 @@ from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+import pyarrow as pa
 
 from arun.data.block import Block, origin_of
+from arun.data.checkpoint.progress import Progress
 from arun.data.execution.program import PERIOD, Program
-from arun.data.source import Source
+from arun.data.source import Fragment, Source
 from arun.hosting import GRACE, close
 from arun.threads import run_in_thread
 
@@ -29,7 +31,7 @@ async def read(source: Source, program: Program | None, execution: Execution) ->
     Reading and computing share a thread: a block never waits for a second hop.
     """
     label = f"read {source.name}"
-    burst = Burst(_blocks(source, program, traced=execution.traced))
+    burst = Burst(_made(source, program, execution.progress))
     try:
         while blocks := await run_in_thread(burst.take, label=label):
             while blocks:
@@ -107,14 +109,19 @@ def close_in_thread(iterator: Any) -> None:
         pass
 
 
-def _blocks(source: Source, program: Program | None, *, traced: bool) -> Iterator[Block]:
-    for number, fragment in enumerate(source.fragments()):
-        origin = origin_of(number, 0)
-        batches = source.read(fragment)
+def _made(source: Source, program: Program | None, progress: Progress | None) -> Iterator[Block]:
+    """What a program makes of the blocks of a source.
+
+    :param progress: of an earlier run, where a checkpoint is kept: what is finished is left out.
+    """
+    fragments = _all(source) if progress is None else progress.unfinished()
+    for number, fragment, skip in fragments:
+        offset = skip
+        batches = source.read(fragment, skip=skip)
         try:
             for batch in batches:
-                block = Block(batch, range(origin, origin + batch.num_rows) if traced else None)
-                origin += batch.num_rows
+                block = Block(batch) if progress is None else _unfinished(batch, number, offset, progress)
+                offset += batch.num_rows
                 if program is None:
                     yield block
                     continue
@@ -123,3 +130,21 @@ def _blocks(source: Source, program: Program | None, *, traced: bool) -> Iterato
                     return
         finally:
             close_in_thread(batches)
+        if progress is not None:
+            progress.end(number, offset)
+
+
+def _all(source: Source) -> Iterator[tuple[int, Fragment, int]]:
+    for number, fragment in enumerate(source.fragments()):
+        yield number, fragment, 0
+
+
+def _unfinished(batch: pa.RecordBatch, number: int, start: int, progress: Progress) -> Block:
+    """What is not finished of a batch, with its origins."""
+    left = progress.left(number, start, batch.num_rows)
+    if len(left) == 1:
+        first, end = left[0]
+        return Block(batch.slice(first - start, end - first), range(origin_of(number, first), origin_of(number, end)))
+    offsets = [offset for first, end in left for offset in range(first, end)]
+    taken = batch.take(pa.array([offset - start for offset in offsets], type=pa.int64()))
+    return Block(taken, [origin_of(number, offset) for offset in offsets])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import msgspec
 import pyarrow as pa
@@ -47,11 +47,13 @@ def parquet_source(paths: Paths, columns: Sequence[str] | None = None, *, filesy
 class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
     """Row groups of Parquet files; made by :func:`parquet_source`."""
 
+    resumable: ClassVar[bool] = True
     name: str
     footers: _Footers
     columns: tuple[str, ...] | None = None
     predicate: Any = None
-    asked: tuple[str, ...] = ()  # the columns that the predicate reads
+    # those that the predicate may read: a later select() does not take them from it
+    visible: tuple[str, ...] | None = None
 
     def schema(self) -> pa.Schema:
         """The columns, from the footers of all files.
@@ -68,9 +70,10 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
     def fragments(self) -> Iterator[Fragment]:
         """The row groups, but for those that by their statistics hold no row that the predicate wants."""
         self.schema()
+        asked = self._asked()
         for index, (file, piece) in enumerate(self.footers.pieces):
             metadata = piece.metadata
-            for number in self._groups(piece):
+            for number in self._groups(piece, asked):
                 group = metadata.row_group(number)
                 rows = group.num_rows if self.predicate is None else None
                 key, place = f"{file.key} row group {number}", (index, number)
@@ -83,8 +86,8 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
     def _read(self, index: int, number: int) -> Iterator[pa.RecordBatch]:
         file, piece = self.footers.pieces[index]
         group = piece.metadata.row_group(number)
-        schema = self.schema()
-        needed = pa.schema([field for field in self.footers.schema if field.name in {*schema.names, *self.asked}])
+        schema, asked = self.schema(), self._asked()
+        needed = pa.schema([field for field in self.footers.schema if field.name in {*schema.names, *asked}])
         columns = [name for name in needed.names if name in piece.physical_schema.names]
         rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES * group.num_rows // max(1, group.total_byte_size)))
         # Over a network many small reads would take long; there a row group is fetched at once.
@@ -95,7 +98,7 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
         ):
             for batch in reader.iter_batches(rows, row_groups=[number], columns=columns):
                 if self.predicate is not None:
-                    batch = keep(conform(batch, needed, name=file.path), self.predicate, self.asked)
+                    batch = keep(conform(batch, needed, name=file.path), self.predicate, asked)
                 yield conform(batch, schema, name=file.path)
 
     def count(self) -> int | None:
@@ -108,28 +111,32 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
         """The same with these columns only."""
         return msgspec.structs.replace(self, columns=tuple(columns))
 
-    def where(self, predicate: pc.Expression) -> Self:
-        """The same with only the rows for which this holds.
+    def where(self, predicate: pc.Expression) -> Self | None:
+        """The same with only the rows for which this holds; None where there is a predicate already.
 
-        :raises DataError: it can't be computed on these columns.
+        Two as one would be computed on all rows both, and the second may fail on one that the first leaves out.
         """
-        asked = {*self.asked, *columns_of(predicate, self.schema())}
-        both = predicate if self.predicate is None else self.predicate & predicate
-        return msgspec.structs.replace(self, predicate=both, asked=tuple(sorted(asked)))
+        if self.predicate is not None:
+            return None
+        return msgspec.structs.replace(self, predicate=predicate, visible=self.columns)
 
-    def _groups(self, piece: Any) -> list[int]:
+    def _asked(self) -> list[str]:
+        """The columns that the predicate reads."""
+        return [] if self.predicate is None else self.footers.asked(self.predicate, self.visible, self.name)
+
+    def _groups(self, piece: Any, asked: list[str]) -> list[int]:
         numbers = range(piece.metadata.num_row_groups)
-        if self.predicate is None or not self._can_prune(piece.physical_schema):
+        if self.predicate is None or not self._can_prune(piece.physical_schema, asked):
             return list(numbers)
         left = piece.split_by_row_group(self.predicate, schema=self.footers.schema)
         return [group.id for part in left for group in part.row_groups]
 
-    def _can_prune(self, physical: pa.Schema) -> bool:
+    def _can_prune(self, physical: pa.Schema, asked: list[str]) -> bool:
         """Whether arrow may decide by a file's statistics.
 
         It does so as if NaN were not there, which is right for plain comparisons only, as NaN fails them.
         """
-        fields = [self.footers.schema.field(name) for name in self.asked]
+        fields = [self.footers.schema.field(name) for name in asked]
         if any(field.name in physical.names and physical.field(field.name).type != field.type for field in fields):
             return False
         return not any(_has_floats(field.type) for field in fields) or _NOT_PLAIN.search(str(self.predicate)) is None
@@ -140,6 +147,17 @@ class _Footers:
 
     def __init__(self, listing: Listing) -> None:
         self._listing = listing
+        self._asked: dict[tuple[str, tuple[str, ...] | None], list[str]] = {}
+
+    def asked(self, predicate: pc.Expression, visible: tuple[str, ...] | None, name: str) -> list[str]:
+        """The columns that a predicate reads.
+
+        :raises DataError: it can't be computed on those that are visible to it.
+        """
+        key = (str(predicate), visible)
+        if key not in self._asked:
+            self._asked[key] = columns_of(predicate, chosen(self.schema, visible, name))
+        return self._asked[key]
 
     @cached_property
     def pieces(self) -> list[tuple[File, Any]]:
