@@ -340,9 +340,8 @@ class Dataset:
         """
         settings = options or RunOptions()
         self._readable()
-        memory, folder = settings.memory_limit, settings.folder
         blocks = partial(self.astream, settings)
-        splits = Splits(blocks, consumers, equal=equal, by=by, memory=memory, folder=folder)
+        splits = Splits(blocks, consumers, equal=equal, by=by, memory=settings.memory_limit, folder=settings.folder)
         return tuple(Dataset(Iterate(Items(part))) for part in splits.parts())
 
     def cache(self, *, memory: int | None = None, options: RunOptions | None = None) -> Dataset:
