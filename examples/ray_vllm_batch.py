@@ -10,12 +10,14 @@ import argparse
 import asyncio
 from pathlib import Path
 
+import anyio
+
 from actors import EngineSpec, RayCluster
 from arun.data import from_rows, read_parquet
 
 
 async def answer(prompts: Path, answers: Path, given: argparse.Namespace) -> None:
-    if not prompts.exists():
+    if not await anyio.Path(prompts).exists():
         questions = [{"id": n, "prompt": f"Name {n} things that have wheels."} for n in range(given.rows)]
         await from_rows(questions).write_parquet(prompts).arun()
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import logging
 import os
 import random
 import subprocess
@@ -79,7 +80,8 @@ def batches(options: Options) -> Row:
         assert rows == n
         return (time.perf_counter() - start) / n
 
-    took = medians({"arun": ours, "floor": floor}, options) | {"ray": _ray(peer)}
+    took = medians({"arun": ours, "floor": floor}, options)
+    took["ray"] = _ray(peer)
     return Row(
         "map_batches x 2, count, a row (floor: pyarrow; peer: Ray Data)",
         "us",
@@ -88,7 +90,7 @@ def batches(options: Options) -> Row:
         took["ray"],
         [
             Check("5 times Ray Data's rate", took["ray"] / took["arun"], 5, at_least=True),
-            Check("0.8 of a pyarrow loop's", took["floor"] / took["arun"], 0.8, at_least=True),
+            Check("0.8 of a pyarrow loop's", took.ratio("floor", "arun"), 0.8, at_least=True),
         ],
     )
 
@@ -117,7 +119,8 @@ def rows(options: Options) -> Row:
         assert sum(map(len, mapped.iter_batches(batch_format="pyarrow"))) == n
         return (time.perf_counter() - start) / n
 
-    took = medians({"arun": ours, "floor": floor}, options) | {"ray": _ray(peer)}
+    took = medians({"arun": ours, "floor": floor}, options)
+    took["ray"] = _ray(peer)
     return Row(
         "map of a small function, a row (floor: a loop over rows of the same batches; peer: Ray Data)",
         "us",
@@ -126,7 +129,7 @@ def rows(options: Options) -> Row:
         took["ray"],
         [
             Check("3 times Ray Data's rate", took["ray"] / took["arun"], 3, at_least=True),
-            Check("0.8 of the loop's", took["floor"] / took["arun"], 0.8, at_least=True),
+            Check("0.8 of the loop's", took.ratio("floor", "arun"), 0.8, at_least=True),
         ],
     )
 
@@ -146,7 +149,8 @@ def one_row(options: Options) -> Row:
         assert len(_ray_data().from_items([{"id": 1, "name": "one"}]).map(render).take(1)) == 1
         return time.perf_counter() - start
 
-    took = medians({"arun": ours}, options, times=5) | {"ray": _ray(peer, times=3)}
+    took = medians({"arun": ours}, options, times=5)
+    took["ray"] = _ray(peer, times=3)
     checks = [Check("50 times faster than Ray Data", took["ray"] / took["arun"], 50, at_least=True)]
     return Row("a warm pipeline of one row (peer: Ray Data)", "ms", took["arun"], None, took["ray"], checks)
 
@@ -169,7 +173,7 @@ def fusion(options: Options) -> Row:
 
     apart = RunOptions(rules=without(fuse_chains))
     took = medians({"fused": contestant(RunOptions()), "apart": contestant(apart)}, options)
-    checks = [Check("1.5 times as fast fused", took["apart"] / took["fused"], 1.5, at_least=True)]
+    checks = [Check("1.5 times as fast fused", took.ratio("apart", "fused"), 1.5, at_least=True)]
     return Row("5 maps fused, a row (floor: not fused)", "us", took["fused"], took["apart"], None, checks)
 
 
@@ -195,7 +199,6 @@ def sort(options: Options) -> list[Row]:
         options,
         "sort",
         lambda dataset: dataset.sort("id"),
-        "SELECT * FROM read_parquet('{path}') ORDER BY id",
         lambda dataset: dataset.sort("id"),
     )
 
@@ -206,7 +209,6 @@ def group_by(options: Options) -> list[Row]:
         options,
         "group-by",
         lambda dataset: dataset.group_by("key").aggregate(rows="count", total=("sum", "value")),
-        "SELECT key, count(*), sum(value) FROM read_parquet('{path}') GROUP BY key",
         _ray_group_by,
     )
 
@@ -242,9 +244,7 @@ ROWS: dict[str, Callable[[Options], Row | list[Row]]] = {
 }
 
 
-def _all_to_all(
-    options: Options, what: str, ours: Callable[[Any], Any], sql: str, peer: Callable[[Any], Any]
-) -> list[Row]:
+def _all_to_all(options: Options, what: str, ours: Callable[[Any], Any], peer: Callable[[Any], Any]) -> list[Row]:
     n = options.n(10_000_000)
     path = _rows(n)
 
@@ -252,7 +252,7 @@ def _all_to_all(
         return await _consume(ours(read_parquet(path))) / n
 
     async def duckdb_() -> float:
-        return _duckdb(sql.format(path=path)) / n
+        return _duckdb(_SQL[what].format(path=path)) / n
 
     def ray_() -> float:
         start = time.perf_counter()
@@ -260,7 +260,8 @@ def _all_to_all(
             pass
         return (time.perf_counter() - start) / n
 
-    took = medians({"arun": arun_, "duckdb": duckdb_}, options) | {"ray": _ray(ray_)}
+    took = medians({"arun": arun_, "duckdb": duckdb_}, options)
+    took["ray"] = _ray(ray_)
     child = _child(what, path)
     return [
         Row(
@@ -270,7 +271,7 @@ def _all_to_all(
             took["duckdb"],
             took["ray"],
             [
-                Check("0.8 of DuckDB's rate", took["duckdb"] / took["arun"], 0.8, at_least=True),
+                Check("0.8 of DuckDB's rate", took.ratio("duckdb", "arun"), 0.8, at_least=True),
                 Check("faster than Ray Data", took["ray"] / took["arun"], 1, at_least=True),
             ],
         ),
@@ -330,7 +331,14 @@ def _ray(measure: Callable[[], float], *, times: int = 1) -> float:
 def _ray_session() -> None:
     import ray
 
-    ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
 
 
 @contextlib.contextmanager
