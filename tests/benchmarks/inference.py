@@ -1,4 +1,4 @@
-"""Batch inference as a dataset's step, beside vLLM's own ``LLM.generate`` and ray.data.llm; the tiny model, on a CPU."""
+"""Batch inference as a dataset's step, beside vLLM's ``LLM.generate`` and ray.data.llm; the tiny model, on a CPU."""
 
 from __future__ import annotations
 
