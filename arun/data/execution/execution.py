@@ -26,6 +26,7 @@ from arun.data.execution.boundary import Boundary, Reader
 from arun.data.execution.operators import operate
 from arun.data.execution.output import Output
 from arun.data.execution.statistics import StageStatistics
+from arun.data.logical import Write
 from arun.data.options import RunOptions
 from arun.data.physical import PhysicalPlan, Stage
 from arun.data.spill import SpillingQueue
@@ -69,7 +70,7 @@ class Execution:
         """
         results: list[Any] = [None] * len(consumers)
         failures: list[Exception] = []
-        heads = [self._head(root) for root in self._plan.roots]
+        heads = [self._head(root, sink) for root, sink in zip(self._plan.roots, self._plan.sinks, strict=True)]
 
         async def consume(number: int) -> None:
             try:
@@ -115,9 +116,12 @@ class Execution:
             options.queue_blocks, options.queue_bytes, statistics, start, abandon, spill=spill
         )
 
-    def _head(self, root: Stage) -> AsyncIterator[Block]:
-        """What the consumer of a root reads: the operator itself, if nobody else does."""
-        if root.readers == 1:
+    def _head(self, root: Stage, sink: Write | None) -> AsyncIterator[Block]:
+        """What the consumer of a root reads: the operator itself, if nobody else does.
+
+        A sink writes while the next block is computed, so it has a queue before it.
+        """
+        if root.readers == 1 and sink is None:
             return self._operators[root.number]
         return self._boundaries[root.number].reader(None)
 
@@ -127,7 +131,7 @@ class Execution:
         finally:
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
                 await close(head)
-                if root.readers == 1:
+                if not isinstance(head, Reader):
                     await self._leave(root)
 
     async def _host(self, stage: Stage) -> None:
