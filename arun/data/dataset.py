@@ -21,6 +21,7 @@ from arun.data.checkpoint.running import run_with_checkpoint
 from arun.data.declare import BatchOptions, RowOptions, SinkOptions, at_least, batch_function, names, row_function
 from arun.data.engines import ActorCall, Ask, Cluster, Embed, Embedder, Engine, PromptOf, prefix_of
 from arun.data.execution.execution import Consumer
+from arun.data.execution.statistics import Statistics
 from arun.data.explain import as_mermaid, as_text
 from arun.data.files import batch_sink, csv_sink, ipc_sink, jsonl_sink, parquet_sink
 from arun.data.grouped import Grouped
@@ -30,7 +31,7 @@ from arun.data.known import known_count, known_schema
 from arun.data.logical import AllToAll, Barrier, Iterate, Node, OneToOne, Plan, Union, Write, Zip
 from arun.data.options import RunOptions
 from arun.data.physical import lower
-from arun.data.running import Report, Statistics, plan_of, run_plan
+from arun.data.running import Report, plan_of, run_plan
 from arun.data.sink import Sink
 from arun.data.split import Splits
 from arun.data.steps import Drop, Expression, Limit, Rename, Select, Step, Where
