@@ -151,6 +151,10 @@ class RayCluster(Cluster):
             self._attached.discard(name)
             await finish(Runtime.current().start(detached.end, found, name, self._grace, name=f"end of actor {name}"))
 
+    def is_detached(self, actor: object) -> bool:
+        """Whether a handle is of a detached actor, which other processes may attach to by its name."""
+        return link_of(actor).name in self._attached
+
     def check_detachable(self) -> None:
         self._require_open()
         if self._session.started_ray:
@@ -188,8 +192,8 @@ class RayCluster(Cluster):
         if order.group is not None:
             raise MisuseError(
                 f"{order.group!r} is given back when this program ends, and who calls a detached actor in it would "
-                "wait for ever (Ray's behaviour). Let a detached actor reserve by itself what it needs: in its on_start, "
-                "RayCluster.connect(), then reserve() and spawn()"
+                "wait for ever (Ray's behaviour). Let a detached actor reserve by itself what it needs: in its "
+                "on_start, RayCluster.connect(), then reserve() and spawn()"
             )
         supervisor = detached.supervisor_of(order.restart, order.restarts)
         if not self._roster.has(name):
