@@ -16,7 +16,7 @@ __all__ = ("RunOptions",)
 class RunOptions(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """How a dataset is run. None of them changes what comes out.
 
-    :ivar rules: what the plan goes through before it runs, in this order; None: :data:`arun.data.rules.RULES`.
+    :ivar rules: what the plan goes through before it runs, in this order; None: ``arun.data.rules.RULES``.
     :ivar block_rows: most rows that are Python objects at a time in one stage, and of the blocks made of them.
     :ivar queue_blocks: most blocks that wait between two stages, at least 1.
     :ivar queue_bytes: most bytes that wait between two stages; one block may always wait.
