@@ -12,6 +12,7 @@ the request, from 0. A *replica* is a place for an engine; each engine in it is 
     replica:   starting --replica_ready()--> ready --drain()--> draining --StopReplica--> stopping --> gone
                any of these --replica_lost()--> stopping --replica_stopped()--> waiting --tick()--> starting
                                                                     or dead, when the budget is used up
+               waiting, dead --drain()--> StopReplica --> stopping --> gone
 
 The shell tells what happened by calling the inputs and does what the returned actions say, in their order.
 Inputs that come late (an older epoch, an older generation, a request or replica that is no more) change nothing.
@@ -40,7 +41,8 @@ Invariants, which :meth:`PoolCore.check` asserts as far as they show in the stat
    the reason: it is failed and never started again. So requests that were only near a bad one are not taken
    for it; one that was alone all the time is failed at the ``quarantine``-th loss.
 8. A replica is started again only after it was stopped, only as often as its supervisor allows, never before
-   its back-off is over, and never when it was draining. At most one of its generations is not stopped.
+   its back-off is over, and never when it was draining. At most one of its generations is not stopped. The last
+   StopReplica of each replica, and no other, is one without ``restart``, which gives its place back.
 9. When no replica serves or will serve again, whatever waits is failed. So with a shell that answers
    StartReplica and StopReplica, cuts what is broken, and ticks at :meth:`PoolCore.due`, every request ends.
 10. At most ``max_waiting`` requests wait that were never started; more are refused by PoolBusy. What a lost
@@ -294,6 +296,8 @@ class PoolCore:
         if known is None or known.state != "stopping":
             return []
         if not known.restart:
+            if known.place_kept:  # drained while it was being stopped for a restart
+                return [self._stop(known), *self._assign()]
             del self._replicas[replica]
             return self._assign()
         verdict = known.restarts.died(now)
@@ -411,6 +415,7 @@ class PoolCore:
 
     def _stop(self, replica: ReplicaEntry, cause: str = "") -> StopReplica:
         replica.state = "stopping"
+        replica.place_kept = replica.restart
         replica.foreign, replica.progressed, replica.silent = 0, False, None
         return StopReplica(replica.number, replica.generation, replica.restart, cause)
 
@@ -469,81 +474,20 @@ class PoolCore:
             assert len(replica.requests) <= self._limit, f"replica {replica.number} is over its limit"
             assert not replica.requests or replica.state in {"ready", "draining"}, f"{replica.state} with requests"
             assert not replica.suspect or len(replica.requests) == 1, "a suspect has company"
-        fresh = 0
+        fresh = waiting = 0
+        suspects = set(map(id, self._suspects))
         for id_, entry in self._requests.items():
-            waits, suspected = id_ in self._line, entry in self._suspects
+            waits, suspected = id_ in self._line, id(entry) in suspects
             assert waits + suspected + entry.running + entry.failed == 1, f"{id_} is not in one place"
             assert (id_ in placed) == (entry.replica is not None), f"{id_} is on a replica that does not know it"
             assert entry.replica is None or entry.running, f"{id_} is on a replica and does not run"
             assert not suspected or entry.losses >= self._quarantine, f"{id_} is suspected of nothing"
+            waiting += waits or suspected
             fresh += waits and entry.epoch < 0
         assert fresh == self._new_waiting <= self._max_waiting, f"{fresh} wait, {self._new_waiting} counted"
-        assert len(self._line) + len(self._suspects) == sum(
-            id_ in self._line or entry in self._suspects for id_, entry in self._requests.items()
-        ), "somebody waits who has left"
+        assert waiting == self.waiting, "somebody waits who has left"
         if self.waiting:
             assert any(map(self._will_serve, self._replicas.values())), "requests wait for nobody"
             ward = self._ward()
             assert ward is None or ward.requests, "a suspect waits for a replica that is empty"
             assert not self._line or not self._open(ward), "requests wait though there is room"
-
-
-class Assignment:
-    """Which request goes to which replica; plain state, no I/O and no clock.
-
-    A request goes to the replica with the fewest in flight; replicas that have equally many take turns; what finds
-    no room waits in order of arrival. Tell it what happened, then do what :meth:`assign` returns.
-
-    :param replicas: how many there are; they are numbered from 0.
-    :param limit: most requests in flight per replica.
-    """
-
-    def __init__(self, replicas: int, *, limit: int) -> None:
-        self._limit = limit
-        self._load = dict.fromkeys(range(replicas), 0)
-        self._placed: dict[str, int] = {}
-        self._waiting: dict[str, None] = {}
-        self._turn = 0
-
-    @property
-    def waiting(self) -> int:
-        return len(self._waiting)
-
-    def submit(self, request_id: str) -> None:
-        """A request has come."""
-        self._waiting[request_id] = None
-
-    def leave(self, request_id: str) -> None:
-        """A request has ended, wherever it was. Told twice, it counts once."""
-        self._waiting.pop(request_id, None)
-        replica = self._placed.pop(request_id, None)
-        if replica in self._load:
-            self._load[replica] -= 1
-
-    def lose(self, replica: int) -> None:
-        """A replica is gone; its requests are still to :meth:`leave`."""
-        self._load.pop(replica, None)
-
-    def assign(self) -> tuple[list[tuple[str, int]], list[str]]:
-        """What to do now.
-
-        :returns: requests to start, each with its replica; and requests to stop, because no replica is left.
-        """
-        starts: list[tuple[str, int]] = []
-        if not self._load:
-            stops, self._waiting = list(self._waiting), {}
-            return starts, stops
-        while self._waiting:
-            replica = min(self._load, key=self._rank)
-            if self._load[replica] >= self._limit:
-                break
-            request_id = next(iter(self._waiting))
-            del self._waiting[request_id]
-            self._placed[request_id] = replica
-            self._load[replica] += 1
-            self._turn = replica + 1
-            starts.append((request_id, replica))
-        return starts, []
-
-    def _rank(self, replica: int) -> tuple[int, bool, int]:
-        return self._load[replica], replica < self._turn, replica

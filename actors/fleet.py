@@ -187,7 +187,11 @@ class Fleet:
             raise PlacementError(refusal)
 
     async def prepare(self, replica: Replica) -> None:
-        """Take the bundles of a place, if it has none."""
+        """Take the bundles of a place, if it has none, or if they were taken from it."""
+        if replica.reservation is not None and not await self._cluster.holds(replica.reservation):
+            # An actor that is started in a group that is no more waits for ever (ray#57726).
+            log.warning("pool.bundles_lost", pool=self._pool, replica=replica.number)
+            await self._give_back(replica)
         if replica.reservation is None:
             replica.reservation = await self._cluster.reserve(self._placement(1), wait=self._options.wait)
 
@@ -214,6 +218,10 @@ class Fleet:
             concurrency=self._options.concurrency + _HEADROOM,
             group=replica.reservation.groups[0],
             env=self._spec.env,
+            # It only waits for a server, so where tasks are to be had it needs no process.
+            isolation="task"
+            if self._spec.engine == "remote" and self._cluster.has_tasks and not self._spec.env
+            else None,
         )
         replica.actor = actor
         info: EngineInfo = await actor.info()

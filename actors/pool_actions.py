@@ -49,6 +49,8 @@ class StartReplica(msgspec.Struct, frozen=True):
 class StopReplica(msgspec.Struct, frozen=True):
     """End an engine, whatever state it is in, its streams included; answered by ``replica_stopped``.
 
+    Where none is left, in a place that waits for a restart or was given up, only the place is given back.
+
     :ivar restart: whether it is to be started again if its budget allows; else its place is to be given back, too.
     :ivar cause: why it was lost; empty where it is only not needed any more.
     """

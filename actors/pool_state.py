@@ -76,6 +76,7 @@ class ReplicaEntry:
         "foreign",
         "generation",
         "number",
+        "place_kept",
         "progressed",
         "requests",
         "restart",
@@ -99,6 +100,8 @@ class ReplicaEntry:
         #: seconds without a delta though somebody waited for one, counted from the first tick that saw it
         self.silent: float | None = None
         self.restart = True
+        #: whether the last StopReplica was for a restart, so that its place was not given back
+        self.place_kept = True
         self.restart_at = 0.0
         self.restarts = Restarts(supervisor)
         self.cause = ""

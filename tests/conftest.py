@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 from collections.abc import AsyncIterator
+from importlib.util import find_spec
 from types import AsyncGeneratorType
 from typing import Any
 
@@ -21,7 +22,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 # `make soak` runs the same properties with the other profile.
 settings.register_profile(
-    "brief", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "brief", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.register_profile(
     "soak", settings.get_profile("brief"), max_examples=3000, suppress_health_check=list(HealthCheck), database=None
@@ -83,6 +84,13 @@ def older_objects_are_left_alone() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish() -> None:
     gc.unfreeze()  # hypothesis may be imported for the summary, and asks who refers to what
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    # Asked here, not by `importorskip` in the modules: importing vLLM takes five seconds of every collecting process.
+    for kind, package in (("engine", "vllm"), ("ray", "ray")):
+        if item.get_closest_marker(kind) is not None and find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

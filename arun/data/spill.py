@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections import deque
 from typing import IO, Final, NamedTuple, Self
 
@@ -41,7 +42,8 @@ class SpillFile:
     """
 
     def __init__(self, folder: str | None = None) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close()
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by close(), or with this
+        weakref.finalize(self, self._file.close)
         #: bytes written
         self.size = 0
 
@@ -236,6 +238,12 @@ class BlockReader:
         #: of the block that comes next
         self.number = number
         self._come: anyio.Event | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next block, or the end, is there already."""
+        queue = self._queue
+        return self.number < queue._base + len(queue._entries) or queue._ended or self not in queue._readers
 
     def __aiter__(self) -> Self:
         return self

@@ -223,6 +223,21 @@ async def test_a_drained_replica_ends_its_requests_and_gives_its_bundles_back():
         assert [info.name.rpartition("-")[2] for info in cluster.list()] == ["1"]
 
 
+async def test_a_replica_that_is_drained_while_it_is_stopped_for_a_restart_gives_its_bundles_back():
+    async with (
+        Runtime(),
+        LocalCluster(isolation="task", cpus=2) as cluster,
+        cluster.engines(echo(die_on="poison"), replicas=2) as pool,
+    ):
+        with pytest.raises(ReplicaLost):
+            await read(pool.generate("poison", reroute="never"))
+        assert sorted(each.state for each in pool.stats().replicas) == ["ready", "restarting"]
+        lost = next(each.replica for each in pool.stats().replicas if each.state == "restarting")
+        await pool.drain(lost)
+        assert [each.state for each in pool.stats().replicas] == ["ready"]
+        assert (await cluster.resources()).cpus_free == 1
+
+
 async def test_a_pool_scales_while_requests_run():
     async with Runtime(), LocalCluster(isolation="task", cpus=3) as cluster, cluster.engines(echo()) as pool:
         stream = pool.generate("a b c")

@@ -1,4 +1,4 @@
-"""Deterministic simulation: arun's own cores in seeded universes on a virtual clock; see docs/concepts/simulation.md.
+"""Deterministic simulation: arun's own cores in seeded universes on a virtual clock; see docs/how-to/simulation.md.
 
 ``python -m tests.simulation`` runs seeds, and :func:`replay` runs one of them again, bit for bit. Nothing of arun is
 imported before one of them is called, so that bugs can be planted in it first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
@@ -29,10 +30,11 @@ _CHANNEL = (
         "if inbound.items_used * 2 < inbound.window:",
     ),
     Plant(
-        "slot lost on cancel",
+        "credit for a stream (its slot) lost on cancel",
         "channel",
         _SESSION,
-        "        self._advance(outbound, outbound.id, type(message))\n        self._send(message)\n",
+        "        self._advance(outbound, outbound.id, type(message))\n        self._drop_transfer(outbound)\n"
+        "        self._send(message)\n",
         "        cancelled = outbound.state == 'cancelling'\n"
         "        self._advance(outbound, outbound.id, type(message))\n        self._send(message)\n"
         "        if cancelled:\n            return\n",
@@ -56,8 +58,8 @@ _CHANNEL = (
         "cancel without closing the handler",
         "channel",
         _SESSION,
-        "            effects.interrupted.append(outbound)\n            return\n",
-        "            return\n",
+        "            effects.interrupted.append(outbound)\n            effects.disturbances += 1\n",
+        "            effects.disturbances += 1\n",
     ),
     Plant(
         "wake-up lost on last credit",
@@ -260,8 +262,15 @@ _POOL = (
         "drained replica gets requests",
         "pool",
         "actors.assignment",
-        '                known.state = "draining"',
-        "                pass",
+        '        if known.state == "ready":\n            known.state = "draining"',
+        '        if known.state == "ready":\n            pass',
+    ),
+    Plant(
+        "place not given back when drained while it is stopped",
+        "pool",
+        "actors.assignment",
+        "            if known.place_kept:",
+        "            if False:",
     ),
     Plant(
         "heartbeat from the wrong generation",
@@ -342,6 +351,9 @@ _POOL = (
     ),
 )
 
+_BENEATH = ("anyio", "anyio._backends._asyncio", "concurrent.futures.process", "msgspec", "structlog")
+"""What arun and the runner import, and no bug is planted in: once for all plants, which saves a third of the time."""
+
 PLANTS: dict[str, Plant] = {bug.name: bug for bug in (*_CHANNEL, *_CONNECTION, *_LEDGER, *_POOL)}
 
 
@@ -365,6 +377,8 @@ def find_planted(names: Sequence[str], seeds: range, *, jobs: int | None = None)
     :return: each name with the first seed that found it and what that said; None if none did.
     """
     check_plants(names)
+    for module in _BENEATH:
+        importlib.import_module(module)
     context = multiprocessing.get_context("fork")
     left = list(reversed(names))
     running: dict[Connection, tuple[str, multiprocessing.process.BaseProcess]] = {}

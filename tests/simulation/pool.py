@@ -35,6 +35,8 @@ PATHS = (
     "a replica was drained while it served",
     "a replica was drained while it started",
     "a replica was drained while it waited for its restart",
+    "a replica was drained while it was stopped for its restart",
+    "a replica was dropped after it had been given up",
     "more replicas were wanted",
     "an answer came whole from a lost replica",
     "an answer was continued behind its deltas",
@@ -393,6 +395,8 @@ class Pool:
         self.engines: dict[int, Engine] = {}
         self.old: list[Engine] = []
         self.unwanted: set[int] = set()
+        #: those whose place was to be given back
+        self.ended: set[int] = set()
         #: when each replica was found stopped, for those stops that a restart followed
         self.restarts: dict[int, list[int]] = {}
         self.stopped_at: dict[int, int] = {}
@@ -452,6 +456,8 @@ class Pool:
         serving = [n for n, state in before.items() if state in {"starting", "ready", "waiting"}]
         if replicas > len(serving):
             world.sometimes("more replicas were wanted")
+        if "dead" in before.values():
+            world.sometimes("a replica was dropped after it had been given up")
         actions = self.core.scale(replicas)
         # Those given up are forgotten, and those that are too many never come again.
         for number in list(self.engines):
@@ -471,6 +477,8 @@ class Pool:
             self.world.sometimes("a replica was drained while it started")
         elif state == "waiting":
             self.world.sometimes("a replica was drained while it waited for its restart")
+        elif state == "stopping" and number not in self.ended:
+            self.world.sometimes("a replica was drained while it was stopped for its restart")
         self.unwanted.add(number)
         self.do(self.core.drain(number))
 
@@ -611,10 +619,17 @@ class Pool:
     def _stop_replica(self, action: StopReplica) -> None:
         world, engine = self.world, self.engines[action.replica]
         world.note("stop replica", action.replica, action.generation, action.restart)
-        if engine.generation != action.generation or engine.stopping:
+        if engine.generation != action.generation or engine.number in self.ended:
             raise Violation(f"replica {action.replica}: its generation {action.generation} is stopped twice")
         if action.restart and engine.number in self.unwanted:
             raise Violation(f"replica {action.replica} is to be started again, and was drained")
+        if not action.restart:
+            self.ended.add(engine.number)
+        if engine.stopping:  # nothing runs there, but its place is kept for a restart that will not be
+            if engine.state != "stopped" or action.restart:
+                raise Violation(f"replica {action.replica}: its generation {action.generation} is stopped twice")
+            world.after(world.between(0, self.stop_time), self.stopped, engine)
+            return
         live = engine.live
         if live and not engine.told_lost:
             silent = world.now - engine.last_delta
@@ -667,10 +682,10 @@ def play(world: World) -> None:
     for engine in pool.engines.values():
         if pool.core.state(engine.number) is not None:
             raise Violation(f"replica {engine.number} is still {pool.core.state(engine.number)}")
-        if engine.stopping and engine.state != "stopped":
+        if engine.state != "stopped":
             raise Violation(f"engine {engine.number} was left over, {engine.state}")
-        if not engine.stopping:
-            raise Violation(f"engine {engine.number} was never stopped")
+        if engine.number not in pool.ended:
+            raise Violation(f"the place of replica {engine.number} was never given back")
 
 
 def _change(pool: Pool) -> None:
