@@ -15,6 +15,7 @@ from arun.data.all_to_all import Distinct, Join, RandomShuffle, Repartition, Sor
 from arun.data.barriers import How
 from arun.data.batches import BatchFormat as TrainFormat
 from arun.data.block import Row
+from arun.data.cache import Cache
 from arun.data.checkpoint.running import run_with_checkpoint
 from arun.data.declare import BatchOptions, RowOptions, SinkOptions, at_least, batch_function, names, row_function
 from arun.data.execution.execution import Consumer
@@ -22,12 +23,14 @@ from arun.data.explain import as_mermaid, as_text
 from arun.data.files import batch_sink, csv_sink, ipc_sink, jsonl_sink, parquet_sink
 from arun.data.grouped import Grouped
 from arun.data.interchange import to_huggingface, to_pandas, to_ray
+from arun.data.items import Items
 from arun.data.known import known_count, known_schema
-from arun.data.logical import AllToAll, Barrier, Node, OneToOne, Plan, Union, Write, Zip
+from arun.data.logical import AllToAll, Barrier, Iterate, Node, OneToOne, Plan, Union, Write, Zip
 from arun.data.options import RunOptions
 from arun.data.physical import lower
 from arun.data.running import Report, Statistics, plan_of, run_plan
 from arun.data.sink import Sink
+from arun.data.split import Splits
 from arun.data.steps import Drop, Expression, Limit, Rename, Select, Step, Where
 from arun.data.stream import BatchStream, BlockStream, RowStream
 from arun.errors import MisuseError
@@ -223,6 +226,59 @@ class Dataset:
         """The columns of this one and of others of as many rows, side by side; a name that is taken gets a number."""
         return Dataset(Zip(tuple(one._readable() for one in (self, *others))))
 
+    # -- shared ---------------------------------------------------------------------------------------------
+
+    def split(
+        self,
+        consumers: int,
+        *,
+        equal: bool = False,
+        by: str | Sequence[str] = (),
+        options: RunOptions | None = None,
+    ) -> tuple[Dataset, ...]:
+        """Datasets that share one run of this one, for tasks that read them side by side, each at its own speed.
+
+        The next block goes to whoever asks for it. It is done when its reader asks for the next one; if the reader
+        leaves before that, another one gets it, so every row is seen at least once, and the end comes when all blocks
+        are done. That holds for who iterates over a split, also through steps that run in one stage; what waits between
+        stages after the split counts as done. Each reader's n-th iteration shares the n-th run.
+
+        :param equal: all get as many rows, settled beforehand; the less than ``consumers`` that are over at the end are
+            left out. What a reader has not fetched yet waits in memory or on disk.
+        :param by: columns; rows that have the same values in them go to the same reader, settled as with ``equal``.
+        :param options: of the shared run.
+        """
+        settings = options or RunOptions()
+        self._readable()
+        splits = Splits(
+            lambda: self.astream(settings),
+            consumers,
+            equal=equal,
+            by=by,
+            memory=settings.memory_limit,
+            folder=settings.folder,
+        )
+        return tuple(Dataset(Iterate(Items(part))) for part in splits.parts())
+
+    def cache(self, *, memory: int | None = None, options: RunOptions | None = None) -> Dataset:
+        """The same rows, computed by the first run and kept for the next ones; runs at the same time share them.
+
+        Kept for as long as a dataset refers to them. A first run that does not come to its end leaves nothing.
+
+        :param memory: bytes to keep in memory, the rest is on disk; by default the memory limit of the options. 0: all
+            of it is on disk.
+        :param options: of the run that computes them.
+        """
+        settings = options or RunOptions()
+        label = self._readable().label
+        kept = Cache(
+            lambda: self.astream(settings),
+            memory=settings.memory_limit if memory is None else at_least("cache", "memory", memory, 0),
+            folder=settings.folder,
+            name=label,
+        )
+        return Dataset(Iterate(Items(kept)))
+
     # -- sinks ----------------------------------------------------------------------------------------------
 
     def write_parquet(
@@ -306,7 +362,8 @@ class Dataset:
         """Run it, and iterate over its blocks, ``pyarrow.RecordBatch``, as they come."""
         self._readable()
         settings = options or RunOptions()
-        return BlockStream(lambda consumer: self._run(self.node, consumer, settings), settings)
+        on_demand = any(isinstance(node, Iterate) and node.items.on_demand for node in Plan([self.node]).nodes)
+        return BlockStream(lambda consumer: self._run(self.node, consumer, settings), settings, on_demand=on_demand)
 
     def __aiter__(self) -> BlockStream:
         return self.astream()

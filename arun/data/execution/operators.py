@@ -90,13 +90,12 @@ def _steps(
 def _barrier(node: AllToAll, below: Callable[[Node], Blocks], execution: Execution) -> AsyncGenerator[Block]:
     inputs = [(one, _batches(below(one))) for one in node.inputs]
     options = execution.options
-    folder = None if options.spill_folder is None else str(options.spill_folder)
 
     async def run() -> AsyncGenerator[Block]:
         given: AsyncGenerator[pa.RecordBatch] | None = None
         try:
             relations = [await run_in_thread(partial(_relation, node, one, batches)) for one, batches in inputs]
-            given = node.barrier.run(relations, Limits(memory=options.memory_limit, folder=folder))
+            given = node.barrier.run(relations, Limits(memory=options.memory_limit, folder=options.folder))
             async for batch in given:
                 yield Block(batch)
         finally:
