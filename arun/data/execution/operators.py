@@ -81,9 +81,8 @@ def _steps(
             steps = [step for step in segment.steps if isinstance(step, RowFunction)]
             upstream = rowwise(upstream or below(node.input), steps, counts, execution)
         else:
-            step = segment.steps[0]
-            assert isinstance(step, BatchFunction)
-            upstream = batchwise(upstream or below(node.input), step, counts[0], execution)
+            functions = [step for step in segment.steps if isinstance(step, BatchFunction | RowFunction)]
+            upstream = batchwise(upstream or below(node.input), functions, counts, execution)
     return cast("AsyncGenerator[Block]", upstream)
 
 
