@@ -121,7 +121,7 @@ def _evaluate(batch: pa.RecordBatch, expression: Any) -> pa.Array:
 
 
 def _refused(step: Step, names: list[str], exc: Exception) -> DataError:
-    what = f"no column {exc.args[0]}" if isinstance(exc, KeyError) else str(exc)
+    what = exc.args[0] if isinstance(exc, KeyError) else exc  # a KeyError's str() is its repr()
     return DataError(f"{step.label}: {what}; the columns are {', '.join(names) or 'none'}")
 
 
