@@ -141,6 +141,6 @@ async def test_workers_of_ray_pull_their_parts_and_one_that_dies_hands_on_what_i
         del parts
         gc.collect()
         with anyio.fail_after(60):
-            while there():  # until it has noticed that nobody refers to it any more
+            while there():  # noqa: ASYNC110 - Ray tells nobody
                 await asyncio.sleep(0.2)
     assert Counter(got) == Counter(range(ROWS))  # nothing that the dead one had was done
