@@ -183,3 +183,9 @@ async def test_an_all_to_all_that_loses_rows_though_it_says_that_it_keeps_them_i
 
     with pytest.raises(MisuseError, match="loses says that it keeps rows, and gave 2 for 3"):
         await Dataset(AllToAll(Loses(), (numbers(3).node,))).collect()
+
+
+@pytest.mark.parametrize("function", [fifth, fifth_async])
+async def test_the_column_of_errors_holds_text_also_where_there_are_none(function: Any) -> None:
+    async for block in numbers(9).map(function, on_error="collect"):
+        assert block.schema.field("error").type == pa.string()

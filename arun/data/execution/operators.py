@@ -108,7 +108,8 @@ def _barrier(node: AllToAll, below: Callable[[Node], Blocks], execution: Executi
                 yield Block(batch)
             if node.barrier.traits.keeps_rows and relations[0].blocks is not None and rows != given_rows[0]:
                 raise MisuseError(
-                    f"{node.barrier.label} says that it keeps rows, and gave {rows} for {given_rows[0]}; correct its traits"
+                    f"{node.barrier.label} says that it keeps rows, and gave {rows} for {given_rows[0]}; correct its "
+                    "traits"
                 )
         finally:
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):

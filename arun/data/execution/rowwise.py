@@ -53,7 +53,8 @@ async def rowwise(
     first = steps[0]
     opened = [await step.function.open() if isinstance(step.function, ActorCall) else None for step in steps]
     calls = [_Call(step, actors, counter) for step, actors, counter in zip(steps, opened, counters, strict=True)]
-    shaper = Shaper(steps[-1].label, steps[-1].schema)
+    errors = {step.error_column for step in steps if step.on_error == "collect"}
+    shaper = Shaper(steps[-1].label, steps[-1].schema, errors)
     rows = _Rows(blocks, first)
 
     async def work(handle: Handle[list[Row]]) -> list[Row]:
