@@ -21,7 +21,8 @@ process has: an iterable, a cache, a split. Pools cross by name, so they have to
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,15 +32,18 @@ from actors.dataset_worker import (
     BUCKET,
     AddSortKeys,
     Combine,
+    HeldTo,
     Mark,
     Steps,
     WriteParts,
     nothing,
     read_fragment,
+    schema_of,
     sort_keys,
 )
 from actors.ray_host import import_ray
 from arun.data.all_to_all import Aggregate, Distinct, Join, RandomShuffle, Repartition, Sort
+from arun.data.block import unify
 from arun.data.execution.statistics import Statistics
 from arun.data.logical import AllToAll, Iterate, Node, OneToOne, Plan, Read, Union, Write, Zip
 from arun.data.options import RunOptions
@@ -120,7 +124,13 @@ async def _iterate(dataset: ray.data.Dataset, take: Callable[[pa.Table], None]) 
         take(block)
 
     blocks = partial(dataset.iter_batches, batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    await step_in_thread(blocks, receive, label="Ray Data")
+    try:
+        await step_in_thread(blocks, receive, label="Ray Data")
+    except import_ray().exceptions.RayTaskError as exc:
+        cause = getattr(exc, "cause", None)
+        if isinstance(cause, Exception):
+            raise cause from exc
+        raise
 
 
 # What can't be lowered.
@@ -189,22 +199,33 @@ def _lower(node: Node, plan: Plan, options: RunOptions, made: dict[int, ray.data
     ray = import_ray()
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False)
-    _quiet()
-    for one in plan.nodes:  # inputs first, and not by recursion: a chain may be long
-        if one.id not in made:
-            dataset = _lower_one(one, [made[below.id] for below in one.inputs], options)
-            made[one.id] = dataset.materialize() if plan.consumers(one) > 1 else dataset
-        if one is node:
-            break
+    with _context():
+        for one in plan.nodes:  # inputs first, and not by recursion: a chain may be long
+            if one.id not in made:
+                dataset = _lower_one(one, [made[below.id] for below in one.inputs], options)
+                made[one.id] = dataset.materialize() if plan.consumers(one) > 1 else dataset
+            if one is node:
+                break
     return made[node.id]
 
 
-def _quiet() -> None:
+@contextmanager
+def _context() -> Generator[None]:
+    """The context of datasets that are made meanwhile, in this thread; they keep it."""
     import ray.data
 
-    context = ray.data.DataContext.get_current()
+    current = ray.data.DataContext.get_current()
+    context = current.copy()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True
+    cpus = int(import_ray().cluster_resources().get("CPU", 1))
+    context.default_hash_shuffle_parallelism = min(context.default_hash_shuffle_parallelism, max(8, 2 * cpus))
+    ray.data.DataContext._set_current(context)
+    try:
+        yield
+    finally:
+        ray.data.DataContext._set_current(current)
 
 
 def _lower_one(node: Node, inputs: Sequence[ray.data.Dataset], options: RunOptions) -> ray.data.Dataset:
@@ -229,7 +250,15 @@ def _map(dataset: ray.data.Dataset, function: Any) -> ray.data.Dataset:
 
 def _whole(dataset: ray.data.Dataset, node: Write) -> ray.data.Dataset:
     """One block, where a sink is one file."""
-    return dataset.repartition(1) if node.sink.part_bytes is None else dataset
+    return _settled(dataset).repartition(1) if node.sink.part_bytes is None else dataset
+
+
+def _settled(dataset: ray.data.Dataset) -> ray.data.Dataset:
+    """Computed, and of one schema: Ray's shuffles put blocks together that have the same one only."""
+    computed = dataset.materialize()
+    told = computed.map_batches(schema_of, batch_size=None, batch_format="pyarrow").take_all()
+    schemas = dict.fromkeys(pa.ipc.read_schema(pa.py_buffer(row["schema"])) for row in told)
+    return _map(computed, HeldTo(unify(schemas))) if len(schemas) > 1 else computed
 
 
 def _steps(steps: Sequence[Step], dataset: ray.data.Dataset, options: RunOptions) -> ray.data.Dataset:
@@ -251,13 +280,13 @@ def _barrier(node: AllToAll, inputs: Sequence[ray.data.Dataset], options: RunOpt
     dataset = inputs[0]
     match node.barrier:
         case Sort() as sort:
-            return _sort(sort, dataset)
+            return _sort(sort, _settled(dataset))
         case RandomShuffle(seed=seed):
-            return dataset.random_shuffle(seed=seed)
+            return _settled(dataset).random_shuffle(seed=seed)
         case Repartition(count=count) if count is not None:
-            return dataset.repartition(count)
+            return _settled(dataset).repartition(count)
         case Repartition(rows=rows):
-            return dataset.repartition(target_num_rows_per_block=rows)
+            return _settled(dataset).repartition(target_num_rows_per_block=rows)
         case Aggregate() as aggregate:
             marked = _map(dataset, Mark(aggregate.keys))
             if not aggregate.keys:  # there is one group also of no rows
@@ -270,8 +299,8 @@ def _barrier(node: AllToAll, inputs: Sequence[ray.data.Dataset], options: RunOpt
             return _combined(_map(dataset, Mark(None)), Combine(distinct, options))
         case Join() as join:
             keys = join.on if isinstance(join.on, Mapping) else {k: k for k in _listed(join.on)}
-            left = _map(dataset, Mark(tuple(keys), 0, rename=True))
-            right = _map(inputs[1], Mark(tuple(keys.values()), 1, rename=True))
+            left = _map(dataset, Mark(tuple(keys), 0))
+            right = _map(inputs[1], Mark(tuple(keys.values()), 1))
             return _combined(left.union(right), Combine(join, options))
         case _:
             raise AssertionError(f"{node.label} was refused before")

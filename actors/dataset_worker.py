@@ -7,12 +7,13 @@ for as long as it lives: what it is attached to stays attached.
 from __future__ import annotations
 
 import asyncio
+import decimal
 import threading
 import uuid
 import zlib
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +22,7 @@ from actors.attached_pools import start_attached
 from arun.data import consumers
 from arun.data.all_to_all import Aggregate, Distinct, Join
 from arun.data.barriers import Limits, Relation
-from arun.data.barriers.carried import carried_type
+from arun.data.barriers.carried import carried_type, held_to
 from arun.data.interchange import arrow_source
 from arun.data.logical import OneToOne, Plan, Read
 from arun.data.options import RunOptions
@@ -31,13 +32,26 @@ from arun.data.sink import Sink
 from arun.data.source import Fragment, Source
 from arun.data.steps import Step
 
-__all__ = ("BUCKET", "AddSortKeys", "Combine", "Mark", "Steps", "WriteParts", "nothing", "read_fragment", "sort_keys")
+__all__ = (
+    "BUCKET",
+    "AddSortKeys",
+    "Combine",
+    "HeldTo",
+    "Mark",
+    "Steps",
+    "WriteParts",
+    "nothing",
+    "read_fragment",
+    "schema_of",
+    "sort_keys",
+)
 
 T = TypeVar("T")
 
 #: The column by which rows that belong together find each other.
 BUCKET: Final = "\0bucket"
 _SIDE: Final = "\0side"
+_ROWS: Final = "\0rows"
 #: Into how many groups all keys fall.
 _BUCKETS: Final = 64
 
@@ -55,10 +69,26 @@ class Steps:
         self._steps = tuple(steps)
         self._options = options
 
-    def __call__(self, block: pa.Table) -> pa.Table:
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         node = OneToOne(self._steps, Read(arrow_source(block)))
         (table,), _ = _finish(run_plan(lower(Plan([node])), [consumers.to_table], self._options))
-        return table
+        yield from _if_any(table)
+
+
+class HeldTo:
+    """Gives blocks one schema, into which they fit: Ray's shuffles don't."""
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self._schema = schema
+
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        for batch in block.combine_chunks().to_batches():
+            yield pa.Table.from_batches([held_to(batch, self._schema)])
+
+
+def schema_of(block: pa.Table) -> pa.Table:
+    """The schema of a block, as the only value of a table."""
+    return pa.table({"schema": [block.schema.serialize().to_pybytes()]})
 
 
 class WriteParts:
@@ -85,34 +115,40 @@ class WriteParts:
 PARTS: Final = pa.schema({"path": pa.string(), "rows": pa.int64(), "size": pa.int64()})
 
 
+_MARKED: Final = pa.schema({BUCKET: pa.int64(), _SIDE: pa.int8(), _ROWS: pa.large_binary()})
+
+
 class Mark:
-    """Gives rows the number of the group that they go to, by their keys, and the side that they are of.
+    """Gives the rows of a block to groups, by their keys: one row a group, with those that go to it in Arrow's format.
+
+    So Ray moves blocks of one schema, whatever is in them. Every group is told of the columns, also if it gets no rows.
 
     :param keys: none of them: all rows go to one group; None: all columns are.
-    :param rename: whether columns get names that tell the sides apart.
+    :param side: which of a join's inputs it is.
     """
 
-    def __init__(self, keys: Sequence[str] | None, side: int = 0, *, rename: bool = False) -> None:
+    def __init__(self, keys: Sequence[str] | None, side: int = 0) -> None:
         self._keys = keys
         self._side = side
-        self._rename = rename
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        if not len(block):
-            return pa.table({})
         keys = block.column_names if self._keys is None else self._keys
-        columns = [_carried(block.column(key)).to_pylist() for key in keys]
-        buckets = [_stable_hash(values) % _BUCKETS for values in zip(*columns, strict=True)] or [0] * len(block)
-        if self._rename:
-            block = block.rename_columns([f"{self._side}{name}" for name in block.column_names])
-        block = block.append_column(BUCKET, pa.array(buckets, pa.int64()))
-        return block.append_column(_SIDE, pa.repeat(pa.scalar(self._side, pa.int8()), len(block)))
+        if not block.column_names or not keys:
+            groups = {0: block} if block.column_names else {}
+        else:
+            columns = [_carried(block.column(key)).to_pylist() for key in keys]
+            found = [_stable_hash(values) % _BUCKETS for values in zip(*columns, strict=True)]
+            buckets = pa.array(found, pa.int64())
+            groups = {one: block.filter(pc.call_function("equal", [buckets, one])) for one in range(_BUCKETS)}
+        rows = [_encoded(group) for group in groups.values()]
+        sides = pa.repeat(pa.scalar(self._side, pa.int8()), len(groups))
+        return pa.table([pa.array(groups, pa.int64()), sides, pa.array(rows, pa.large_binary())], schema=_MARKED)
 
 
 def nothing(columns: Iterable[str]) -> pa.Table:
-    """A row that is of no side, so that there is a group."""
-    row = {name: pa.nulls(1) for name in columns}
-    return pa.table({**row, BUCKET: pa.array([0], pa.int64()), _SIDE: pa.array([-1], pa.int8())})
+    """What tells the only group of its columns, should there be no rows at all."""
+    table = pa.table({name: pa.nulls(0) for name in columns})
+    return pa.table({BUCKET: [0], _SIDE: [0], _ROWS: [_encoded(table)]}, schema=_MARKED)
 
 
 class Combine:
@@ -122,16 +158,11 @@ class Combine:
         self._barrier = barrier
         self._options = options
 
-    def __call__(self, group: pa.Table) -> pa.Table:
-        if isinstance(self._barrier, Join):
-            sides = [_side(group, side) for side in (0, 1)]
-        elif isinstance(self._barrier, Aggregate):  # it names the columns that it wants, maybe none
-            sides = [group.filter(pc.field(_SIDE) == 0)]
-        else:
-            sides = [group.drop_columns([BUCKET, _SIDE])]
-        relations = [Relation.of_blocks(_blocks(side), side.schema) for side in sides]
+    def __call__(self, group: pa.Table) -> Iterator[pa.Table]:
+        sides = [_side(group, side) for side in ((0, 1) if isinstance(self._barrier, Join) else (0,))]
+        relations = [Relation.of_blocks(_blocks(side), side.schema if side.column_names else None) for side in sides]
         limits = Limits(memory=self._options.memory_limit, folder=self._options.folder)
-        return _finish(_collect(self._barrier.run(relations, limits)))
+        yield from _if_any(_finish(_collect(self._barrier.run(relations, limits))))
 
 
 class AddSortKeys:
@@ -141,9 +172,9 @@ class AddSortKeys:
         self._by = tuple(by)
         self._nulls = nulls
 
-    def __call__(self, block: pa.Table) -> pa.Table:
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
         if not len(block):
-            return pa.table({})
+            return
         for number, name in enumerate(self._by):
             values = _carried(block.column(name))
             null, nan, value = sort_keys(number)
@@ -153,12 +184,10 @@ class AddSortKeys:
             odd = values.is_nan().fill_null(False) if is_float else pa.repeat(pa.scalar(False), len(block))
             if is_float:
                 values = pc.call_function("if_else", [odd, pa.scalar(0.0, values.type), values])
-            some = values.drop_null()
-            values = values.fill_null(some[0] if len(some) else _any_value(values.type))
             block = block.append_column(null, last.cast(pa.int8()))
             block = block.append_column(nan, odd.cast(pa.int8()))
-            block = block.append_column(value, values)
-        return block
+            block = block.append_column(value, _without_nulls(values))
+        yield block
 
 
 def sort_keys(number: int) -> tuple[str, str, str]:
@@ -166,8 +195,14 @@ def sort_keys(number: int) -> tuple[str, str, str]:
     return f"\0null{number}", f"\0nan{number}", f"\0value{number}"
 
 
-def _any_value(kind: pa.DataType) -> pa.Scalar:
-    return pa.scalar(b"" if pa.types.is_binary(kind) else "" if pa.types.is_string(kind) else 0).cast(kind)
+def _without_nulls(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """With the same value for every null, in every block."""
+    kind = values.type
+    if pa.types.is_null(kind):
+        return pa.chunked_array([pa.repeat(pa.scalar(0), len(values))])
+    return values.fill_null(
+        pa.scalar(b"" if pa.types.is_binary(kind) else "" if pa.types.is_string(kind) else 0).cast(kind)
+    )
 
 
 def _carried(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -191,13 +226,30 @@ def _stable_hash(value: Any) -> int:
         return number
     if value is None or value != value:  # NaN
         return 0
-    return hash(value) & 0xFFFFFFFF if isinstance(value, int | float) else zlib.crc32(str(value).encode())
+    if isinstance(value, int | float | decimal.Decimal):  # which have one hash if they are equal
+        return hash(value) & 0xFFFFFFFF
+    return zlib.crc32(str(value).encode())
 
 
 def _side(group: pa.Table, side: int) -> pa.Table:
-    rows = group.filter(pc.field(_SIDE) == side)
-    own = [name for name in rows.column_names if name.startswith(str(side))]
-    return rows.select(own).rename_columns([name[1:] for name in own])
+    tables: list[pa.Table] = []
+    for encoded in group.filter(pc.field(_SIDE) == side).column(_ROWS).to_pylist():
+        with pa.ipc.open_stream(encoded) as reader:
+            tables.append(reader.read_all())
+    return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
+
+
+def _encoded(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return cast("bytes", sink.getvalue().to_pybytes())
+
+
+def _if_any(table: pa.Table) -> Iterator[pa.Table]:
+    """No block, rather than one without rows, whose types nobody knows."""
+    if len(table):
+        yield table
 
 
 async def _blocks(table: pa.Table) -> AsyncIterator[pa.RecordBatch]:

@@ -97,7 +97,7 @@ ALL_TO_ALL: list[Any] = [
 @pytest.mark.ray
 @pytest.mark.timeout(280)
 @given(st.lists(st.sampled_from(ONE_TO_ONE), max_size=3), st.sampled_from(ALL_TO_ALL))
-@settings(max_examples=8, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, suppress_health_check=list(HealthCheck))
 def test_random_plans_give_the_same_rows_on_ray(ray_session: None, path: str, steps: list[Any], last: Any) -> None:
     import asyncio
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from actors.dataset_worker import BUCKET, AddSortKeys, Combine, Mark, Steps, WriteParts, nothing, sort_keys
+from actors.dataset_worker import (
+    BUCKET,
+    AddSortKeys,
+    Combine,
+    HeldTo,
+    Mark,
+    Steps,
+    WriteParts,
+    nothing,
+    schema_of,
+    sort_keys,
+)
 from arun.data import Dataset, RunOptions, from_rows, read_parquet
 from arun.data.all_to_all import Aggregate, Distinct, Join
 from arun.data.barriers import Aggregation
@@ -22,7 +34,12 @@ TABLE = pa.Table.from_pylist(ROWS)
 
 def in_groups(marked: pa.Table, combine: Combine) -> list[dict[str, Any]]:
     buckets = set(marked.column(BUCKET).to_pylist())
-    return [row for one in buckets for row in combine(marked.filter(pc.field(BUCKET) == one)).to_pylist()]
+    groups = (marked.filter(pc.field(BUCKET) == one) for one in buckets)
+    return [row for group in groups for row in rows_of(combine(group))]
+
+
+def rows_of(tables: Iterable[pa.Table]) -> list[dict[str, Any]]:
+    return [row for table in tables for row in table.to_pylist()]
 
 
 def barrier_of(dataset: Dataset) -> Any:
@@ -42,7 +59,7 @@ async def test_steps_of_every_kind_run_over_a_block() -> None:
     while isinstance(node, OneToOne):
         steps += reversed(node.steps)
         node = node.input
-    await same(dataset, Steps(steps[::-1], OPTIONS)(TABLE).to_pylist())
+    await same(dataset, rows_of(Steps(steps[::-1], OPTIONS)(TABLE)))
 
 
 @pytest.mark.parametrize("keys", [("k",), ("k", "x"), ()])
@@ -54,7 +71,7 @@ async def test_groups_that_meet_in_a_bucket_are_aggregated_apart(keys: tuple[str
 
 def test_no_rows_are_one_group_without_keys() -> None:
     count = Aggregate((), {"rows": Aggregation("count"), "total": Aggregation("sum", "id")})
-    assert Combine(count, OPTIONS)(nothing(["id"])).to_pylist() == [{"rows": 0, "total": None}]
+    assert rows_of(Combine(count, OPTIONS)(nothing(["id"]))) == [{"rows": 0, "total": None}]
 
 
 @pytest.mark.parametrize("how", ["inner", "left", "right", "outer", "semi", "anti"])
@@ -62,9 +79,7 @@ def test_no_rows_are_one_group_without_keys() -> None:
 async def test_sides_that_meet_in_a_bucket_are_joined(how: Any) -> None:
     other = [{"j": None if n == 3 else n, "s": f"other {n}"} for n in range(6)]
     dataset = from_rows(ROWS).join(from_rows(other), {"k": "j"}, how)
-    left = Mark(("k",), 0, rename=True)(TABLE)
-    right = Mark(("j",), 1, rename=True)(pa.Table.from_pylist(other))
-    both = pa.concat_tables([left, right], promote_options="permissive")
+    both = pa.concat_tables([Mark(("k",), 0)(TABLE), Mark(("j",), 1)(pa.Table.from_pylist(other))])
     assert isinstance(barrier_of(dataset), Join)
     await same(dataset, in_groups(both, Combine(barrier_of(dataset), OPTIONS)))
 
@@ -79,7 +94,8 @@ async def test_equal_rows_meet_in_a_bucket_whatever_their_values() -> None:
 @pytest.mark.parametrize("down", [True, False])
 @pytest.mark.asyncio
 async def test_added_columns_put_rows_in_our_order(down: bool, nulls: Any) -> None:
-    marked = AddSortKeys(("x", "s"), nulls)(TABLE)
+    blocks = [TABLE.slice(start, 7) for start in range(0, len(TABLE), 7)]
+    marked = pa.concat_tables(table for block in blocks for table in AddSortKeys(("x", "s"), nulls)(block))
     order = []
     for number in range(2):
         null, nan, value = sort_keys(number)
@@ -87,6 +103,13 @@ async def test_added_columns_put_rows_in_our_order(down: bool, nulls: Any) -> No
         order += [(null, "ascending"), (nan, way), (value, way)]
     local = await from_rows(ROWS).sort("x", "s", descending=down, nulls=nulls).collect()
     assert marked.sort_by(order).column("id").to_pylist() == local.column("id").to_pylist()
+
+
+def test_blocks_are_held_to_what_all_of_them_fit_into() -> None:
+    narrow, wide = pa.table({"x": pa.nulls(1)}), pa.table({"x": [1.5], "y": ["a"]})
+    (held,) = HeldTo(wide.schema)(narrow)
+    assert held.schema == wide.schema
+    assert schema_of(narrow).num_rows == 1
 
 
 @pytest.mark.asyncio
