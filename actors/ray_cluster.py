@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from actors.body import Body
     from actors.detached_host import Card
     from actors.interface import ActorSpec
+    from actors.supervision import Supervisor
 
 __all__ = ("RayCluster",)
 
@@ -198,13 +199,16 @@ class RayCluster(Cluster):
         supervisor = detached.supervisor_of(order.restart, order.restarts)
         if not self._roster.has(name):
             spec = specify(name, order.cls, order.args, order.kwargs, concurrency=order.concurrency)
-            create = partial(detached.create, spec, env=order.env, supervisor=supervisor)
+            making = Runtime.current().start(self._make, spec, order.env, supervisor, name=f"start of actor {name}")
             try:
-                actor, card = await anyio.to_thread.run_sync(create)
-            except detached.NameTaken:
-                pass
-            else:
-                return await self._attach_first(actor, card)
+                handle = await making.wait()
+            except anyio.get_cancelled_exc_class():
+                making.cancel()  # nobody else would end what Ray is starting
+                with anyio.CancelScope(shield=True):
+                    await making.ended()
+                raise
+            if handle is not None:
+                return handle
         if not order.get_if_exists:
             raise MisuseError(
                 f"an actor named {name!r} exists already; stop it first, choose another name, or pass "
@@ -212,8 +216,12 @@ class RayCluster(Cluster):
             )
         return await self.get(name, order.cls)
 
-    async def _attach_first(self, actor: Any, card: Card) -> object:
-        """Attach to an actor that was only just made, which ends if that fails."""
+    async def _make(self, spec: ActorSpec, env: Mapping[str, str], supervisor: Supervisor | None) -> object | None:
+        """Start a detached actor, which ends if it is not ready in the end; None where the name is taken."""
+        try:
+            actor, card = await anyio.to_thread.run_sync(partial(detached.create, spec, env=env, supervisor=supervisor))
+        except detached.NameTaken:
+            return None
         try:
             return await self._attach(actor, card)
         except BaseException:
@@ -325,13 +333,27 @@ def _connected(address: str | None, options: Mapping[str, Any]) -> Generator[boo
     with contextlib.ExitStack() as stack:
         stack.enter_context(_stdout_is_the_programs())
         quiet = {"include_dashboard": False} if address is None else {}
-        with _without_no_news():
+        with _without_no_news(), _explained(address):
             ray.init(
                 address="local" if address is None else address,
                 **{"log_to_driver": False, "logging_level": logging.WARNING, **quiet, **options},
             )
         stack.callback(ray.shutdown)
         yield address in {None, "local"}
+
+
+@contextlib.contextmanager
+def _explained(address: str | None) -> Generator[None]:
+    """Say what Ray only prints: that it wants its token."""
+    try:
+        yield
+    except ConnectionError as exc:
+        if "InvalidAuthToken" not in str(exc.__cause__):
+            raise
+        raise MisuseError(
+            f"the Ray at {address} wants its token: set RAY_AUTH_MODE=token, and have the token in RAY_AUTH_TOKEN or "
+            "in ~/.ray/auth_token. Ray looks for it by itself only with address='auto' and no RAY_ADDRESS"
+        ) from exc
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import msgspec
@@ -32,25 +32,43 @@ from arun.data.steps import Step
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ("AllToAll", "Barrier", "Iterate", "Node", "OneToOne", "Plan", "Read", "Union", "Write", "Zip")
+    from arun.data.barriers import Limits, Relation
+
+__all__ = ("AllToAll", "Barrier", "Iterate", "Node", "OneToOne", "Plan", "Read", "Traits", "Union", "Write", "Zip")
 
 _numbers = itertools.count(1)
 
 
-class Barrier(Protocol):
-    """An operation that needs to see all rows. Immutable.
+class Traits(msgspec.Struct, frozen=True, kw_only=True):
+    """What rules may rely on.
 
-    :ivar label: for people, such as ``sort(id)``.
-    :ivar columns: those that it needs of its input, where it needs no others; None: all.
+    :ivar columns: those that it looks at, where it gives all others as they are, or not at all; None: all.
     :ivar keeps_rows: whether exactly the rows of its input come out, in whatever order.
+    :ivar row_by_row: whether it makes no difference to the other rows when some are left out before it.
+    :ivar scans: whether it reads ``files`` of a relation itself.
     """
 
-    label: str
     columns: Sequence[str] | None
     keeps_rows: bool
+    row_by_row: bool
+    scans: bool
 
-    def run(self, *inputs: AsyncIterator[pa.RecordBatch]) -> AsyncIterator[pa.RecordBatch]:
-        """Blocks to blocks. Whatever it has opened is closed when this iterator is."""
+
+class Barrier(Protocol):
+    """An operation that needs to see all rows. Immutable."""
+
+    @property
+    def label(self) -> str:
+        """For people, such as ``sort(id)``."""
+        ...
+
+    @property
+    def traits(self) -> Traits:
+        """What rules may rely on."""
+        ...
+
+    def run(self, inputs: Sequence[Relation], limits: Limits) -> AsyncGenerator[pa.RecordBatch]:
+        """Blocks to blocks. Whatever it has opened is closed when this generator is."""
         ...
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
+from arun.data.batches import BatchFormat, Cutter, converter
 from arun.data.block import Block, Row
 from arun.data.execution.boundary import Boundary
 from arun.data.execution.execution import Consumer
@@ -17,7 +18,7 @@ from arun.timed import Timed
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ("BlockStream", "RowStream")
+__all__ = ("BatchStream", "BlockStream", "RowStream")
 
 
 class BlockStream:
@@ -102,6 +103,45 @@ class RowStream:
     async def aclose(self) -> None:
         """Cancel the run, if it still goes, and wait for its clean-up."""
         self._rows.clear()
+        await self._blocks.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+
+class BatchStream:
+    """The rows of a dataset in batches for a trainer, for one task, once; made by ``dataset.iter_batches()``."""
+
+    def __init__(self, blocks: BlockStream, format: BatchFormat, batch_size: int | None, *, drop_last: bool) -> None:
+        self._blocks = blocks
+        self._convert = converter(format)
+        self._cutter: Cutter | None = Cutter(batch_size)
+        self._drop_last = drop_last
+        self._cut: Iterator[pa.RecordBatch] = iter(())
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        while self._cutter is not None:
+            for batch in self._cut:
+                return self._convert(batch)
+            block = await anext(self._blocks, None)
+            if block is None:
+                rest = None if self._drop_last else self._cutter.rest()
+                self._cutter = None
+                if rest is not None:
+                    return self._convert(rest)
+            else:
+                self._cut = self._cutter.cut(block)
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Cancel the run, if it still goes, and wait for its clean-up."""
+        self._cutter = None
         await self._blocks.aclose()
 
     async def __aenter__(self) -> Self:
