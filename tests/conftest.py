@@ -71,6 +71,13 @@ def _suspended() -> list[AsyncGeneratorType[Any, Any]]:
     return [agen for agen in generators if agen.ag_frame is not None and agen.ag_code.co_filename != __file__]
 
 
+@pytest.fixture
+def asyncio_only(anyio_backend: str) -> None:
+    """For what only asyncio has: cancellation of a task without a scope."""
+    if anyio_backend != "asyncio":
+        pytest.skip("asyncio's own cancellation")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def older_objects_are_left_alone() -> None:
     """Garbage collections look at what this module makes, not at the half a million objects of those before it.

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
+import msgspec
 import pyarrow.compute as pc
 
 from arun.data import consumers
@@ -15,19 +16,23 @@ from arun.data.all_to_all import Distinct, Join, RandomShuffle, Repartition, Sor
 from arun.data.barriers import How
 from arun.data.batches import BatchFormat as TrainFormat
 from arun.data.block import Row
+from arun.data.cache import Cache
 from arun.data.checkpoint.running import run_with_checkpoint
 from arun.data.declare import BatchOptions, RowOptions, SinkOptions, at_least, batch_function, names, row_function
+from arun.data.engines import ActorCall, Ask, Cluster, Embed, Embedder, Engine, PromptOf, prefix_of
 from arun.data.execution.execution import Consumer
 from arun.data.explain import as_mermaid, as_text
 from arun.data.files import batch_sink, csv_sink, ipc_sink, jsonl_sink, parquet_sink
 from arun.data.grouped import Grouped
 from arun.data.interchange import to_huggingface, to_pandas, to_ray
+from arun.data.items import Items
 from arun.data.known import known_count, known_schema
-from arun.data.logical import AllToAll, Barrier, Node, OneToOne, Plan, Union, Write, Zip
+from arun.data.logical import AllToAll, Barrier, Iterate, Node, OneToOne, Plan, Union, Write, Zip
 from arun.data.options import RunOptions
 from arun.data.physical import lower
 from arun.data.running import Report, Statistics, plan_of, run_plan
 from arun.data.sink import Sink
+from arun.data.split import Splits
 from arun.data.steps import Drop, Expression, Limit, Rename, Select, Step, Where
 from arun.data.stream import BatchStream, BlockStream, RowStream
 from arun.errors import MisuseError
@@ -116,6 +121,93 @@ class Dataset:
         :param options: see :class:`~arun.data.declare.BatchOptions`.
         """
         return self._then(batch_function(function, options))
+
+    def generate(
+        self,
+        engine: Engine,
+        *,
+        prompt: PromptOf = "prompt",
+        output: str = "answer",
+        fields: type | None = None,
+        by_prefix: bool = True,
+        rows: RowOptions | None = None,
+        **options: Any,
+    ) -> Dataset:
+        """Each row with an engine's answer to its prompt, and why it ended and the tokens that it took beside it.
+
+        >>> dataset.generate(pool, prompt="question", max_tokens=64, rows={"on_error": "collect"})
+
+        :param engine: an :class:`~actors.EnginePool`, or anything with such a ``complete``.
+        :param prompt: a column, or a function of a row: text or token ids.
+        :param output: column of the answer, ``{output}_finish_reason`` and so on.
+        :param fields: a msgspec Struct, dataclass, TypedDict or pydantic model: the answer is JSON of it, and its
+            fields become columns.
+        :param by_prefix: whether rows whose prompts begin alike are sent together, to the replica that knows that
+            beginning.
+        :param rows: see :class:`~arun.data.RowOptions`; by default as many rows at a time as the engine takes.
+        :param options: for ``complete``, such as ``max_tokens`` and ``temperature``; the lane is ``"batch"``.
+        """
+        return self._ask(Ask(engine, prompt, output, options, fields=fields), "generate", by_prefix, rows)
+
+    def chat(
+        self,
+        engine: Engine,
+        *,
+        messages: PromptOf = "messages",
+        system: str | None = None,
+        output: str = "answer",
+        fields: type | None = None,
+        by_prefix: bool = True,
+        rows: RowOptions | None = None,
+        **options: Any,
+    ) -> Dataset:
+        """As :meth:`generate`, for chat messages.
+
+        :param messages: a column, or a function of a row: ``[{"role": ..., "content": ...}]``, or what the user says.
+        :param system: a message before them.
+        """
+        ask = Ask(engine, messages, output, options, fields=fields, chat=True, system=system)
+        return self._ask(ask, "chat", by_prefix, rows)
+
+    def embed(
+        self,
+        engine: Embedder,
+        *,
+        prompt: PromptOf = "text",
+        output: str = "embedding",
+        rows: RowOptions | None = None,
+        **options: Any,
+    ) -> Dataset:
+        """Each row with the vector of a text, a list of float32, and ``{output}_prompt_tokens``.
+
+        :param prompt: a column, or a function of a row.
+        :param options: for the engine's ``embed``, such as ``dimensions``.
+        """
+        return self._ask(Embed(engine, prompt, output, options), "embed", False, rows)
+
+    def map_actor(
+        self,
+        cluster: Cluster,
+        cls: type[Any],
+        method: str,
+        *args: Any,
+        replicas: int = 1,
+        in_flight: int = 1,
+        rows: RowOptions | None = None,
+        **options: Any,
+    ) -> Dataset:
+        """A row for each row: what a method of an actor returns. The actors live as long as the run.
+
+        :param cls: an actor's class; ``cls(*args)`` is started ``replicas`` times.
+        :param method: given a row; returns a row.
+        :param in_flight: most rows that one actor has at a time.
+        :param options: of ``cluster.spawn``, or further arguments of the class.
+        """
+        at_least("map_actor", "replicas", replicas, 1)
+        at_least("map_actor", "in_flight", in_flight, 1)
+        call = ActorCall(cluster, cls, method, args=args, options=options, replicas=replicas, in_flight=in_flight)
+        title = f"map_actor({cls.__name__}.{method})"
+        return self._then(msgspec.structs.replace(row_function("map", call, rows or {}), title=title))
 
     def select(self, *columns: str) -> Dataset:
         """These columns only, in this order."""
@@ -223,6 +315,59 @@ class Dataset:
         """The columns of this one and of others of as many rows, side by side; a name that is taken gets a number."""
         return Dataset(Zip(tuple(one._readable() for one in (self, *others))))
 
+    # -- shared ---------------------------------------------------------------------------------------------
+
+    def split(
+        self,
+        consumers: int,
+        *,
+        equal: bool = False,
+        by: str | Sequence[str] = (),
+        options: RunOptions | None = None,
+    ) -> tuple[Dataset, ...]:
+        """Datasets that share one run of this one, for tasks that read them side by side, each at its own speed.
+
+        The next block goes to whoever asks for it. It is done when its reader asks for the next one; if the reader
+        leaves before that, another one gets it, so every row is seen at least once, and the end comes when all blocks
+        are done. That holds for who iterates over a split, also through steps that run in one stage; what waits between
+        stages after the split counts as done. Each reader's n-th iteration shares the n-th run.
+
+        :param equal: all get as many rows, settled beforehand; the less than ``consumers`` that are over at the end are
+            left out. What a reader has not fetched yet waits in memory or on disk.
+        :param by: columns; rows that have the same values in them go to the same reader, settled as with ``equal``.
+        :param options: of the shared run.
+        """
+        settings = options or RunOptions()
+        self._readable()
+        splits = Splits(
+            lambda: self.astream(settings),
+            consumers,
+            equal=equal,
+            by=by,
+            memory=settings.memory_limit,
+            folder=settings.folder,
+        )
+        return tuple(Dataset(Iterate(Items(part))) for part in splits.parts())
+
+    def cache(self, *, memory: int | None = None, options: RunOptions | None = None) -> Dataset:
+        """The same rows, computed by the first run and kept for the next ones; runs at the same time share them.
+
+        Kept for as long as a dataset refers to them. A first run that does not come to its end leaves nothing.
+
+        :param memory: bytes to keep in memory, the rest is on disk; by default the memory limit of the options. 0: all
+            of it is on disk.
+        :param options: of the run that computes them.
+        """
+        settings = options or RunOptions()
+        label = self._readable().label
+        kept = Cache(
+            lambda: self.astream(settings),
+            memory=settings.memory_limit if memory is None else at_least("cache", "memory", memory, 0),
+            folder=settings.folder,
+            name=label,
+        )
+        return Dataset(Iterate(Items(kept)))
+
     # -- sinks ----------------------------------------------------------------------------------------------
 
     def write_parquet(
@@ -306,7 +451,8 @@ class Dataset:
         """Run it, and iterate over its blocks, ``pyarrow.RecordBatch``, as they come."""
         self._readable()
         settings = options or RunOptions()
-        return BlockStream(lambda consumer: self._run(self.node, consumer, settings), settings)
+        on_demand = any(isinstance(node, Iterate) and node.items.on_demand for node in Plan([self.node]).nodes)
+        return BlockStream(lambda consumer: self._run(self.node, consumer, settings), settings, on_demand=on_demand)
 
     def __aiter__(self) -> BlockStream:
         return self.astream()
@@ -400,6 +546,11 @@ class Dataset:
                 "it, or from what was written"
             )
         return self.node
+
+    def _ask(self, ask: Ask | Embed, what: str, by_prefix: bool, rows: RowOptions | None) -> Dataset:
+        step = row_function("map", ask, rows or {})
+        prefix = prefix_of(ask) if by_prefix else None
+        return self._then(msgspec.structs.replace(step, prefix=prefix, title=f"{what}({ask.output})"))
 
     def _all_to_all(self, barrier: Barrier) -> Dataset:
         return Dataset(AllToAll(barrier, (self._readable(),)))

@@ -133,7 +133,11 @@ def at_least(operation: str, name: str, value: int, least: int) -> int:
 
 
 def names(operation: str, columns: tuple[str, ...]) -> tuple[str, ...]:
-    """:raises MisuseError: there are none, or one is given twice."""
+    """:raises MisuseError: there are none, or one is given twice, or is no name."""
+    for column in columns:
+        if not isinstance(column, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            hint = f"write each name by itself: {operation}('a', 'b')"
+            raise MisuseError(f"{operation}() was given {shown(column)}; {hint}")
     if not columns or len(set(columns)) < len(columns):
         raise MisuseError(f"{operation}({', '.join(map(repr, columns))}): takes one or more names, each once")
     return columns

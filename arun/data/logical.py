@@ -18,6 +18,7 @@ never changes a node; ``Plan.rewrite`` makes a new plan, in which whatever was s
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ("AllToAll", "Barrier", "Iterate", "Node", "OneToOne", "Plan", "Read", "Traits", "Union", "Write", "Zip")
 
-_numbers = itertools.count(1)
+# Nodes made in several processes may meet in one plan, so each process counts from somewhere else.
+_numbers = itertools.count(secrets.randbits(62))
 
 
 class Traits(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ __all__ = ("RunOptions",)
 class RunOptions(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """How a dataset is run. None of them changes what comes out.
 
-    :ivar rules: what the plan goes through before it runs, in this order; None: :data:`arun.data.rules.RULES`.
+    :ivar rules: what the plan goes through before it runs, in this order; None: ``arun.data.rules.RULES``.
     :ivar block_rows: most rows that are Python objects at a time in one stage, and of the blocks made of them.
     :ivar queue_blocks: most blocks that wait between two stages, at least 1.
     :ivar queue_bytes: most bytes that wait between two stages; one block may always wait.
@@ -30,6 +30,11 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     queue_bytes: int = 32 << 20
     memory_limit: int = 512 << 20
     spill_folder: Path | None = None
+
+    @property
+    def folder(self) -> str | None:
+        """Where to spill to, as a string."""
+        return None if self.spill_folder is None else str(self.spill_folder)
 
     def __post_init__(self) -> None:
         for name in ("block_rows", "queue_blocks", "queue_bytes", "memory_limit"):

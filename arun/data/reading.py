@@ -74,7 +74,7 @@ def from_ray(dataset: Any) -> Dataset:
 def read_parquet(paths: Paths, columns: Sequence[str] | None = None, *, filesystem: Any = None) -> Dataset:
     """The rows of Parquet files. Choices of columns and conditions by expressions are pushed into the reading.
 
-    :param paths: files, folders, globs or URLs; see :mod:`arun.data.files.paths`.
+    :param paths: files, folders, globs or URLs; see ``arun.data.files.paths``.
     :param columns: these only, in this order; None: all.
     :param filesystem: of pyarrow or fsspec, where the paths are no URLs.
     """
@@ -86,7 +86,7 @@ def read_jsonl(
 ) -> Dataset:
     """The rows of files with one JSON object a line, which may be compressed.
 
-    :param paths: files, folders, globs or URLs; see :mod:`arun.data.files.paths`.
+    :param paths: files, folders, globs or URLs; see ``arun.data.files.paths``.
     :param columns: these only, in this order; None: all.
     :param schema: a ``pyarrow.Schema`` of them; by default it is taken from the first 4 MiB.
     :param filesystem: of pyarrow or fsspec, where the paths are no URLs.
@@ -105,7 +105,7 @@ def read_csv(
 ) -> Dataset:
     """The rows of CSV files in UTF-8, which may be compressed.
 
-    :param paths: files, folders, globs or URLs; see :mod:`arun.data.files.paths`.
+    :param paths: files, folders, globs or URLs; see ``arun.data.files.paths``.
     :param columns: these only, in this order; None: all.
     :param names: of the columns, where the files have no header.
     :param types: of columns that must not be guessed.
@@ -117,7 +117,7 @@ def read_csv(
 def read_ipc(paths: Paths, columns: Sequence[str] | None = None, *, filesystem: Any = None) -> Dataset:
     """The rows of Arrow IPC files (Feather 2) and streams.
 
-    :param paths: files, folders, globs or URLs; see :mod:`arun.data.files.paths`.
+    :param paths: files, folders, globs or URLs; see ``arun.data.files.paths``.
     :param columns: these only, in this order; None: all.
     :param filesystem: of pyarrow or fsspec, where the paths are no URLs.
     """
@@ -127,7 +127,7 @@ def read_ipc(paths: Paths, columns: Sequence[str] | None = None, *, filesystem: 
 def read_openai_batch(paths: Paths, *, filesystem: Any = None) -> Dataset:
     """Requests of OpenAI batch files: columns ``custom_id``, ``method``, ``url`` and ``body``, the latter JSON as text.
 
-    :param paths: files, folders, globs or URLs; see :mod:`arun.data.files.paths`.
+    :param paths: files, folders, globs or URLs; see ``arun.data.files.paths``.
     :param filesystem: of pyarrow or fsspec, where the paths are no URLs.
     """
     return read(batch_source(paths, filesystem=filesystem))

@@ -61,7 +61,7 @@ class RowFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     :ivar schema: of the rows that it gives; None takes it from them.
     :ivar fuse: False makes it a stage of its own.
     :ivar prefix: gives what rows are grouped by, so that those with a common beginning run together; None keeps order.
-    :ivar title: what a person calls the function; by default its name.
+    :ivar title: what a person calls the step; by default it goes by operation and function.
     """
 
     function: Callable[[Row], Any]
@@ -100,8 +100,8 @@ class RowFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     @property
     def label(self) -> str:
         """For people, such as ``map(render)``."""
-        name = self.title or name_of(self.function)
-        return f"{self.operation}({self.column + ', ' if self.column else ''}{name})"
+        column = f"{self.column}, " if self.column else ""
+        return self.title or f"{self.operation}({column}{name_of(self.function)})"
 
 
 class BatchFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):

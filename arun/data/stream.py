@@ -28,12 +28,14 @@ class BlockStream:
     ``async with``, garbage collection) cancels it.
     """
 
-    def __init__(self, run: Callable[[Consumer], Awaitable[Any]], options: RunOptions) -> None:
+    def __init__(
+        self, run: Callable[[Consumer], Awaitable[Any]], options: RunOptions, *, on_demand: bool = False
+    ) -> None:
         # The run holds the boundary and never the stream, so a stream that its consumer drops is collected.
         runs: list[Background[None]] = []
 
         def start() -> None:
-            runs.append(Runtime.current().start(_host, run, boundary, name="arun dataset"))
+            runs.append(Runtime.current().start(_host, run, boundary, on_demand, name="arun dataset"))
 
         statistics = StageStatistics(0, "stream")
         boundary = Boundary(options.queue_blocks, options.queue_bytes, statistics, start, _nothing)
@@ -151,11 +153,16 @@ class BatchStream:
         await self.aclose()
 
 
-async def _host(run: Callable[[Consumer], Awaitable[Any]], boundary: Boundary) -> None:
+async def _host(run: Callable[[Consumer], Awaitable[Any]], boundary: Boundary, on_demand: bool) -> None:
     async def feed(blocks: AsyncIterator[Block]) -> None:
+        if on_demand:
+            await boundary.asked()
         async for block in blocks:
             pending = boundary.put(block)
-            if pending is not None:
+            if on_demand:
+                del block
+                await boundary.asked()
+            elif pending is not None:
                 await pending
 
     error: Exception | None = None

@@ -53,6 +53,7 @@ class Boundary:
         self._started = False
         self._readers: list[Reader] = []
         self._room: anyio.Event | None = None
+        self._asked = anyio.Event()
         self._ended = anyio.Event()
         self._error: Exception | None = None
 
@@ -75,6 +76,11 @@ class Boundary:
         statistics = self.statistics
         statistics.peak_blocks = max(statistics.peak_blocks, waiting)
         return self._wait_for_room() if self._full() else None
+
+    async def asked(self) -> None:
+        """Wait until a reader waits for a block, once more."""
+        await self._asked.wait()
+        self._asked = anyio.Event()
 
     def end(self, error: Exception | None) -> None:
         """The stage has ended."""
@@ -101,6 +107,7 @@ class Boundary:
                 if self._error is not None:
                     raise self._error
                 raise StopAsyncIteration
+            self._asked.set()
             await reader.wait()
         block = reader.blocks.popleft()
         reader.size -= block.size

@@ -109,7 +109,7 @@ class Execution:
             await self._leave(stage)
 
         options = self.options
-        folder = None if options.spill_folder is None else str(options.spill_folder)
+        folder = options.folder
         spill = SpillingQueue(memory=options.queue_bytes, folder=folder) if stage.apart else None
         self._boundaries[stage.number] = Boundary(
             options.queue_blocks, options.queue_bytes, statistics, start, abandon, spill=spill

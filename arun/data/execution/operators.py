@@ -81,22 +81,20 @@ def _steps(
             steps = [step for step in segment.steps if isinstance(step, RowFunction)]
             upstream = rowwise(upstream or below(node.input), steps, counts, execution)
         else:
-            step = segment.steps[0]
-            assert isinstance(step, BatchFunction)
-            upstream = batchwise(upstream or below(node.input), step, counts[0], execution)
+            functions = [step for step in segment.steps if isinstance(step, BatchFunction | RowFunction)]
+            upstream = batchwise(upstream or below(node.input), functions, counts, execution)
     return cast("AsyncGenerator[Block]", upstream)
 
 
 def _barrier(node: AllToAll, below: Callable[[Node], Blocks], execution: Execution) -> AsyncGenerator[Block]:
     inputs = [(one, _batches(below(one))) for one in node.inputs]
     options = execution.options
-    folder = None if options.spill_folder is None else str(options.spill_folder)
 
     async def run() -> AsyncGenerator[Block]:
         given: AsyncGenerator[pa.RecordBatch] | None = None
         try:
             relations = [await run_in_thread(partial(_relation, node, one, batches)) for one, batches in inputs]
-            given = node.barrier.run(relations, Limits(memory=options.memory_limit, folder=folder))
+            given = node.barrier.run(relations, Limits(memory=options.memory_limit, folder=options.folder))
             async for batch in given:
                 yield Block(batch)
         finally:

@@ -151,8 +151,16 @@ class _RowRun:
             if self._step.operation != "filter":
                 frame.become_rows([], frame.origins)
             return
-        step = self._step
         results, failed = self._results(rows)
+        try:
+            self._apply(frame, rows, results, failed)
+        except MisuseError:
+            for result in results:
+                close_unused(result)
+            raise
+
+    def _apply(self, frame: Frame, rows: list[Row], results: list[Any], failed: int) -> None:
+        step = self._step
         if step.operation == "filter" and step.on_error != "collect":
             types = set(map(type, results))
             if types != {bool}:

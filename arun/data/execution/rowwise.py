@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import anyio
 
 from arun.data.block import Block, Row, Shaper
+from arun.data.engines import ActorCall, OpenActors
 from arun.data.execution.fan import fan
 from arun.data.execution.plain import Failure, listed, rows_of, tell_failure
 from arun.data.execution.statistics import StepStatistics
@@ -48,7 +49,8 @@ async def rowwise(
 ) -> AsyncGenerator[Block]:
     """What the steps of one segment make of the rows of blocks."""
     first = steps[0]
-    calls = [_Call(step, counter) for step, counter in zip(steps, counters, strict=True)]
+    opened = [await step.function.open() if isinstance(step.function, ActorCall) else None for step in steps]
+    calls = [_Call(step, actors, counter) for step, actors, counter in zip(steps, opened, counters, strict=True)]
     shaper = Shaper(steps[-1].label, steps[-1].schema)
     rows = _Rows(blocks, first)
 
@@ -56,11 +58,14 @@ async def rowwise(
         spec: _Spec = handle.spec
         found = [spec.row]
         handle.describe = lambda: f"row {spec.number}"
+        number: int | None = spec.number
         for call in calls:
-            found = await call(found)
+            found = await call(found, number)
+            if not call.keeps_rows:
+                number = None
         return found
 
-    limit = first.concurrency or Policy().limit
+    limit = first.concurrency or getattr(first.function, "batch_limit", None) or Policy().limit
     name = " + ".join(step.label for step in steps)
     ordered = first.ordered and first.prefix is None
     done = fan(rows.specs, work, execution, limit=limit, ordered=ordered, name=name)
@@ -75,6 +80,9 @@ async def rowwise(
     finally:
         with anyio.CancelScope(shield=True):
             await close(done)
+            for actors in opened:
+                if actors is not None:
+                    await actors.aclose()
 
 
 class _Rows:
@@ -178,17 +186,21 @@ class _Rows:
 class _Call:
     """A user's function, called for one row."""
 
-    def __init__(self, step: RowFunction, counter: StepStatistics) -> None:
+    def __init__(self, step: RowFunction, opened: OpenActors | None, counter: StepStatistics) -> None:
         self._step = step
         self._counter = counter
         self._kind = step.kind
-        self._function = listed(step.function) if step.gives_many and "async" not in step.kind else step.function
+        self.keeps_rows = step.operation != "filter" and not step.gives_many and step.on_error != "skip"
+        self._function: Callable[[Row], Any] = opened or step.function
+        if step.gives_many and "async" not in step.kind:
+            self._function = listed(step.function)
 
-    async def __call__(self, rows: list[Row]) -> list[Row]:
+    async def __call__(self, rows: list[Row], given: int | None) -> list[Row]:
+        """:param given: number of the only row in what the step is given; None where it is as good as any."""
         step, counter = self._step, self._counter
         found: list[Row] = []
         for row in rows:
-            number = counter.rows_in
+            number = counter.rows_in if given is None else given
             counter.rows_in += 1
             counter.begin()
             began = time.perf_counter()
