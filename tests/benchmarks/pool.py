@@ -172,7 +172,6 @@ def _async_llm(model: str) -> Any:
             max_model_len=_MODEL_LEN,
             enforce_eager=True,
             disable_log_stats=True,
-            distributed_executor_backend="uni",
         )
         llm = async_llm.from_engine_args(args)
         kind: Any = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
