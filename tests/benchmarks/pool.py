@@ -11,7 +11,6 @@ import gc
 import importlib
 import importlib.util
 import json
-import os
 import random
 import statistics
 import subprocess
