@@ -30,8 +30,10 @@ setup: $(STAMP) ## install everything into .venv; the other targets do it by the
 demo: $(STAMP) ## ask a real model about real rows, and watch the partial reductions
 	@$(BIN)/arun demo $(ARGS)
 
-# The fast tests share the cores; a Ray or an engine takes them all for itself.
-FAST = $(BIN)/python -m pytest -n auto --dist worksteal -m "not ray and not engine" $(ARGS)
+# The fast tests share the cores, two a core, since many wait for a process that they have started; a Ray or an engine
+# takes them all for itself. Without caches of bytecode, each of those processes would compile arun anew.
+unexport PYTHONDONTWRITEBYTECODE
+FAST = $(BIN)/python -m pytest -n $$((2 * $$(nproc))) --dist worksteal -m "not ray and not engine" $(ARGS)
 SLOW = $(BIN)/python -m pytest -m "ray or engine" $(ARGS)
 
 test: $(STAMP) ## all tests: the fast ones, then those with a real Ray, then those with a real vLLM

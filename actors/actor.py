@@ -161,18 +161,18 @@ class ActorStream:
 
     async def _next(self) -> Any:
         while not self._over:
-            if self._stream is None or self._line is None:
-                line = await self._link.next_line()
-                self._open(line)
-                if self._stream is None:
-                    await self._link.judge(line, None, may_retry=True)
+            if self._stream is None:
+                if self._line is not None:  # its connection had ended before
+                    await self._link.judge(self._line, None, may_retry=True)
+                self._open(await self._link.next_line())
                 continue
             try:
                 item = await self._stream.__anext__()
             except ChannelLost as lost:
+                assert self._line is not None  # the stream is on it
                 stream_again = self._method.options.idempotent and not self._taken
                 await self._link.judge(self._line, lost, may_retry=stream_again)
-                self._stream = None
+                self._line = self._stream = None
             else:
                 self._taken = True
                 return item

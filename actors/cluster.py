@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, cast, overload
 
 import msgspec
 
 from actors.finish import finish
 from actors.lives import ActorInfo
 from actors.roster import Roster
+from arun.errors import MisuseError
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
     from actors.pool import EnginePool, PoolOptions
     from actors.supervision import RestartPolicy, Supervisor
 
-__all__ = ("ActorInfo", "Cluster", "ClusterResources", "Isolation", "NodeResources")
+__all__ = ("ActorInfo", "Cluster", "ClusterResources", "DetachedOrder", "Isolation", "Lifetime", "NodeResources")
 
 T = TypeVar("T")
 
 Isolation = Literal["process", "task"]
+Lifetime = Literal["scope", "detached"]
 
 
 class NodeResources(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +90,21 @@ class ClusterResources(msgspec.Struct, frozen=True):
         return f"{len(self.nodes)} node{'s' * (len(self.nodes) != 1)}, {total.describe()}"
 
 
+class DetachedOrder(NamedTuple):
+    """A detached actor to be; fields as the parameters of :meth:`Cluster.spawn`."""
+
+    cls: type
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    name: str | None
+    concurrency: int | None
+    group: Group | None
+    env: Mapping[str, str]
+    restart: RestartPolicy | None
+    restarts: int | Supervisor | None
+    get_if_exists: bool
+
+
 class Cluster(ABC):
     """Starts actors, places them, knows them by name, starts them again and ends them.
 
@@ -96,10 +113,14 @@ class Cluster(ABC):
 
     :param grace: seconds that ``on_stop`` gets before a process is killed.
     :param silence: seconds after which an actor's process that does not even answer for its health is killed.
+    :cvar has_tasks: whether ``spawn(isolation="task")`` is possible here.
     """
+
+    has_tasks: ClassVar[bool] = False
 
     def __init__(self, *, grace: float, silence: float) -> None:
         self._grace = grace
+        self._silence = silence
         self._roster = Roster(grace=grace, silence=silence)
         self._reservations: list[Reservation] = []
         self._closing: Background[None] | None = None
@@ -115,6 +136,7 @@ class Cluster(ABC):
         env: Mapping[str, str] = {},
         restart: RestartPolicy | None = None,
         restarts: int | Supervisor | None = None,
+        lifetime: Lifetime = "scope",
         get_if_exists: bool = False,
         isolation: Isolation | None = None,
         **kwargs: Any,
@@ -134,6 +156,9 @@ class Cluster(ABC):
         :param restarts: how often: a number is so many in 60 s (3 by default); a
             :class:`~actors.supervision.Supervisor` says it in full, and one given to several actors supervises them
             together.
+        :param lifetime: "scope": it ends with the cluster's block. "detached": it lives on in a Ray that this program
+            did not start, until somebody stops it; ``get(name)`` finds it from every program on that Ray. Ray starts it
+            again when it dies, as often as ``restarts`` says.
         :param get_if_exists: return the actor of this name, if there is one, instead of starting it.
         :param isolation: "process" or "task"; by default the cluster's. Only a LocalCluster has tasks.
         :raises MisuseError: the class is no actor (the message names the method), the name is taken, the cluster is
@@ -142,6 +167,11 @@ class Cluster(ABC):
         :raises ActorDied: the process ended before the actor was ready. A first start is not tried again.
         :raises Exception: what the constructor or ``on_start`` raised, with the remote traceback as a note.
         """
+        if lifetime == "detached":
+            order = DetachedOrder(cls, args, kwargs, name, concurrency, group, env, restart, restarts, get_if_exists)
+            return cast("T", await self._spawn_detached(order))
+        if lifetime != "scope":
+            raise MisuseError(f"lifetime={lifetime!r}: it must be 'scope' or 'detached'")
         launch = self._launcher(group=group, env=env, isolation=isolation)
         handle = await self._roster.spawn(
             cls,
@@ -160,7 +190,7 @@ class Cluster(ABC):
     async def stop(self, actor: object) -> None:
         """End an actor: its open calls fail, ``on_stop`` is awaited, the process ends (killed after a grace).
 
-        :param actor: its handle or its name.
+        :param actor: its handle or its name. A detached one ends for everybody.
         """
         await self._roster.stop(actor)
 
@@ -169,11 +199,13 @@ class Cluster(ABC):
     @overload
     async def get(self, name: str, cls: type[T]) -> T: ...
     async def get(self, name: str, cls: type | None = None) -> Any:
-        """Return the handle of a running actor.
+        """Return the handle of a running actor: of this cluster, or a detached one of whatever program.
 
         :param cls: its class, so that type checkers know the methods; checked.
-        :raises ActorNotFound: no actor of this cluster has that name; the message lists those there are.
+        :raises ActorNotFound: no actor has that name; the message lists those there are.
         """
+        if not self._roster.has(name):
+            await self._look_for(name)
         return self._roster.get(name, cls)
 
     def monitor(self, actor: object) -> Monitor:
@@ -211,6 +243,18 @@ class Cluster(ABC):
     async def resources(self) -> ClusterResources:
         """CPUs and GPUs of every node, in all and free."""
 
+    @abstractmethod
+    def check_detachable(self) -> None:
+        """Refuse what would have to outlive this program.
+
+        :raises MisuseError: it can't.
+        """
+
+    @property
+    def patience(self) -> dict[str, float]:
+        """How long this cluster waits for what, in seconds, as its parameters name it."""
+        return {"grace": self._grace, "silence": self._silence}
+
     async def holds(self, reservation: Reservation) -> bool:
         """Whether the groups of a reservation are still there: somebody may have removed one behind our back."""
         return True
@@ -223,6 +267,16 @@ class Cluster(ABC):
         from actors.pool import EnginePool
 
         return EnginePool(self, spec, **options)
+
+    def pool(self, name: str) -> EnginePool:
+        """The detached pool of that name, whoever started it; attaches when it is entered, leaving it only lets go.
+
+        :param name: as given to ``engines(..., name=, lifetime="detached")``.
+        """
+        from actors.attached_engines import AttachedEngines
+        from actors.pool import EnginePool
+
+        return EnginePool.of(AttachedEngines(self, name))
 
     async def aclose(self) -> None:
         """Stop every actor, last started first, and give back every reservation. Idempotent, never cut short."""
@@ -244,6 +298,17 @@ class Cluster(ABC):
         self, *, group: Group | None, env: Mapping[str, str], isolation: Isolation | None
     ) -> Callable[[ActorSpec], Body]:
         """What makes the bodies of an actor's generations."""
+
+    @abstractmethod
+    async def _look_for(self, name: str) -> None:
+        """Attach to the detached actor of that name, where there can be one.
+
+        :raises ActorNotFound: there is none; the message has those there are.
+        """
+
+    @abstractmethod
+    async def _spawn_detached(self, order: DetachedOrder) -> object:
+        """Start a detached actor, or find it; as :meth:`spawn`."""
 
     async def _close(self) -> None:
         await self._roster.stop_all()

@@ -77,6 +77,9 @@ log = get_logger("arun.engine")
 
 Outcome = Literal["finished", "failed", "aborted"]
 
+_ENGINES = frozenset({"vllm", "remote", "echo"})
+_USE = "use 'vllm', 'remote', 'echo', or a class with Engine's methods"
+
 
 class EngineLoad(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What an engine is doing and has done.
@@ -156,12 +159,14 @@ class EngineInfo(msgspec.Struct, frozen=True):
 class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     """Which engine to make, with which model, over how many workers.
 
-    :ivar model: a folder, a name on the Hugging Face hub, ``"tiny"`` or ``"demo"`` (see :mod:`actors.models`).
-    :ivar engine: ``"vllm"``, ``"echo"``, or a class with the methods of :class:`Engine` made from this spec.
+    :ivar model: a folder, a name on the Hugging Face hub, ``"tiny"`` or ``"demo"`` (see :mod:`actors.models`); of a
+        remote engine, the server's name for it.
+    :ivar engine: ``"vllm"``, ``"remote"``, ``"echo"``, or a class with the methods of :class:`Engine` made from this
+        spec.
     :ivar tensor_parallel_size: workers that share each layer.
     :ivar pipeline_parallel_size: groups of such workers that share the layers between them.
     :ivar max_model_len: most tokens of prompt and answer together; None takes the model's own.
-    :ivar engine_args: passed on by name: to vLLM's AsyncEngineArgs, or EchoEngine's options.
+    :ivar engine_args: passed on by name: to vLLM's AsyncEngineArgs, or the options of RemoteEngine or EchoEngine.
     :ivar env: environment variables of the engine's process.
     :ivar runner: ``"generate"`` for answers, ``"pooling"`` for embeddings.
     :ivar adapters: LoRA adapters by the name that requests give; folders with ``adapter_config.json``.
@@ -187,10 +192,8 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
         :raises MisuseError: an unknown engine, or a size below 1.
         """
-        if isinstance(self.engine, str) and self.engine not in {"vllm", "echo"}:
-            raise MisuseError(
-                f"there is no engine {self.engine!r}; use 'vllm', 'echo', or a class with Engine's methods"
-            )
+        if isinstance(self.engine, str) and self.engine not in _ENGINES:
+            raise MisuseError(f"there is no engine {self.engine!r}; {_USE}")
         if self.runner not in {"generate", "pooling"}:
             raise MisuseError(f"runner is {self.runner!r}; it must be 'generate' or 'pooling'")
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
@@ -215,6 +218,7 @@ class Engine(Protocol):
 
         :raises RequestError: this request cannot be served; the engine goes on.
         :raises EngineDead: the engine failed, this request and all others with it.
+        :raises ReplicaLost: only this answer broke off; a pool begins it anew where that was asked for.
         """
         ...
 
@@ -236,12 +240,16 @@ def make_engine(spec: EngineSpec) -> Engine:
             from actors.vllm_engine import VLLMEngine
 
             return VLLMEngine(spec)
+        case "remote":
+            from actors.remote_engine import RemoteEngine
+
+            return RemoteEngine(spec)
         case "echo":
             from actors.echo_engine import EchoEngine
 
             return EchoEngine(spec)
         case str() as name:
-            raise MisuseError(f"there is no engine {name!r}; use 'vllm', 'echo', or a class with Engine's methods")
+            raise MisuseError(f"there is no engine {name!r}; {_USE}")
         case engine_class:
             engine: Engine = engine_class(spec)
             return engine

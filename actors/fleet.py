@@ -218,6 +218,10 @@ class Fleet:
             concurrency=self._options.concurrency + _HEADROOM,
             group=replica.reservation.groups[0],
             env=self._spec.env,
+            # It only waits for a server, so where tasks are to be had it needs no process.
+            isolation="task"
+            if self._spec.engine == "remote" and self._cluster.has_tasks and not self._spec.env
+            else None,
         )
         replica.actor = actor
         info: EngineInfo = await actor.info()

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
     from actors.answers import Completion, Embedding
     from actors.batches import BatchRequest
+    from actors.engines import DeltaStream
     from actors.pool import EnginePool
     from actors.pool_stats import PoolStats
     from actors.requests import PromptLike
-    from actors.routing import DeltaStream
     from arun.outcome_stream import FanOut
 
 __all__ = ("PoolFront",)

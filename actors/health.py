@@ -58,6 +58,7 @@ class HealthThread:
         self._asked_at = 0.0  # the oldest question without a sign; 0: there is none
         self._ready = threading.Event()
         self._server: Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._error: BaseException | None = None
         threading.Thread(target=self._run, name="actors.health", daemon=True).start()
 
@@ -72,6 +73,12 @@ class HealthThread:
             raise self._error
         return self._server
 
+    def post(self, do: Callable[[Server], object]) -> None:
+        """Let the thread do something with its server; from any thread."""
+        server = self.wait_listening()
+        assert self._loop is not None  # it listens
+        self._loop.call_soon_threadsafe(do, server)
+
     def _run(self) -> None:
         try:
             asyncio.run(self._listen())
@@ -80,6 +87,7 @@ class HealthThread:
             self._ready.set()
 
     async def _listen(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._server = await self._serve(self._answer)
         self._ready.set()
         await asyncio.Event().wait()  # a daemon thread: it ends with the process

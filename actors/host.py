@@ -14,7 +14,8 @@ import msgspec
 
 from actors.call_chain import CHAIN, Chain, Turn, enter, refuse_cycle
 from actors.turns import Turns
-from arun.errors import MailboxFull, MisuseError
+from arun.channel.extensions import unpack
+from arun.errors import MailboxFull, MisuseError, PayloadError
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
@@ -51,6 +52,18 @@ class Host:
         :param hang_up: closes the channel and waits until the running messages have cleaned up.
         """
         self._life = Runtime.current().start(self._live, hang_up, name="actor")
+
+    async def start(self) -> None:
+        """Start the object, once, whoever asks for it; returns when it is ready.
+
+        :raises Exception: what the constructor or ``on_start`` raised.
+        """
+        self._asked.set()
+        await self._started.wait()
+        if self._error is not None:
+            raise self._error
+        if self._serving is None:
+            raise MisuseError("the actor was stopped while it was starting")
 
     def stop(self) -> None:
         """Ask it to hang up and run ``on_stop``; a start that goes on is cancelled."""
@@ -89,21 +102,13 @@ class Host:
     def handle(self, method: str, payload: msgspec.Raw) -> AsyncIterator[object] | Awaitable[object]:
         """Answer one message: its result, or the items of a stream."""
         if self._serving is None or method == START:
-            return self._outcome()
+            return self.start()
         return self._serving.answer(method, payload)
 
     def load(self) -> tuple[int, int, int]:
         """Messages that run, that wait, and that may wait. From any thread."""
         serving = self._serving
         return (0, 0, 0) if serving is None else (serving.running, serving.waiting, serving.mailbox)
-
-    async def _outcome(self) -> None:
-        self._asked.set()
-        await self._started.wait()
-        if self._error is not None:
-            raise self._error
-        if self._serving is None:
-            raise MisuseError("the actor was stopped while it was starting")
 
 
 class _Serving:
@@ -206,7 +211,9 @@ class _Callee:
         self.function: Callable[..., Any] = getattr(instance, method.name)
         self.streaming = method.streaming
         self._method = method
-        self._decoders = {name: msgspec.msgpack.Decoder(kind) for name, kind in method.argument_types.items()}
+        self._decoders = {
+            name: msgspec.msgpack.Decoder(kind, ext_hook=unpack) for name, kind in method.argument_types.items()
+        }
         # Arguments by name alone, as nearly every signature takes them, need no matching.
         self._by_name = all(p.kind in _NAMEABLE for p in method.signature.parameters.values())
 
@@ -221,7 +228,7 @@ class _Callee:
         for name, raw in named.items():
             try:
                 values[name] = self._decoders[name].decode(raw)
-            except msgspec.ValidationError as exc:
+            except (msgspec.ValidationError, PayloadError) as exc:
                 raise MisuseError(f"{self._method.label}: its argument {name} is wrong: {exc}") from exc
         if self._by_name:
             return (), values, chain

@@ -1,4 +1,4 @@
-"""The process of one actor: what LocalCluster starts.
+"""The process of one actor: what LocalCluster starts, with the folder for its sockets as the argument.
 
 It reads a :class:`HostOrder` from stdin, listens on a Unix socket and writes one line to the status pipe when it does.
 From then on stdin says one thing only: at its end the actor is to stop, because its owner let go of it or died. A
@@ -84,6 +84,7 @@ def main() -> None:
     try:
         order = HostOrder.read(sys.stdin.fileno())
     except EOFError:  # the owner died, or gave up, before it said what to do
+        shutil.rmtree(sys.argv[1], ignore_errors=True)
         sys.exit(1)
     leash = _take_over_stdin()
     continue_without_parent()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import anyio
 
 from actors.body import Body, End
 from actors.bundles import Bundle, Group, Placement, Reservation
-from actors.cluster import Cluster, ClusterResources, Isolation, NodeResources
+from actors.cluster import Cluster, ClusterResources, DetachedOrder, Isolation, NodeResources
 from actors.devices import Devices
 from actors.health import Vitals
 from actors.host import Host
@@ -45,6 +45,8 @@ class LocalCluster(Cluster):
     :param grace: seconds that ``on_stop`` gets before a process is killed.
     :param silence: seconds after which an actor's process that does not even answer for its health is killed.
     """
+
+    has_tasks = True
 
     def __init__(
         self,
@@ -102,6 +104,18 @@ class LocalCluster(Cluster):
                 labels=self._labels,
             ),
         ))
+
+    def check_detachable(self) -> NoReturn:
+        raise MisuseError(
+            "nothing can be detached from a LocalCluster: its actors are processes of this program, and end with it. "
+            "Start a Ray that runs by itself (`ray start --head`) and use RayCluster.connect('auto')"
+        )
+
+    async def _look_for(self, name: str) -> None:
+        """There are no others than those in the roster."""
+
+    async def _spawn_detached(self, order: DetachedOrder) -> NoReturn:
+        self.check_detachable()
 
     def _launcher(
         self, *, group: Group | None, env: Mapping[str, str], isolation: Isolation | None

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from actors.body import Body
     from actors.bundles import Group
+    from actors.detached import Attachment
     from actors.interface import ActorSpec
     from actors.supervision import GiveUp, RestartPolicy
     from actors.team import Team
@@ -45,7 +46,7 @@ class Member:
         *,
         group: Group | None,
         policy: RestartPolicy,
-        team: Team | None,
+        team: Team | Attachment | None,
         grace: float,
         silence: float,
     ) -> None:

@@ -3,8 +3,9 @@
     generate -> Router (which replica, or wait) -> the replica's EngineActor -> deltas -> DeltaStream
 
 What goes where, and what happens when a replica is lost, is decided by :mod:`actors.assignment`; :mod:`actors.routing`
-has the requests, :mod:`actors.fleet` the replicas; this module is what users see of them. A pool holds no cancel
-scope, so it works as a fixture and in an ``AsyncExitStack``.
+has the requests, :mod:`actors.fleet` the replicas, :mod:`actors.owned_engines` puts them together; this module is what
+users see of them. A detached pool has all that in its :mod:`actors.pool_supervisor`. A pool holds no cancel scope, so
+it works as a fixture and in an ``AsyncExitStack``.
 """
 
 from __future__ import annotations
@@ -15,44 +16,45 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict
 import anyio
 
 from actors.answers import Completion, Embedding, Reset
-from actors.assignment import PoolCore
+from actors.attached_engines import AttachedEngines, PoolOrder
 from actors.batches import calls
-from actors.engine import EngineInfo, EngineMetrics
+from actors.engines import DeltaStream, PoolSettings
 from actors.finish import finish
-from actors.fleet import Fleet, FleetOptions, Replica
-from actors.pool_actions import StartReplica
-from actors.pool_stats import PoolStats, ReplicaProgress, ReplicaStats, Speed
+from actors.owned_engines import OwnedEngines
+from actors.pool_stats import PoolStats, ReplicaProgress, ReplicaStats
 from actors.requests import to_embed_request, to_request
-from actors.routing import DeltaStream, Router
 from actors.supervision import Supervisor
-from arun.errors import EngineError, MisuseError, RequestError
-from arun.logs import get_logger
+from arun.errors import MisuseError, RequestError
 from arun.outcome_stream import fan_out
 from arun.policies import Policy
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+    from collections.abc import AsyncIterable, Callable, Iterable, Mapping
     from types import TracebackType
     from typing import Self, Unpack
 
     from actors.batches import BatchRequest
     from actors.bundles import Strategy
-    from actors.cluster import Cluster
-    from actors.engine import Delta, EngineSpec, GenerateRequest, Lane, PromptLike, RequestOptions
+    from actors.cluster import Cluster, Lifetime
+    from actors.engine import (
+        Delta,
+        EngineInfo,
+        EngineMetrics,
+        EngineSpec,
+        Lane,
+        PromptLike,
+        RequestOptions,
+    )
+    from actors.engines import Engines
     from actors.pool_state import Reroute
     from arun.outcome_stream import FanOut
     from arun.runtime import Background
 
 __all__ = ("DeltaStream", "EnginePool", "PoolOptions", "PoolStats", "ReplicaProgress", "ReplicaStats")
 
-log = get_logger("arun.pool")
-
-_PROGRESS_SECONDS = 1.0
-_PULSE_SECONDS = 5.0
 _SUPERVISOR = Supervisor()
-_BATCH_LIMIT = 1024
-_SERVING = {"reserving bundles", "preparing model", "loading model", "ready", "restarting"}
+_BATCH_LIMIT = 1000  # a connection has 1024 streams, and something beside the batch may want one
 
 
 class PoolOptions(TypedDict, total=False):
@@ -60,6 +62,8 @@ class PoolOptions(TypedDict, total=False):
 
     replicas: int
     name: str | None
+    lifetime: Lifetime
+    get_if_exists: bool
     cpus: float
     gpus: float | None
     strategy: Strategy
@@ -85,6 +89,11 @@ class EnginePool:
     A replica whose process dies, whose engine fails or that hangs is started again in its bundles, and what it was
     answering goes on at another replica after the last token that was delivered.
 
+    :param name: of the pool; a detached one needs one.
+    :param lifetime: "scope": it ends with the block. "detached": it belongs to a supervisor, an actor in a Ray that
+        this program did not start. Leaving the block only lets go of it, :meth:`close` ends it, and
+        ``cluster.pool(name)`` attaches to it from any process.
+    :param get_if_exists: attach to the detached pool of this name, if there is one, instead of starting it.
     :param cpus: CPUs of each worker's bundle.
     :param gpus: GPUs of each worker's bundle; by default 1 for a vLLM engine where the cluster has any, else 0.
     :param strategy: how the workers of one replica lie on nodes; see :class:`~actors.bundles.Placement`.
@@ -111,6 +120,8 @@ class EnginePool:
         *,
         replicas: int = 1,
         name: str | None = None,
+        lifetime: Lifetime = "scope",
+        get_if_exists: bool = False,
         cpus: float = 1.0,
         gpus: float | None = None,
         strategy: Strategy = "STRICT_PACK",
@@ -126,71 +137,66 @@ class EnginePool:
         on_progress: Callable[[ReplicaProgress], object] | None = None,
     ) -> None:
         spec.validate()
-        for option, value, least in (
-            ("replicas", replicas, 1),
-            ("max_in_flight", max_in_flight, 1),
-            ("max_waiting", max_waiting, 0),
-            ("quarantine", quarantine, 1),
-            ("affinity_margin", affinity_margin, 0),
-        ):
-            if value < least:
-                raise MisuseError(f"{option} is {value}; it must be at least {least}")
-        if watchdog <= 0 or start_timeout <= 0:
-            raise MisuseError(f"watchdog is {watchdog} and start_timeout {start_timeout}; both are seconds above 0")
-        self.name = name or f"engines-{uuid.uuid4().hex[:6]}"
-        self.on_progress = on_progress
-        self._spec = spec
-        self._max_in_flight = max_in_flight
-        self._count = replicas
-        self._core = PoolCore(
-            limit=max_in_flight,
-            max_waiting=max_waiting,
-            supervisor=Supervisor(intensity=restarts) if isinstance(restarts, int) else restarts,
-            watchdog=watchdog,
-            quarantine=quarantine,
-            affinity_margin=affinity_margin,
-        )
-        options = FleetOptions(
+        settings = PoolSettings(
+            replicas=replicas,
             cpus=cpus,
             gpus=gpus,
             strategy=strategy,
             labels=dict(labels),
             wait=wait,
-            concurrency=max_in_flight,
-            pulse=min(_PULSE_SECONDS, watchdog / 4),
+            max_in_flight=max_in_flight,
+            max_waiting=max_waiting,
+            supervisor=Supervisor(intensity=restarts) if isinstance(restarts, int) else restarts,
             watchdog=watchdog,
             start_timeout=start_timeout,
+            quarantine=quarantine,
+            affinity_margin=affinity_margin,
         )
-        self._fleet = Fleet(self.name, cluster, spec, options, self._tell)
-        self._router: Router | None = None
-        self._state: Literal["new", "starting", "open", "draining", "closed"] = "new"
+        if lifetime == "detached":
+            engines: Engines = AttachedEngines(cluster, name, PoolOrder(spec, settings, get_if_exists), self._tell)
+        elif lifetime != "scope":
+            raise MisuseError(f"lifetime={lifetime!r}: it must be 'scope' or 'detached'")
+        elif get_if_exists:
+            raise MisuseError("get_if_exists=True needs lifetime='detached': no other pool is known by its name")
+        else:
+            engines = OwnedEngines(name or f"engines-{uuid.uuid4().hex[:6]}", cluster, spec, settings, self._tell)
+        self._stand_on(engines, on_progress)
+
+    @classmethod
+    def of(cls, engines: Engines) -> Self:
+        """A pool on engines that exist already; for ``cluster.pool()``."""
+        pool = cls.__new__(cls)
+        pool._stand_on(engines, None)
+        return pool
+
+    def _stand_on(self, engines: Engines, on_progress: Callable[[ReplicaProgress], object] | None) -> None:
+        self.name = engines.pool
+        self.on_progress = on_progress
+        self._engines = engines
+        self._state: Literal["new", "starting", "open", "closed"] = "new"
         self._closing: Background[None] | None = None
-        self._began = 0.0
-        self._speeds: dict[int, Speed] = {}
+        self._ending: Background[None] | None = None
 
     async def start(self) -> None:
-        """Reserve bundles, start every replica, return when all are ready.
+        """Reserve bundles, start every replica, return when all are ready. Of a detached pool that exists: attach.
 
         When one fails, the others are stopped, everything is released, and its error is raised.
 
         :raises PlacementError: the cluster can't hold the replicas.
         :raises ModelNotFound: there is no such model.
         :raises EngineError: an engine did not start; the message has the cause.
+        :raises ActorNotFound: there is no detached pool of this name to attach to.
+        :raises MisuseError: there is one, though a new one was asked for.
         """
         if self._state != "new":
             raise MisuseError(f"pool {self.name!r} was started before; make a new one with cluster.engines()")
         self._state = "starting"
-        self._began = anyio.current_time()
-        ticking = Runtime.current().start(self._tick, name=f"progress of pool {self.name}")
         try:
-            await self._start_replicas()
+            await self._engines.start()
         except BaseException:
             await self.aclose()
             raise
-        finally:
-            ticking.cancel()
         self._state = "open"
-        log.info("pool.started", pool=self.name, replicas=self._count)
 
     def generate(
         self,
@@ -221,7 +227,7 @@ class EnginePool:
             :class:`~actors.engine.RequestOptions`: adapter, tools, chat template.
         :raises RequestError: an unknown parameter or a value out of range. What only the engine can judge, such as
             a prompt that is too long, is raised by the stream.
-        :raises PoolBusy: ``max_waiting`` requests wait already.
+        :raises PoolBusy: ``max_waiting`` requests wait already; of a detached pool, raised by the stream.
         """
         request = to_request(
             request_id or uuid.uuid4().hex,
@@ -230,9 +236,10 @@ class EnginePool:
             lane=lane,
             priority=priority,
         )
-        if self._spec.runner == "pooling":
+        engines = self._opened()
+        if not engines.generates:
             raise RequestError(f"pool {self.name!r} embeds, it does not generate: call pool.embed()")
-        return self._submit(request, reroute)
+        return engines.submit(request, reroute)
 
     async def complete(
         self,
@@ -311,7 +318,8 @@ class EnginePool:
         :param normalize: to length 1; None is the model's own default.
         :raises RequestError: the pool generates, or the engine refuses the prompt or the dimensions.
         """
-        if self._spec.runner != "pooling":
+        engines = self._opened()
+        if engines.generates:
             raise RequestError(
                 f"pool {self.name!r} generates, it does not embed: open one with EngineSpec(..., runner='pooling')"
             )
@@ -322,7 +330,7 @@ class EnginePool:
             lane=lane,
             priority=priority,
         )
-        deltas = [delta async for delta in self._submit(request)]
+        deltas = [delta async for delta in engines.submit(request)]
         usage = deltas[-1].usage
         return Embedding(request.request_id, deltas[-1].embedding or b"", usage.prompt_tokens if usage else 0)
 
@@ -332,7 +340,7 @@ class EnginePool:
         :raises EngineError: an engine has no metrics.
         :raises ActorDied: a replica's process has ended.
         """
-        return [await actor.metrics() for actor in self._actors()]
+        return await self._opened().metrics()
 
     async def sleep(self, level: int = 1) -> None:
         """Give the engines' GPU memory back until :meth:`wake`; requests wait meanwhile, running ones are aborted.
@@ -341,39 +349,25 @@ class EnginePool:
         :raises EngineError: the engine can't sleep: it runs on a CPU, or its spec lacks
             ``engine_args={"enable_sleep_mode": True}``.
         """
-        for actor in self._actors():
-            await actor.sleep(level)
+        await self._opened().sleep(level)
 
     async def wake(self) -> None:
         """Take the memory again and go on. :raises EngineError: the engine can't sleep."""
-        for actor in self._actors():
-            await actor.wake()
+        await self._opened().wake()
 
     def stats(self) -> PoolStats:
-        """Every replica with its counts, as the pool sees them now."""
-        core, now = self._core, anyio.current_time()
-        replicas = tuple(self._replica_stats(replica, now) for _, replica in sorted(self._fleet.replicas.items()))
-        return PoolStats(
-            name=self.name,
-            waiting=core.waiting,
-            waiting_interactive=core.waiting_in("interactive"),
-            waiting_batch=core.waiting_in("batch"),
-            in_flight=sum(each.in_flight for each in replicas),
-            tokens_per_second=sum(each.tokens_per_second for each in replicas),
-            restarts=core.restarts,
-            reroutes=core.reroutes,
-            dead_letters=core.dead_letters,
-            quarantined=core.quarantined,
-            prefix_hits=core.prefix_hits,
-            replicas=replicas,
-        )
+        """Every replica with its counts, as the pool sees them now.
+
+        Of a detached pool, as they were up to a second ago.
+        """
+        return self._engines.stats()
 
     async def info(self) -> list[EngineInfo]:
         """What the engines say of themselves: their own counts include work that the pool has let go of.
 
         :raises ActorDied: a replica's process has ended.
         """
-        return [await actor.info() for actor in self._actors()]
+        return await self._opened().info()
 
     async def scale(self, replicas: int) -> None:
         """Have so many replicas: start more and return when they are ready, or drain some and return at once.
@@ -383,19 +377,7 @@ class EnginePool:
         :raises PlacementError: the cluster can't hold so many more; nothing has changed.
         :raises EngineError: a new one did not start; the message has the cause.
         """
-        router = self._opened()
-        if replicas < 1:
-            raise MisuseError(f"scale({replicas}): a pool has at least 1 replica; aclose() ends it")
-        serving = [replica for replica in self._fleet.replicas.values() if replica.state in _SERVING]
-        if replicas > len(serving):
-            await self._fleet.check_fits(replicas)
-        before = set(self._fleet.replicas)
-        log.info("pool.scale", pool=self.name, replicas=replicas, serving=len(serving))
-        router.do(self._core.scale(replicas))
-        for replica in [each for number, each in self._fleet.replicas.items() if number not in before]:
-            await replica.settled.wait()
-            if replica.state == "dead":
-                raise EngineError(f"replica {replica.number} of pool {self.name!r} did not start: {replica.cause}")
+        await self._opened().scale(replicas)
 
     async def drain(self, replica: int | None = None) -> None:
         """Let what runs come to its end.
@@ -405,20 +387,7 @@ class EnginePool:
             engines stay up until it is closed.
         :raises MisuseError: there is no such replica.
         """
-        router = self._opened()
-        if replica is None:
-            self._state = "draining"
-            await router.wait_idle()
-            return
-        known = self._fleet.replicas.get(replica)
-        if known is None:
-            numbers = ", ".join(map(str, sorted(self._fleet.replicas)))
-            raise MisuseError(f"pool {self.name!r} has no replica {replica}; it has {numbers}")
-        if known.state == "ready":
-            self._fleet.set_state(known, "draining")
-        log.info("pool.drain", pool=self.name, replica=replica, in_flight=known.counts.in_flight)
-        router.do(self._core.drain(replica))
-        await known.gone.wait()
+        await self._opened().drain(replica)
 
     @property
     def started(self) -> bool:
@@ -428,14 +397,24 @@ class EnginePool:
     @property
     def batch_limit(self) -> int:
         """Requests that :meth:`map` has in flight by default."""
-        return min(_BATCH_LIMIT, self._max_in_flight * max(1, len(self._fleet.replicas) or self._count))
+        return min(_BATCH_LIMIT, self._engines.capacity)
 
     async def aclose(self) -> None:
-        """Fail what is in flight, stop the engines, give the bundles back. Idempotent, never cut short."""
+        """Fail what is in flight, stop the engines, give the bundles back. Idempotent, never cut short.
+
+        Of a detached pool: abort this program's requests and let go of it; the engines go on.
+        """
         if self._closing is None:
             self._state = "closed"
-            self._closing = Runtime.current().start(self._close, name=f"close of pool {self.name}")
+            self._closing = Runtime.current().start(self._engines.leave, name=f"close of pool {self.name}")
         await finish(self._closing)
+
+    async def close(self) -> None:
+        """End the pool, also a detached one, for everybody who has attached to it. Idempotent, never cut short."""
+        if self._ending is None:
+            self._state = "closed"
+            self._closing = self._ending = Runtime.current().start(self._engines.end, name=f"end of pool {self.name}")
+        await finish(self._ending)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -449,96 +428,16 @@ class EnginePool:
     def __reduce__(self) -> NoReturn:
         raise MisuseError(
             f"pool {self.name!r} can't be pickled: it holds connections to its engines. Give it to the application "
-            "as a resource, and let another process open a pool of its own"
+            "as a resource, and let another process open a pool of its own, or attach to a detached one by its name"
         )
 
-    def _opened(self) -> Router:
-        if self._router is None or self._state not in {"open", "draining"}:
+    def _opened(self) -> Engines:
+        if self._state != "open":
             raise MisuseError(
                 f"pool {self.name!r} is not open; use it inside `async with cluster.engines(...) as pool:`"
             )
-        return self._router
+        return self._engines
 
-    def _submit(self, request: GenerateRequest, reroute: Reroute = "continue") -> DeltaStream:
-        router = self._opened()
-        if self._state == "draining":
-            raise MisuseError(f"pool {self.name!r} is draining, so it takes no more requests")
-        return router.submit(request, reroute)
-
-    def _actors(self) -> list[Any]:
-        return [replica.actor for replica in self._fleet.replicas.values() if replica.actor is not None]
-
-    def _replica_stats(self, replica: Replica, now: float) -> ReplicaStats:
-        counts = replica.counts
-        speed = self._speeds.setdefault(replica.number, Speed())
-        return ReplicaStats(
-            replica=replica.number,
-            pid=replica.pid,
-            state=replica.state,
-            start_seconds=replica.start_seconds,
-            restarts=replica.generation - 1,
-            in_flight=counts.in_flight,
-            started=counts.started,
-            finished=counts.finished,
-            failed=counts.failed,
-            aborted=counts.aborted,
-            lost=counts.lost,
-            tokens=counts.tokens,
-            tokens_per_second=speed.at(now, counts.tokens),
-            cause=replica.cause,
-        )
-
-    # Starting and stopping.
-
-    async def _start_replicas(self) -> None:
-        await self._fleet.check_fits(self._count)
-        self._router = router = Router(self.name, self._core, self._fleet)
-        self._fleet.report_to(router)
-        # Not by router.do(): what keeps the first ones from starting is to be raised here.
-        starts = [action for action in self._core.scale(self._count) if isinstance(action, StartReplica)]
-        replicas = [self._fleet.add(start.replica) for start in starts]
-        await self._for_each(replicas, self._fleet.prepare)
-        await self._fleet.prepare_model()
-        await self._for_each(replicas, self._fleet.launch)
-        now = anyio.current_time()
-        for replica in replicas:
-            self._speeds[replica.number] = Speed()
-            self._speeds[replica.number].at(now, 0)
-            self._fleet.serve(replica)
-
-    async def _for_each(self, replicas: list[Replica], do: Callable[[Replica], Awaitable[None]]) -> None:
-        failures: list[Exception] = []
-
-        async def one(replica: Replica) -> None:
-            try:
-                await do(replica)
-            except Exception as exc:  # noqa: BLE001  # whatever it is, start() raises it
-                exc.add_note(f"replica {replica.number} of pool {self.name!r} did not start")
-                failures.append(exc)
-                self._fleet.set_state(replica, "dead")
-                starting.cancel_scope.cancel()
-
-        async with anyio.create_task_group() as starting:
-            for replica in replicas:
-                starting.start_soon(one, replica)
-        if failures:
-            raise failures[0]
-
-    async def _tick(self) -> None:
-        while True:
-            await anyio.sleep(_PROGRESS_SECONDS)
-            for replica in self._fleet.replicas.values():
-                if replica.state not in {"ready", "dead"}:
-                    self._tell(replica)
-
-    def _tell(self, replica: Replica) -> None:
+    def _tell(self, progress: ReplicaProgress) -> None:
         if self.on_progress is not None:
-            self.on_progress(ReplicaProgress(replica.number, replica.state, anyio.current_time() - self._began))
-
-    async def _close(self) -> None:
-        if self._router is not None:
-            self._router.close(EngineError(f"pool {self.name!r} was closed before the answer was complete"))
-        async with anyio.create_task_group() as ending:
-            for replica in reversed(list(self._fleet.replicas.values())):
-                ending.start_soon(self._fleet.end, replica)
-        log.info("pool.closed", pool=self.name)
+            self.on_progress(progress)

@@ -66,17 +66,17 @@ class PoolStats(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
-    waiting: int
-    waiting_interactive: int
-    waiting_batch: int
-    in_flight: int
-    tokens_per_second: float
-    restarts: int
-    reroutes: int
-    dead_letters: int
-    quarantined: int
-    prefix_hits: int
-    replicas: tuple[ReplicaStats, ...]
+    waiting: int = 0
+    waiting_interactive: int = 0
+    waiting_batch: int = 0
+    in_flight: int = 0
+    tokens_per_second: float = 0.0
+    restarts: int = 0
+    reroutes: int = 0
+    dead_letters: int = 0
+    quarantined: int = 0
+    prefix_hits: int = 0
+    replicas: tuple[ReplicaStats, ...] = ()
 
 
 class Speed:

@@ -8,16 +8,20 @@ import logging
 import sys
 import threading
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.to_thread
 
+from actors import detached, pickling
+from actors.actor import link_of
 from actors.bundles import Group, Placement, Reservation
-from actors.cluster import Cluster, ClusterResources, Isolation, NodeResources
+from actors.cluster import Cluster, ClusterResources, DetachedOrder, Isolation, NodeResources
 from actors.finish import finish
+from actors.interface import specify
 from actors.ray_host import RayBody, import_ray
-from arun.errors import MissingExtraError, MisuseError, PlacementError
+from arun.errors import ActorNotFound, MissingExtraError, MisuseError, PlacementError
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
@@ -26,7 +30,9 @@ if TYPE_CHECKING:
     from typing import Self
 
     from actors.body import Body
+    from actors.detached_host import Card
     from actors.interface import ActorSpec
+    from actors.supervision import Supervisor
 
 __all__ = ("RayCluster",)
 
@@ -61,6 +67,7 @@ class RayCluster(Cluster):
         self._placement_timeout = placement_timeout
         self._session = _RaySession(address, options)
         self._opening: Background[None] | None = None
+        self._attached: set[str] = set()
 
     @classmethod
     def connect(
@@ -137,6 +144,30 @@ class RayCluster(Cluster):
         self._require_open()
         return await anyio.to_thread.run_sync(_resources)
 
+    async def stop(self, actor: object) -> None:
+        name = actor if isinstance(actor, str) else link_of(actor).name
+        found = None
+        if name in self._attached or (isinstance(actor, str) and not self._roster.has(name)):
+            self._require_open()
+            found = await self._found(name)
+        if found is None or self._roster.has(name):
+            await super().stop(actor)
+        if found is not None:
+            self._attached.discard(name)
+            await finish(Runtime.current().start(detached.end, found, name, self._grace, name=f"end of actor {name}"))
+
+    def check_detachable(self) -> None:
+        self._require_open()
+        if self._session.started_ray:
+            raise MisuseError(
+                "nothing detached can be in the Ray of this cluster: this program started it, and it ends with the "
+                "block. Start one that runs by itself (`ray start --head`) and use RayCluster.connect('auto')"
+            )
+
+    @property
+    def patience(self) -> dict[str, float]:
+        return {**super().patience, "placement_timeout": self._placement_timeout}
+
     async def __aenter__(self) -> Self:
         await self.start()
         return self
@@ -148,6 +179,71 @@ class RayCluster(Cluster):
         if isolation == "task":
             raise MisuseError("isolation='task' is LocalCluster's: Ray's actors have processes of their own")
         return lambda spec: RayBody(spec, group=group, env=env)
+
+    async def _look_for(self, name: str) -> None:
+        self._require_open()
+        actor = await self._found(name)
+        await self._attach(actor, await detached.card_of(actor, name))
+
+    async def _spawn_detached(self, order: DetachedOrder) -> object:
+        self.check_detachable()
+        name = order.name
+        if name is None:
+            raise MisuseError("lifetime='detached' needs name=...: without a name nobody could find the actor again")
+        if order.group is not None:
+            raise MisuseError(
+                f"{order.group!r} is given back when this program ends, and who calls a detached actor in it would "
+                "wait for ever (Ray's behaviour). Let a detached actor reserve by itself what it needs, in on_start: "
+                "RayCluster.connect(), reserve(), spawn()"
+            )
+        supervisor = detached.supervisor_of(order.restart, order.restarts)
+        if not self._roster.has(name):
+            spec = specify(name, order.cls, order.args, order.kwargs, concurrency=order.concurrency)
+            making = Runtime.current().start(self._make, spec, order.env, supervisor, name=f"start of actor {name}")
+            try:
+                handle = await making.wait()
+            except anyio.get_cancelled_exc_class():
+                making.cancel()  # nobody else would end what Ray is starting
+                with anyio.CancelScope(shield=True):
+                    await making.ended()
+                raise
+            if handle is not None:
+                return handle
+        if not order.get_if_exists:
+            raise MisuseError(
+                f"an actor named {name!r} exists already; stop it first, choose another name, or pass "
+                "get_if_exists=True to have that one"
+            )
+        return await self.get(name, order.cls)
+
+    async def _make(self, spec: ActorSpec, env: Mapping[str, str], supervisor: Supervisor | None) -> object | None:
+        """Start a detached actor, which ends if it is not ready in the end; None where the name is taken."""
+        try:
+            actor, card = await anyio.to_thread.run_sync(partial(detached.create, spec, env=env, supervisor=supervisor))
+        except detached.NameTaken:
+            return None
+        try:
+            return await self._attach(actor, card)
+        except BaseException:
+            ending = Runtime.current().start(detached.end, actor, card.name, self._grace, name=f"end of {card.name}")
+            await finish(ending)  # noqa: ASYNC102 - finish() lets no cancellation cut it short
+            raise
+
+    async def _attach(self, actor: Any, card: Card) -> object:
+        handle = await self._roster.attach(pickling.loads(card.spec), detached.Attachment(actor, card))
+        self._attached.add(card.name)
+        return handle
+
+    async def _found(self, name: str) -> Any:
+        """Ray's handle of the detached actor of that name.
+
+        :raises ActorNotFound: there is none; the message has those there are.
+        """
+        try:
+            return await anyio.to_thread.run_sync(detached.find, name)
+        except ActorNotFound as missing:
+            own = ", ".join(repr(info.name) for info in self.list()) or "none"
+            raise ActorNotFound(f"{missing}; actors of this cluster: {own}") from None
 
     async def _close(self) -> None:
         await super()._close()
@@ -197,6 +293,8 @@ class _RaySession:
         self._address = address
         self._options = options
         self._opened: Future[None] = Future()
+        #: whether Ray was started here, so that it ends here
+        self.started_ray = False
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._hold, name="Ray session", daemon=True)
 
@@ -211,7 +309,7 @@ class _RaySession:
 
     def _hold(self) -> None:
         try:
-            with _connected(self._address, self._options):
+            with _connected(self._address, self._options) as self.started_ray:
                 self._opened.set_result(None)
                 self._leave.wait()
         except BaseException as exc:  # noqa: ASYNC103 - in a thread of its own; whoever waits for it gets it
@@ -221,8 +319,8 @@ class _RaySession:
 
 
 @contextlib.contextmanager
-def _connected(address: str | None, options: Mapping[str, Any]) -> Generator[None]:
-    """Be connected to Ray; ends only what it began. Blocks for seconds."""
+def _connected(address: str | None, options: Mapping[str, Any]) -> Generator[bool]:
+    """Be connected to Ray; yields whether it was started here. Ends only what it began. Blocks for seconds."""
     ray = import_ray()
     if ray.is_initialized():
         if address is not None or options:
@@ -230,18 +328,32 @@ def _connected(address: str | None, options: Mapping[str, Any]) -> Generator[Non
                 "this process is connected to Ray already, so RayCluster.connect() takes that connection and neither "
                 f"address nor options can have an effect: address={address!r}, {dict(options)}"
             )
-        yield
+        yield False
         return
     with contextlib.ExitStack() as stack:
         stack.enter_context(_stdout_is_the_programs())
         quiet = {"include_dashboard": False} if address is None else {}
-        with _without_no_news():
+        with _without_no_news(), _explained(address):
             ray.init(
                 address="local" if address is None else address,
                 **{"log_to_driver": False, "logging_level": logging.WARNING, **quiet, **options},
             )
         stack.callback(ray.shutdown)
+        yield address in {None, "local"}
+
+
+@contextlib.contextmanager
+def _explained(address: str | None) -> Generator[None]:
+    """Say what Ray only prints: that it wants its token."""
+    try:
         yield
+    except ConnectionError as exc:
+        if "InvalidAuthToken" not in str(exc.__cause__):
+            raise
+        raise MisuseError(
+            f"the Ray at {address} wants its token: set RAY_AUTH_MODE=token, and have the token in RAY_AUTH_TOKEN or "
+            "in ~/.ray/auth_token. Ray looks for it by itself only with address='auto' and no RAY_ADDRESS"
+        ) from exc
 
 
 @contextlib.contextmanager

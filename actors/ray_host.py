@@ -20,8 +20,12 @@ from actors import pickling
 from actors.body import End
 from actors.health import HealthThread
 from actors.host import Host
+<<<<<<< HEAD
 from actors.parent_watch import continue_without_parent
 from arun.channel import Connection, connect_tcp, serve_tcp
+=======
+from arun.channel import Connection, Server, connect_tcp, serve_tcp
+>>>>>>> main
 from arun.errors import ChannelLost
 from arun.logs import get_logger
 from arun.runtime import Runtime
@@ -33,7 +37,7 @@ if TYPE_CHECKING:
     from actors.bundles import Group
     from actors.interface import ActorSpec
 
-__all__ = ("RayBody", "RayHost", "import_ray")
+__all__ = ("Doors", "RayBody", "RayHost", "Whereabouts", "how_it_died", "import_ray", "open_doors", "placed")
 
 log = get_logger("actors.ray_host")
 
@@ -58,6 +62,34 @@ class Whereabouts(NamedTuple):
     node: str
 
 
+class Doors(NamedTuple):
+    """What a Ray actor of ours listens with."""
+
+    server: Server
+    health: HealthThread
+    where: Whereabouts
+
+
+async def open_doors(host: Host, token: bytes) -> Doors:
+    """Listen on the node's address, and begin the life of what is behind it.
+
+    :param token: of the owner.
+    """
+    ray = import_ray()
+    address = ray.util.get_node_ip_address()
+    health = HealthThread(lambda handler: serve_tcp(handler, token=token, host=address), host.load)
+    server = await serve_tcp(host.handle, token=token, host=address)
+    host.begin(server.aclose)
+    where = Whereabouts(
+        address,
+        int(server.address[1]),
+        int(health.wait_listening().address[1]),
+        os.getpid(),
+        ray.get_runtime_context().get_node_id(),
+    )
+    return Doors(server, health, where)
+
+
 class RayHost:
     """The class that Ray makes an actor of: a thin shell around the same :class:`~actors.host.Host` as everywhere."""
 
@@ -69,19 +101,8 @@ class RayHost:
 
     async def listen(self, token: bytes) -> Whereabouts:
         """Listen on the node's address; the object is started over the channel."""
-        ray = import_ray()
-        host = ray.util.get_node_ip_address()
         self._host = Host(lambda: pickling.loads(self._blob))
-        health = HealthThread(lambda handler: serve_tcp(handler, token=token, host=host), self._host.load)
-        server = await serve_tcp(self._host.handle, token=token, host=host)
-        self._host.begin(server.aclose)
-        return Whereabouts(
-            host,
-            int(server.address[1]),
-            int(health.wait_listening().address[1]),
-            os.getpid(),
-            ray.get_runtime_context().get_node_id(),
-        )
+        return (await open_doors(self._host, token)).where
 
     async def wait_dead(self) -> None:
         """Never returns: the call fails when the process is gone."""
@@ -108,7 +129,7 @@ class RayBody:
         if env:
             options["runtime_env"] = {"env_vars": dict(env)}
         if group is not None:
-            options |= _placed(group)
+            options |= placed(group)
         self._name = spec.name
         self._actor: Any = ray.remote(RayHost).options(**options).remote(pickling.dumps(spec))
         self._where: Whereabouts | None = None
@@ -178,11 +199,11 @@ class RayBody:
         except ray.exceptions.RayError as exc:
             # Also when Ray only can't reach it any more: then this makes true what callers are told.
             ray.kill(self._actor, no_restart=True)
-            return End(_phrase(str(exc)), abnormal="INTENDED_USER_EXIT" not in str(exc))
+            return End(how_it_died(str(exc)), abnormal="INTENDED_USER_EXIT" not in str(exc))
         return End("ended", abnormal=False)
 
 
-def _placed(group: Group) -> dict[str, Any]:
+def placed(group: Group) -> dict[str, Any]:
     """Ray's options that put an actor into a group's first bundle and whatever it starts into the others."""
     first = group.bundles[0]
     options: dict[str, Any] = {
@@ -198,7 +219,7 @@ def _placed(group: Group) -> dict[str, Any]:
     return options
 
 
-def _phrase(told: str) -> str:
+def how_it_died(told: str) -> str:
     """What Ray tells about a death, continuing "the actor", without its advice."""
     detail = re.search(
         r"Worker exit type: (\w+) Worker exit detail: (.*?\.)(?= Some common causes|\s*$)", told, re.DOTALL

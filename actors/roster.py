@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from actors.actor import ActorHandle
     from actors.body import Body
     from actors.bundles import Group
+    from actors.detached import Attachment
     from actors.lives import ActorHealth, ActorInfo
     from actors.supervision import RestartPolicy
 
@@ -87,6 +87,27 @@ class Roster:
             raise
         return member.handle
 
+    async def attach(self, spec: ActorSpec, attachment: Attachment) -> ActorHandle:
+        """Have an actor here that lives elsewhere, and let go of it where one that lives here would be ended."""
+        if self.closed:
+            raise MisuseError("this cluster is closed; connect() again")
+        if spec.name not in self._members:  # else somebody else was faster
+            member = self._members[spec.name] = Member(
+                spec,
+                attachment.launch,
+                group=None,
+                policy="permanent",
+                team=attachment,
+                grace=self._grace,
+                silence=self._silence,
+            )
+            try:
+                await member.start()
+            except BaseException:
+                await self._remove(member, self._grace)  # noqa: ASYNC102 - finish() lets no cancellation cut it short
+                raise
+        return self._members[spec.name].handle
+
     async def stop(self, actor: object) -> None:
         """End one actor, given by handle or name. Stopping it again does nothing.
 
@@ -116,7 +137,7 @@ class Roster:
         :raises MisuseError: it is of another class.
         """
         member = self._named(name)
-        if cls is not None and cls is not member.spec.cls:
+        if cls is not None and not _same(cls, member.spec.cls):
             raise MisuseError(f"the {member.link.describe()} is no {cls.__qualname__}")
         return member.handle
 
@@ -185,5 +206,10 @@ class Roster:
             del self._members[member.spec.name]
         if member.team is not None and not member.team.members:
             await member.team.settled()
-            with contextlib.suppress(ValueError):  # another stop was faster
+            if member.team in self._teams:
                 self._teams.remove(member.team)
+
+
+def _same(one: type, other: type) -> bool:
+    """Whether it is the same class; that of a main program is another object in each process."""
+    return one is other or (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)

@@ -41,11 +41,12 @@ if TYPE_CHECKING:
     from actors.pool_actions import Action
     from actors.pool_state import Reroute
 
-__all__ = ("DeltaStream", "Router")
+__all__ = ("RoutedStream", "Router")
 
 log = get_logger("arun.pool")
 
 _ABORT_SECONDS = 10.0
+_MOST_STARTS = 3  # of a request whose answers break off on a replica that goes on
 
 _BEGUN_ANEW = (
     "seed",
@@ -82,7 +83,7 @@ class Router:
         self._closed = False
         self._ticking: Background[None] = Runtime.current().start(self._tick, name=f"clock of pool {pool}")
 
-    def submit(self, request: GenerateRequest, reroute: Reroute = "continue") -> DeltaStream:
+    def submit(self, request: GenerateRequest, reroute: Reroute = "continue") -> RoutedStream:
         """Send a request to a replica, at once or when there is room.
 
         :raises RequestError: a request with its id is in flight.
@@ -103,7 +104,7 @@ class Router:
         self.do(actions)
         if self._sleeping:
             self._stirred.set()
-        return DeltaStream(self, route)
+        return RoutedStream(self, route)
 
     def do(self, actions: Sequence[Action]) -> None:
         """Carry out what the core says."""
@@ -153,7 +154,7 @@ class Router:
             Runtime.current().start(self._fleet.bury, replica, name=f"end of replica {replica.number}")
         self._stirred.set()
 
-    # For DeltaStream.
+    # For RoutedStream.
 
     def end(self, route: Route, outcome: Outcome) -> None:
         """A request is through; the first outcome counts."""
@@ -179,6 +180,15 @@ class Router:
         self.lost(replica, route.generation, str(error))
         route.lost_with = (replica.number, pid, replica.cause)
         self.do(self.core.cut(route.request.request_id, route.epoch))
+
+    def again(self, route: Route) -> bool:
+        """The stream of a request has broken, for no fault of its replica's; tells whether it begins anew."""
+        if route.reroute != "restart" or route.epoch + 1 >= _MOST_STARTS or route.replica is None:
+            return False
+        replica, route.stream, route.replica = route.replica, None, None
+        replica.counts.lost += 1
+        self.do(self.core.cut(route.request.request_id, route.epoch))
+        return True
 
     async def abort(self, route: Route) -> None:
         """End a request whose consumer has left; returns when the engine has let go of it."""
@@ -346,12 +356,8 @@ class Route:
             self.changed.set()
 
 
-class DeltaStream:
-    """The deltas of one answer, in order. Made by ``pool.generate()``.
-
-    Leaving it early aborts the request: ``aclose()`` (``contextlib.aclosing`` calls it) waits until the engine has
-    let go of it; being cancelled in ``async for`` does the same; dropping the stream does it in the background.
-    """
+class RoutedStream:
+    """The :class:`~actors.DeltaStream` of a request that is sent to one replica or another."""
 
     __slots__ = ("__weakref__", "_route", "_router")
 
@@ -361,25 +367,16 @@ class DeltaStream:
 
     @property
     def request_id(self) -> str:
-        """As given to ``generate()``, or made up by it."""
         return self._route.request.request_id
 
     @property
     def replica(self) -> int | None:
-        """The number of the replica that answers; None while the request waits for one."""
         return None if self._route.replica is None else self._route.replica.number
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Delta:
-        """The next delta.
-
-        :raises RequestError: the engine refused this request.
-        :raises ReplicaLost: the replica was lost, and the answer can't be continued by another.
-        :raises RequestQuarantined: replicas were lost because of this request.
-        :raises EngineDead: the pool has no replica left.
-        """
         route, router = self._route, self._router
         if route.outcome is not None:
             if route.outcome == "finished" and route.stream is not None:
@@ -404,6 +401,10 @@ class DeltaStream:
                     if route.error is None:
                         raise EngineError("the engine ended the stream before the answer was complete") from None
                     continue
+                except ReplicaLost:  # this answer alone broke off; its replica goes on
+                    if route.error is None and not router.again(route):
+                        raise
+                    continue
                 except _LOSSES as exc:
                     if route.error is None:
                         router.cut(route, exc)
@@ -424,7 +425,6 @@ class DeltaStream:
         return delta
 
     async def aclose(self) -> None:
-        """Abort the request and wait until the engine has let go of it. Does nothing after the last delta."""
         if self._route.outcome is None:
             await self._router.abort(self._route)
 

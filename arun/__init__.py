@@ -43,6 +43,7 @@ from arun.executors import Executor, LocalExecutor, ProcessExecutor, ThreadExecu
 from arun.fanout import FanOutStatistics
 from arun.graph import Graph, GraphBuilder
 from arun.handles import Handle
+from arun.hooks import Hook, hook
 from arun.outcome_stream import FanOut, fan_out
 from arun.outcomes import Failed, Ok, Outcome, Skipped
 from arun.parallel import (
@@ -86,6 +87,7 @@ __all__ = (
     "GraphBuilder",
     "GraphChangedError",
     "Handle",
+    "Hook",
     "Input",
     "Item",
     "LocalExecutor",
@@ -132,6 +134,7 @@ __all__ = (
     "default",
     "expr",
     "fan_out",
+    "hook",
     "register",
     "when",
 )

@@ -27,7 +27,7 @@ import anyio.lowlevel
 import msgspec
 
 from arun.actions import Action, take_step
-from arun.context import ApplicationContext, Run
+from arun.context import ApplicationContext, Run, Sink
 from arun.errors import ApplicationBusyError, MisuseError
 from arun.events import RunCancelled, RunFailed, RunFinished, RunStarted
 from arun.graph import Graph
@@ -39,6 +39,7 @@ from arun.guards import (
     checks_here,
     end_run,
 )
+from arun.hooks import Hooks
 from arun.hosting import BUDGET, GRACE, in_context, let_go
 from arun.journal import OnFinished, Store
 from arun.resume import Resumable, Resumed
@@ -79,6 +80,7 @@ class Wiring(msgspec.Struct, frozen=True):
     on_finished: OnFinished = "raise"
     graph_hash: str = ""
     executor: Executor | None = None
+    hooks: Hooks | None = None
 
 
 class Application:
@@ -132,10 +134,10 @@ class Application:
         initial = self._wiring.initial.update(**state) if state else self._wiring.initial
         return Application(self._wiring, app_id or uuid.uuid4().hex, initial.scoped(None))
 
-    def update_state(self, state: State) -> None:
+    def update_state(self, new_state: State) -> None:
         """Replace the State between steps."""
         self._refuse_busy()
-        self._state = state.scoped(None)
+        self._state = new_state.scoped(None)
         if self._resumable is not None:
             self._resumable.replaced(self._state)
         if self._position is not None:
@@ -199,7 +201,7 @@ class Application:
         :raises ApplicationBusyError: if this Application is running already.
         :raises Exception: what an action raised; the State is then that of the last committed step.
         """
-        return await self._run(Run(), halt_before, halt_after, inputs or {})
+        return await self._run(Run(hooks=self._wiring.hooks), halt_before, halt_after, inputs or {})
 
     async def astep(self, inputs: Mapping[str, Any] | None = None) -> tuple[Action, Any, State] | None:
         """Run one step; None where there is none left."""
@@ -207,7 +209,7 @@ class Application:
         try:
             if self._resumable is not None:
                 await self._resume(self._resumable, again=False)
-            return await self._step(Run(), inputs or {})
+            return await self._step(Run(hooks=self._wiring.hooks), inputs or {})
         finally:
             with anyio.move_on_after(GRACE, shield=True):
                 await self._release()
@@ -254,8 +256,8 @@ class Application:
 
         owner: list[Background[Any]] = []
 
-        async def run(events: Run) -> RunResult:
-            return await self._run(events, halt_before, halt_after, inputs or {}, owner[0])
+        async def run(sink: Sink) -> RunResult:
+            return await self._run(Run(sink, self._wiring.hooks), halt_before, halt_after, inputs or {}, owner[0])
 
         return RunStream(run, deliver, owner.append)
 

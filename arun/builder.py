@@ -22,6 +22,7 @@ from arun.guards import (
     shown,
     spelling,
 )
+from arun.hooks import Hook, Hooks
 from arun.journal import OnFinished, Store
 from arun.keys import graph_hash
 from arun.parallel import TaskBasedParallelAction
@@ -42,6 +43,7 @@ class ApplicationBuilder:
         self._state = State()
         self._resources: dict[str, Any] = {}
         self._executor: Executor | None = None
+        self._hooks: list[Hook] = []
         self._app_id: str | None = None
         self._partition_key: str | None = None
         self._sequence_id = 0
@@ -73,9 +75,9 @@ class ApplicationBuilder:
             self._graph.with_graph(graph)
         return self
 
-    def with_entrypoint(self, name: str) -> Self:
+    def with_entrypoint(self, action: str) -> Self:
         """Name the first action; needed where there is more than one."""
-        self._entrypoint = name
+        self._entrypoint = action
         return self
 
     def with_state(self, state: State | None = None, /, **fields: Any) -> Self:
@@ -105,6 +107,22 @@ class ApplicationBuilder:
         there turns it off. The application's own steps, reducers, hooks and stores stay here in any case.
         """
         self._executor = executor
+        return self
+
+    def with_hooks(self, *hooks: Hook) -> Self:
+        """Tell functions of what happens in every run, subtasks and sub-graphs included.
+
+        :param hooks: made with :func:`arun.hook`; those of one kind of event are called in this order.
+        :raises MisuseError: for what is no hook.
+        """
+        for one in hooks:
+            if not isinstance(one, Hook):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+                close_unused(one)
+                raise MisuseError(
+                    f"with_hooks() was given {shown(one)}; decorate a function with @arun.hook(ActionFinished), or "
+                    "other types of events, and pass that"
+                )
+        self._hooks.extend(hooks)
         return self
 
     def with_identifiers(
@@ -169,6 +187,7 @@ class ApplicationBuilder:
             on_finished=self._on_finished,
             graph_hash=graph_hash(graph, entrypoint) if self._store is not None else "",
             executor=self._executor,
+            hooks=Hooks(self._hooks) if self._hooks else None,
             checks=checks_of(self._check or default_level(), self._blocked_after),
         )
         return Application(wiring, self._app_id or uuid.uuid4().hex, wiring.initial, self._sequence_id)

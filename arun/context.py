@@ -7,10 +7,12 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+import anyio
 import msgspec
 
 from arun.events import Event
 from arun.guards import Checks
+from arun.hooks import Hooks
 from arun.policies import Capacity
 
 if TYPE_CHECKING:
@@ -39,30 +41,48 @@ class Sink(Protocol):
 class Run:
     """One run of an application: numbers its events and hands them to whoever listens.
 
-    :param sink: takes each event, in the order of its number; None where nobody listens, and then no event is built.
+    :param sink: takes each event, in the order of its number.
+    :param hooks: are told of each event before that. Where there is neither, no event is built.
     """
 
-    __slots__ = ("_seq", "_sink", "run_id")
+    __slots__ = ("_hooks", "_seq", "_sink", "_turn", "run_id")
 
-    def __init__(self, sink: Sink | None = None) -> None:
+    def __init__(self, sink: Sink | None = None, hooks: Hooks | None = None) -> None:
         self.run_id = uuid.uuid4().hex
         self._seq = 0
         self._sink = sink
+        self._hooks = hooks
+        #: held while one event goes through the hooks, since the next must not overtake it
+        self._turn = anyio.Lock(fast_acquire=True) if hooks is not None else None
 
     @property
     def listening(self) -> bool:
         """Whether anybody takes the events; ask before computing what goes into one."""
-        return self._sink is not None
+        return self._sink is not None or self._hooks is not None
 
     async def emit(self, kind: Callable[..., Event], **fields: Any) -> None:
         """Number, stamp and deliver one event."""
         sink = self._sink
-        if sink is not None:
-            # Numbered only when there is room: waiting senders may be overtaken, or cancelled.
-            if sink.full:
-                await sink.room(kind)
-            self._seq += 1
-            sink.put(kind(run_id=self.run_id, seq=self._seq, time=time.time(), **fields))
+        if self._turn is None:
+            if sink is not None:
+                # Numbered only when there is room: waiting senders may be overtaken, or cancelled.
+                if sink.full:
+                    await sink.room(kind)
+                self._seq += 1
+                sink.put(kind(run_id=self.run_id, seq=self._seq, time=time.time(), **fields))
+        elif sink is not None or (self._hooks is not None and kind in self._hooks):
+            async with self._turn:
+                await self._emit_in_turn(kind, fields)
+
+    async def _emit_in_turn(self, kind: Callable[..., Event], fields: dict[str, Any]) -> None:
+        if self._sink is not None and self._sink.full:
+            await self._sink.room(kind)
+        event = kind(run_id=self.run_id, seq=self._seq + 1, time=time.time(), **fields)
+        assert self._hooks is not None
+        await self._hooks.tell(event)
+        self._seq += 1  # not before: what a hook has refused never was
+        if self._sink is not None:
+            self._sink.put(event)
 
 
 class ApplicationContext(msgspec.Struct, kw_only=True, eq=False):

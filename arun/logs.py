@@ -1,8 +1,9 @@
 """arun's own loggers: structlog's, with two manners of a library.
 
-structlog is imported when something is first logged (it takes as long to import as half of arun). And as long as the
-program has not configured structlog, only warnings and worse are written, to stderr: structlog's own default would
-print every debug line into the program's stdout. (The standard library's ``logging.lastResort`` does the same.)
+structlog is imported when there is something to write: it takes as long to import as half of arun, and an event loop
+would stand still for it. And as long as the program has not configured structlog, only warnings and worse are written,
+to stderr: structlog's own default would print every debug line into the program's stdout. (The standard library's
+``logging.lastResort`` does the same.)
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ class _Logger:
     def __getattr__(self, method: str) -> Any:
         if method.startswith("__"):  # vLLM's workers ask every value of every module for its __dict__, and use it
             raise AttributeError(f"a logger has no {method}")
+        loud = method in _LOUD
+        if not loud and "structlog" not in sys.modules:  # so nobody has configured it
+            return _drop
         import structlog
 
         if structlog.is_configured():
             return getattr(structlog.get_logger(self._name), method)
-        if method not in _LOUD:
+        if not loud:
             return _drop
         return getattr(structlog.wrap_logger(structlog.PrintLogger(sys.stderr)), method)
 

@@ -22,7 +22,7 @@ import msgspec
 
 from arun.errors import MisuseError
 
-__all__ = ("Registered", "by_name", "by_type", "register", "unregistered")
+__all__ = ("Registered", "by_name", "by_type", "register", "registered", "unregistered")
 
 C = TypeVar("C", bound="type[Any]")
 
@@ -36,6 +36,8 @@ class Registered(msgspec.Struct, frozen=True):
     take: Callable[[Any], Any]
     #: what was written -> value; any error that it raises means that the bytes don't fit the class
     build: Callable[[Any], Any]
+    #: whether ``take`` and ``build`` were given to :func:`register`
+    given: bool = False
 
 
 _by_type: Final[dict[type[Any], Registered]] = {}
@@ -90,7 +92,7 @@ def register(
             raise MisuseError(f"register({cls.__name__}, name={name!r}): {_qualified(taken.cls)} has that name already")
         del _by_type[taken.cls]  # the same class, defined anew: a reloaded module, a notebook's cell
     if encode is not None and decode is not None:
-        entry = Registered(cls, name, encode, decode)
+        entry = Registered(cls, name, encode, decode, given=True)
     else:
         forms = _forms(cls)
         if forms is None:
@@ -104,6 +106,11 @@ def register(
         _by_name.pop(before.name, None)
     _by_type[cls] = _by_name[name] = entry
     return cls
+
+
+def registered() -> tuple[Registered, ...]:
+    """All classes that are registered now."""
+    return tuple(_by_type.values())
 
 
 def unregistered(kind: type[Any]) -> str:

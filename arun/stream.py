@@ -13,7 +13,7 @@ import anyio
 import msgspec
 from anyio.lowlevel import current_token
 
-from arun.context import Run
+from arun.context import Sink
 from arun.errors import MisuseError
 from arun.events import Event, Item, Partial, RunCancelled, RunFailed, RunFinished
 from arun.runtime import Background, Runtime
@@ -40,7 +40,7 @@ class RunStream(Generic[R]):
 
     def __init__(
         self,
-        run: Callable[[Run], Awaitable[R]],
+        run: Callable[[Sink], Awaitable[R]],
         deliver: Deliver,
         started: Callable[[Background[Any]], None],
     ) -> None:
@@ -127,9 +127,9 @@ class RunStream(Generic[R]):
             background.cancel_soon()
 
 
-async def _host(run: Callable[[Run], Awaitable[R]], mailbox: _Mailbox) -> R:
+async def _host(run: Callable[[Sink], Awaitable[R]], mailbox: _Mailbox) -> R:
     try:
-        return await run(Run(mailbox))
+        return await run(mailbox)
     finally:
         mailbox.end()
 

@@ -10,6 +10,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,8 +28,8 @@ FLOORS: dict[str, int] = {
     for floor, names in enumerate((
         "errors frames logs",
         "codec events guards outcomes policies registry runtime state timed",
-        "conditions context handles hosted hosting threads",
-        "attempts collectors reductions signatures stream",
+        "conditions context handles hooks hosted hosting threads",
+        "attempts calls collectors reductions signatures stream",
         "kernel",
         "fanout",
         "actions channel data journal outcome_stream reducers",
@@ -52,7 +53,11 @@ def name_of(path: Path) -> str:
 
 
 PATHS = {name_of(path): path for package in ("arun", "actors") for path in sorted((ROOT / package).rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(PATHS[module].read_text())
 
 
 class Import(NamedTuple):
@@ -84,7 +89,7 @@ def imports(module: str) -> Iterator[Import]:
             for child in ast.iter_child_nodes(node):
                 yield from walk(child, lazy, typing_only)
 
-    for found in walk(TREES[module], lazy=False, typing_only=False):
+    for found in walk(tree_of(module), lazy=False, typing_only=False):
         if found.target.split(".")[0] in {"arun", "actors"}:
             yield found
 
@@ -112,8 +117,8 @@ def test_importing_the_package_leaves_the_heavy_parts_alone(module: str, unwante
 def test_no_module_imports_ray_vllm_or_torch_before_a_function_needs_it() -> None:
     """Also not the modules that ``import actors`` does not load."""
     heavy = {"ray", "vllm", "torch", "transformers"}
-    for name, tree in TREES.items():
-        for node in tree.body:
+    for name in PATHS:
+        for node in tree_of(name).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             found = heavy & {target.split(".")[0] for target in names}
@@ -169,7 +174,7 @@ def test_no_modules_import_each_other() -> None:
 
 @pytest.mark.parametrize("name", [name for name in PATHS if not name.endswith("__main__")])
 def test_a_module_declares_what_is_public(name: str) -> None:
-    if all(isinstance(node, ast.Expr) for node in TREES[name].body):  # a docstring only
+    if all(isinstance(node, ast.Expr) for node in tree_of(name).body):  # a docstring only
         return
     module = importlib.import_module(name)
     declared = getattr(module, "__all__", None)

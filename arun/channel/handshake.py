@@ -19,7 +19,8 @@ import hmac
 import secrets
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from arun.channel.codec import FrameReader, Outbox, encode_message, largest_frame
+from arun.channel.codec import SESSION_FRAME_BYTES, FrameReader, encode_message
+from arun.channel.halves import Allowed
 from arun.channel.messages import (
     NEWEST_VERSION,
     OLDEST_VERSION,
@@ -29,10 +30,12 @@ from arun.channel.messages import (
     SessionMessage,
     Welcome,
 )
-from arun.channel.session import Allowed
+from arun.channel.outbox import Outbox
 from arun.errors import MisuseError, ProtocolError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from arun.channel.limits import Limits
     from arun.channel.wire import Wire
 
@@ -62,23 +65,28 @@ class Secret:
 
 
 class Agreed(NamedTuple):
-    """Result of a handshake: the reader of what follows, and the peer's limits."""
+    """Result of a handshake: the reader of what follows, the peer's limits, and which secret it knows."""
 
     reader: FrameReader[SessionMessage]
     allowed: Allowed
+    secret: Secret
 
 
-async def authenticate_client(wire: Wire, secret: Secret, peer: str, limits: Limits) -> Agreed:
+async def authenticate_client(wire: Wire, known: Iterable[Secret], peer: str, limits: Limits) -> Agreed:
     """The server's part.
 
-    :raises ProtocolError: the client doesn't know the token, or sent something else.
+    :param known: the secrets that it takes, in whatever state they are when the proof has come.
+    :raises ProtocolError: the client knows none of them, or sent something else.
     :raises anyio.EndOfStream, anyio.BrokenResourceError: it went away.
     """
     nonce = secrets.token_bytes(_NONCE_BYTES)
     await _send(wire, Challenge(nonce))
     reader: FrameReader[Any] = FrameReader(peer, Hello, _FRAME_BYTES)
     hello: Hello = await _receive(wire, reader, peer)
-    if not hmac.compare_digest(hello.proof, secret.proof("client", nonce, hello.nonce)):
+    for secret in known:
+        if hmac.compare_digest(hello.proof, secret.proof("client", nonce, hello.nonce)):
+            break
+    else:
         raise ProtocolError(f"{peer} has another token")
     version = min(hello.newest, NEWEST_VERSION)
     if version < max(hello.oldest, OLDEST_VERSION):
@@ -87,9 +95,8 @@ async def authenticate_client(wire: Wire, secret: Secret, peer: str, limits: Lim
         raise ProtocolError(f"{peer} speaks channel versions {hello.oldest} to {hello.newest}; {reason}")
     proof = secret.proof("server", nonce, hello.nonce)
     await _send(wire, Welcome(version, proof, limits.streams, limits.message_bytes))
-    return Agreed(
-        reader.switch(SessionMessage, largest_frame(limits.message_bytes)), Allowed(hello.streams, hello.message_bytes)
-    )
+    allowed = Allowed(hello.streams, hello.message_bytes)
+    return Agreed(reader.switch(SessionMessage, SESSION_FRAME_BYTES), allowed, secret)
 
 
 async def authenticate_to_server(wire: Wire, secret: Secret, peer: str, limits: Limits) -> Agreed:
@@ -111,10 +118,8 @@ async def authenticate_to_server(wire: Wire, secret: Secret, peer: str, limits: 
         raise ProtocolError(f"{peer} could not prove that it knows the token; is something else listening there?")
     if not OLDEST_VERSION <= welcome.version <= NEWEST_VERSION:
         raise ProtocolError(f"{peer} chose channel version {welcome.version}, which was not offered")
-    return Agreed(
-        reader.switch(SessionMessage, largest_frame(limits.message_bytes)),
-        Allowed(welcome.streams, welcome.message_bytes),
-    )
+    allowed = Allowed(welcome.streams, welcome.message_bytes)
+    return Agreed(reader.switch(SessionMessage, SESSION_FRAME_BYTES), allowed, secret)
 
 
 async def _send(wire: Wire, message: Challenge | Hello | Welcome | Goodbye) -> None:

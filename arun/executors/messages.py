@@ -1,4 +1,4 @@
-"""What goes between a ProcessExecutor and its workers, over a channel. ``bytes`` are values written by the codec."""
+"""What goes between an executor and its workers, over a channel. ``bytes`` are values written by the codec."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ __all__ = (
     "LIMITS",
     "PREPARE",
     "RUN",
+    "WINDOW",
     "Answer",
     "Beat",
     "ByName",
@@ -30,6 +31,8 @@ __all__ = (
 #: What the parent asks a worker for: to take a Preparation, and to run an Order.
 PREPARE: Final = "prepare"
 RUN: Final = "run"
+#: Events of a subtask that may lie unread before its worker has to wait.
+WINDOW: Final = 8
 #: Both sides belong to one program: a State may be as large as the codec and the channel allow.
 LIMITS: Final = Limits(message_bytes=2**30 - 1, window_bytes=2**26)
 
@@ -113,6 +116,7 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     :ivar listening: whether anybody wants the events.
     :ivar beating: whether anybody wants to know that something was yielded.
     :ivar checks: what the guard-rails look for.
+    :ivar code: where the worker gets the code that no module has for it.
     """
 
     action: Reference
@@ -129,6 +133,7 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     listening: bool
     beating: bool
     checks: Checks | None = None
+    code: tuple[str, ...] = ()
 
 
 class Emitted(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -5,30 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Final, Self, get_args
+from typing import Any, Self
 
-import anyio
 from anyio.lowlevel import RunVar
 
-from arun.actions import Action, FunctionAction, within
-from arun.channel import Stream
-from arun.codec import decode
+from arun.actions import Action, within
 from arun.context import ApplicationContext
-from arun.errors import ChannelLost, MisuseError, RemoteError
-from arun.events import Event
-from arun.executors.failures import raise_failure
-from arun.executors.local import function_of
-from arun.executors.messages import Answer, Beat, Emitted, Failure, Order, Success
-from arun.executors.pool import Pool, Worker
-from arun.executors.references import encode_values, refer_to
+from arun.errors import MisuseError
+from arun.executors.orders import order_of, run_order
+from arun.executors.pool import Pool
+from arun.executors.references import refer_to
+from arun.executors.worker_process import WorkerProcess
 from arun.hosting import GRACE
-from arun.parallel import RunnableGraph
-from arun.signatures import Parameters
 from arun.state import State
 
 __all__ = ("ProcessExecutor",)
-
-_EVENTS: Final = {kind.__name__: kind for kind in get_args(Event)}
 
 
 class ProcessExecutor:
@@ -104,126 +95,14 @@ class ProcessExecutor:
     async def _run(
         self, action: Action, state: State, inputs: Mapping[str, Any], context: ApplicationContext
     ) -> tuple[Any, State]:
-        order = _order(action, state, inputs, context)
-        pool = self._current_pool()
-        worker = await pool.take()
-        try:
-            success = await self._follow(pool, worker, order, context)
-        finally:
-            pool.give_back(worker)
-        result = decode(success.result)["result"]
-        changes = state.scoped(None).merge(decode(success.written))
-        return result, changes.wipe(delete=success.deleted) if success.deleted else changes
+        order = order_of(action, refer_to(action), state, inputs, context)
+        return await run_order(self._current_pool(), order, state, context)
 
     def _current_pool(self) -> Pool:
         if self._closed:
             raise MisuseError("this ProcessExecutor is closed; make another one, or close it later")
         pool = self._pool.get()
         if pool is None or pool.ended:
-            pool = Pool(self.processes, self.grace)
+            pool = Pool(self.processes, self.grace, partial(WorkerProcess.start, self.grace), "ProcessExecutor")
             self._pool.set(pool)
         return pool
-
-    async def _follow(self, pool: Pool, worker: Worker, order: Order, context: ApplicationContext) -> Success:
-        """Run an order on a worker; on the way out the worker is free again, or dead."""
-        stream: Stream[Answer] | None = None
-        final: Success | Failure | None = None
-        try:
-            stream = worker.open(order)
-            async for answer in stream:
-                if isinstance(answer, Emitted):
-                    await context.run.emit(
-                        _EVENTS[answer.kind],
-                        action=answer.action,
-                        path=answer.path,
-                        attempt=answer.attempt,
-                        **decode(answer.fields),
-                    )
-                elif isinstance(answer, Beat):
-                    for beat in context.beats:
-                        beat()
-                else:
-                    final = answer
-        except ChannelLost as exc:
-            if pool.ended:
-                raise MisuseError(f"the ProcessExecutor was closed while {context.label} ran in it") from exc
-            with anyio.CancelScope(shield=True):
-                raise await worker.death(f"while it ran {context.label}", self.grace) from exc
-        except BaseException:
-            if stream is not None:
-                await _settle(worker, stream, self.grace)  # noqa: ASYNC102 - it shields, and has a deadline
-            raise
-        if isinstance(final, Failure):
-            raise_failure(final, worker.pid)
-        if not isinstance(final, Success):
-            raise RemoteError("WorkerLost", f"worker process {worker.pid} gave no result of {context.label}")
-        return final
-
-
-async def _settle(worker: Worker, stream: Stream[Answer], grace: float) -> None:
-    """Wait until a subtask has cleaned up, whoever cancels that: asyncio's own cancellation goes through shields."""
-    deadline = anyio.current_time() + grace
-    cancelled: BaseException | None = None
-    settled = False
-    while not settled:
-        try:
-            with anyio.CancelScope(shield=True):
-                await worker.settle(stream, deadline)
-            settled = True
-        except anyio.get_cancelled_exc_class() as exc:  # noqa: ASYNC103 - raised below
-            cancelled = exc
-    if cancelled is not None:
-        raise cancelled
-
-
-def _order(action: Action, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Order:
-    name = action.display_name
-    keys = _keys(action)
-    whole = state.scoped(None)
-    readable = whole if keys is None else {key: whole[key] for key in keys if key in whole}
-    run_inputs = context.inputs
-    if not (action.takes_any_input or _wants_context(action)):
-        required, optional = action.input_names
-        run_inputs = {key: value for key, value in run_inputs.items() if key in required or key in optional}
-    return Order(
-        refer_to(action),
-        encode_values(readable, lambda key: f"state[{key!r}], which action {name!r} may read,"),
-        encode_values(inputs, lambda key: f"the input {key!r} of action {name!r}"),
-        encode_values(run_inputs, lambda key: f"the input {key!r} of action {name!r}"),
-        list(context.resources),
-        context.app_id,
-        context.partition_key,
-        context.sequence_id,
-        context.action_name,
-        context.path,
-        context.attempt,
-        context.run.listening,
-        bool(context.beats),
-        context.checks,
-    )
-
-
-def _keys(action: Action) -> frozenset[str] | None:
-    """The keys of the State that an action may read, or its conditions; None where that can be any."""
-    if action.takes_any_input:  # there is a parallel action in it, whose subtasks read what they declare
-        return None
-    keys = action.scope.readable
-    if isinstance(action, RunnableGraph):
-        for transition in action.graph.transitions:
-            needed = transition.condition.needed_keys
-            if needed is None:
-                return None
-            keys |= needed
-        for part in action.parts:
-            more = _keys(part)
-            if more is None:
-                return None
-            keys |= more
-    return keys
-
-
-def _wants_context(action: Action) -> bool:
-    if any(_wants_context(part) for part in action.parts):
-        return True
-    function = action.function if isinstance(action, FunctionAction) else function_of(action)
-    return function is not None and Parameters.of(function).wants_context

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import logging
 import os
 import runpy
 import select
@@ -20,36 +19,23 @@ import socket
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
+from collections.abc import AsyncIterator
 from types import ModuleType
-from typing import Any, Final
+from typing import Any
 
 import anyio
 import msgspec
-import structlog
 
-from arun.actions import perform
 from arun.channel.connection import Connection
-from arun.channel.session import Allowed
+from arun.channel.halves import Allowed
 from arun.channel.sockets import socket_wire
-from arun.codec import decode
-from arun.context import ApplicationContext, Run
-from arun.errors import MisuseError, RemoteError
-from arun.events import Event
-from arun.executors.failures import failure_of
-from arun.executors.messages import LIMITS, PREPARE, Answer, Beat, Emitted, Order, Preparation, Success
-from arun.executors.references import MAIN, action_of, encode_values
-from arun.runtime import Background, Runtime
-from arun.state import State
-from arun.threads import Threads
+from arun.errors import MisuseError
+from arun.executors.execution import Execution, kill_everything
+from arun.executors.messages import LIMITS, PREPARE, Order, Preparation
+from arun.executors.references import MAIN, dig
+from arun.runtime import Runtime
 
 __all__ = ("main",)
-
-_COMMON: Final = frozenset({"run_id", "seq", "time", "action", "path", "attempt"})
-
-
-_BEAT: Final = Beat()
 
 
 class _Worker:
@@ -61,9 +47,12 @@ class _Worker:
     def handle(self, method: str, payload: msgspec.Raw) -> AsyncIterator[object]:
         if method == PREPARE:
             return self._prepare(msgspec.msgpack.decode(payload, type=Preparation))
-        return _Execution(msgspec.msgpack.decode(payload, type=Order), self.module)
+        return Execution(msgspec.msgpack.decode(payload, type=Order), self.find)
 
-    def module(self, name: str) -> ModuleType:
+    def find(self, module: str, qualname: str) -> Any:
+        return dig(self._module(module), qualname)
+
+    def _module(self, name: str) -> ModuleType:
         """A module of the program; its main module goes by another name here, so that its guard holds."""
         if name != MAIN or MAIN in sys.modules:
             return importlib.import_module(name)
@@ -93,169 +82,6 @@ class _Worker:
         yield os.getpid()
 
 
-class _Execution:
-    """One subtask, as the iterator of what the parent is to know of it."""
-
-    def __init__(self, order: Order, module: Callable[[str], ModuleType]) -> None:
-        self._answers = _Answers()
-        self._threads = _WorkerThreads()
-        self._background: Background[None] = Runtime.current().start(self._run, order, module, name="arun subtask")
-
-    def __aiter__(self) -> AsyncIterator[Answer]:
-        return self
-
-    async def __anext__(self) -> Answer:
-        answer = await self._answers.take()
-        if answer is None:
-            await self._background.ended()
-            raise StopAsyncIteration
-        return answer
-
-    async def aclose(self) -> None:
-        """Cancel the subtask, if it still runs, and wait for its clean-up."""
-        self._threads.cancelled = True
-        self._answers.end()
-        self._background.cancel()
-        with anyio.CancelScope(shield=True):
-            await self._background.ended()
-
-    async def _run(self, order: Order, module: Callable[[str], ModuleType]) -> None:
-        try:
-            final: Answer = await self._perform(order, module)
-        except Exception as exc:  # noqa: BLE001 - whatever it is, the parent raises it
-            final = failure_of(exc)
-        except anyio.get_cancelled_exc_class() as exc:  # noqa: ASYNC103 - not ours to pass on: nobody cancelled this
-            if self._background.cancelling:
-                raise
-            final = failure_of(RemoteError("CancelledError", f"the subtask cancelled itself: {exc!r}"))
-        finally:
-            _flush()
-        self._answers.end(final)
-
-    async def _perform(self, order: Order, module: Callable[[str], ModuleType]) -> Success:
-        action = action_of(order.action, module)
-        context = ApplicationContext(
-            app_id=order.app_id,
-            partition_key=order.partition_key,
-            sequence_id=order.sequence_id,
-            action_name=order.action_name,
-            path=order.path,
-            inputs=decode(order.run_inputs),
-            resources=_LeftBehind(order.resources),
-            run=Run(self._answers if order.listening else None),
-        )
-        context.threads, context.attempt, context.checks = self._threads, order.attempt, order.checks
-        if order.beating:
-            context.beats = (self._answers.beat,)
-        state = State(decode(order.state)).scoped(None)
-        result, changes = await perform(action, state, decode(order.inputs), context)
-        name, delta = action.display_name, changes.delta
-        written = encode_values(delta.written, lambda key: f"state[{key!r}], which action {name!r} wrote,")
-        answer = encode_values({"result": result}, lambda _: f"the result of action {name!r}")
-        return Success(answer, written, sorted(delta.deleted))
-
-
-class _LeftBehind(Mapping[str, Any]):
-    """The resources of the program, none of which is here."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        self._names = names
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._names:
-            raise KeyError(name)
-        raise MisuseError(
-            f"the resource {name!r} stays in the program's own process; run what needs it there (executor=None, or a "
-            "ThreadExecutor for plain functions), or make one in each worker: "
-            f"`@functools.cache` on a function `{name}()` at the top level of a module, called by the action"
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class _Answers:
-    """Events on their way to the channel; a sink of a Run. The channel takes one when the parent has room for it."""
-
-    _CAPACITY: Final = 1
-
-    def __init__(self) -> None:
-        self._waiting: deque[Answer] = deque()
-        self._ended = False
-        self._changed: anyio.Event | None = None
-        self._room: anyio.Event | None = None
-
-    @property
-    def full(self) -> bool:
-        return len(self._waiting) >= self._CAPACITY
-
-    async def room(self, kind: object) -> None:
-        while self.full and not self._ended:
-            self._room = self._room or anyio.Event()
-            await self._room.wait()
-
-    def put(self, event: Event) -> None:
-        if not self._ended:
-            fields = {name: getattr(event, name) for name in event.__struct_fields__ if name not in _COMMON}
-            kind = type(event).__name__
-            what = f"what action {event.action!r} yielded"
-            data = encode_values(fields, lambda name: f"{what} ({kind}.{name})")
-            self._waiting.append(Emitted(kind, event.action, event.path, event.attempt, data))
-            self._wake()
-
-    def beat(self) -> None:
-        """Tell that something was yielded; one that waits already tells it."""
-        if not self._ended and not (self._waiting and isinstance(self._waiting[-1], Beat)):
-            self._waiting.append(_BEAT)
-            self._wake()
-
-    def end(self, last: Answer | None = None) -> None:
-        if last is not None:
-            self._waiting.append(last)
-        self._ended = True
-        self._wake()
-
-    async def take(self) -> Answer | None:
-        while not self._waiting:
-            if self._ended:
-                return None
-            self._changed = anyio.Event()
-            await self._changed.wait()
-        answer = self._waiting.popleft()
-        if self._room is not None:
-            self._room.set()
-            self._room = None
-        return answer
-
-    def _wake(self) -> None:
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = None
-        if self._ended and self._room is not None:
-            self._room.set()
-
-
-class _WorkerThreads(Threads):
-    """Threads of a subtask. A cancelled subtask waits for a generator's next item, and for a plain function not at all:
-    that one takes the process with it, which the parent replaces.
-
-    :ivar cancelled: whether the whole subtask was cancelled; one that cancels a part of itself waits as in any process.
-    """
-
-    __slots__ = ("cancelled",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cancelled = False
-
-    def left_behind(self, *, stepping: bool) -> None:
-        if self.cancelled and not stepping:
-            _kill_everything()
-
-
 async def _serve(fd: int, owner: int) -> None:
     async with Runtime() as runtime:
         connection = Connection(
@@ -278,21 +104,7 @@ def _watch_owner(owner: int, grace: float) -> None:
     if pidfd >= 0 and os.getppid() == owner:
         select.select([pidfd], [], [])
     time.sleep(grace)
-    _kill_everything()
-
-
-def _kill_everything() -> None:
-    if os.getpgid(0) == os.getpid():
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError):  # closed by the subtask, or at the other end
-            pass
+    kill_everything()
 
 
 def main() -> None:
@@ -306,12 +118,6 @@ def main() -> None:
             stream.reconfigure(
                 line_buffering=True, write_through=False
             )  # whole lines, so that those of several processes don't mix
-    # Ours to choose, in a process of our own, until a module of the program's chooses: what structlog does by default
-    # would put every debug line of every worker on the program's stdout.
-    structlog.configure(
-        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-    )
     threading.Thread(target=_watch_owner, args=(owner, grace), name="arun owner watch", daemon=True).start()
     anyio.run(_serve, fd, owner, backend=backend)
 

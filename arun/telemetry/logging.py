@@ -6,8 +6,6 @@ import logging
 import os
 import sys
 
-import structlog
-
 __all__ = ("configure_logging", "configure_logging_as_parent")
 
 _VARIABLE = "ARUN_LOG"
@@ -24,6 +22,9 @@ def configure_logging(level: str = "info") -> None:
     if number is None:
         raise ValueError(f"ARUN_LOG={level!r}: takes debug, info, warning or error")
     os.environ[_VARIABLE] = level
+    # Not at the top: actor processes import this module, and only those of a program that logs need the other.
+    import structlog
+
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

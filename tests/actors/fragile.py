@@ -83,6 +83,10 @@ class Fragile:
         yield 1
         await self.hang()
 
+    async def count(self, to: int) -> AsyncIterator[int]:
+        for i in range(to):
+            yield i
+
     async def block(self) -> str:
         """Stall the event loop until there is a file "go"."""
         self._write("blocking", "")

@@ -177,3 +177,9 @@ class Parent:
     async def start_child(self) -> int:
         child = await asyncio.create_subprocess_exec("sleep", "3600")
         return child.pid
+
+
+class Sees:
+    async def devices(self) -> str | None:
+        """What CUDA is told to see."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 
 import msgspec
 import pytest
@@ -15,6 +14,7 @@ from actors.cluster import ClusterResources, NodeResources
 from actors.fitting import Explanation
 from actors.local_cluster import LocalCluster
 from arun.errors import MisuseError, PlacementError
+from tests.actors.samples import Sees
 
 
 def cluster(*cpus: float, gpus: float = 0, taken: float = 0) -> ClusterResources:
@@ -160,12 +160,6 @@ async def test_a_local_cluster_waits_for_what_others_hold_if_it_is_told_to() -> 
         await held.release()
         got = await waiting
         assert [group.nodes for group in got.groups] == [("local",), ("local",)]
-
-
-class Sees:
-    async def devices(self) -> str | None:
-        """What CUDA is told to see."""
-        return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 @pytest.mark.asyncio

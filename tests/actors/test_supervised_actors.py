@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from actors.actor import link_of
 from actors.lives import ActorRestarted, ActorStarted, ActorStopped, GaveUp
 from actors.supervision import Backoff, Supervisor
 from arun.errors import ActorDied, ActorNotFound, MailboxFull, MisuseError
@@ -92,6 +93,17 @@ async def test_a_call_in_flight_fails_with_actor_died_and_the_next_goes_to_the_n
         await call
     assert (died.value.actor, died.value.generation) == ("phoenix", 1)
     assert await actor.incr() == 1
+
+
+async def test_a_stream_opened_on_a_connection_that_has_ended_goes_to_the_next_generation(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    actor = await cluster.spawn(Fragile, str(tmp_path), restarts=Supervisor(backoff=AT_ONCE))
+    line = link_of(actor).line
+    assert line is not None
+    await kill(actor)
+    line.connection.close_soon()  # as when its end is seen before that of the process
+    assert [item async for item in actor.count(3)] == [0, 1, 2]
 
 
 async def test_an_idempotent_call_in_flight_is_sent_again(cluster: Cluster, tmp_path: Path) -> None:
@@ -189,6 +201,17 @@ async def test_rest_for_one_stops_the_later_ones_in_reverse_and_starts_all_in_or
     assert [before == now for before, now in zip(pids, after, strict=True)] == [True, False, False]
     assert lines(tmp_path / "stops") == ["c"]
     assert lines(tmp_path / "starts") == ["a", "b", "c", "b", "c"]
+
+
+async def test_one_for_all_starts_all_in_order_after_stopping_the_others_in_reverse(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    supervisor = Supervisor("one_for_all", backoff=AT_ONCE)
+    _, b, c = [await cluster.spawn(Fragile, str(tmp_path), title, restarts=supervisor) for title in "abc"]
+    await kill(b)
+    await restarted(cluster, c)
+    assert lines(tmp_path / "stops") == ["c", "a"]
+    assert lines(tmp_path / "starts") == ["a", "b", "c", "a", "b", "c"]
 
 
 async def test_actors_under_one_supervisor_share_its_budget(cluster: Cluster, tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
 from arun.channel.codec import FrameReader, encode_message
+from arun.channel.halves import Allowed, Batch
 from arun.channel.limits import Limits
 from arun.channel.messages import Cancel, Credit, End, Fail, Item, Open, Ping, Pong, SessionMessage
-from arun.channel.session import TRANSITIONS, Allowed, Batch, Session
+from arun.channel.session import TRANSITIONS, Session
 from arun.errors import ChannelLost, ProtocolError, StreamRefused
 
 STREAMS = 3
@@ -148,11 +149,11 @@ class Universe(RuleBasedStateMachine):
     def close(self, by_opener):
         self.closed = True
         running = self.running()
-        effects = (self.opener if by_opener else self.server).close("the end")
-        self.interrupt(effects.interrupted)
         for stream in self.by_id.values():
             # An opener that closes takes nothing more, also of what has ended over there.
             stream.cut = not stream.finished or (by_opener and stream.inbound.outcome is None)
+        effects = (self.opener if by_opener else self.server).close("the end")
+        self.interrupt(effects.interrupted)
         assert by_opener or all(stream.interrupted for stream in running)
 
     def running(self):

@@ -75,10 +75,11 @@ async def main():
 try:
     asyncio.run(main())
 except KeyboardInterrupt:
-    for thread in threading.enumerate():  # idle workers were told to end, when the loop was closed
-        if thread is not threading.current_thread():
-            thread.join(20)
-    print("interrupted", threading.active_count(), flush=True)
+    # Idle workers were told to end, when the loop was closed; the watchdog waits a second for another run.
+    left = [t for t in threading.enumerate() if t is not threading.main_thread() and t.name != "arun watchdog"]
+    for thread in left:
+        thread.join(20)
+    print("interrupted", sum(thread.is_alive() for thread in left), flush=True)
 """
 
 
@@ -101,7 +102,7 @@ def test_an_interrupt_at_any_moment_leaves_nothing(kind: str, turns: int, tmp_pa
             os.getpid()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
-    assert out.splitlines() == ["left [] [] False", "interrupted 1"]
+    assert out.splitlines() == ["left [] [] False", "interrupted 0"]
     assert not err
 
 

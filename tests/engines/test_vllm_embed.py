@@ -13,8 +13,6 @@ from actors.engine import EngineSpec
 from actors.local_cluster import LocalCluster
 from arun.errors import RequestError
 
-pytest.importorskip("vllm")
-
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
 
 

@@ -15,8 +15,6 @@ from actors.local_cluster import LocalCluster
 from actors.models import tiny_model
 from arun.errors import EngineDead, EngineError, MisuseError, ModelNotFound, RequestError
 
-pytest.importorskip("vllm")
-
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="session")]
 
 MAX_MODEL_LEN = 512

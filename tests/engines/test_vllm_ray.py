@@ -11,13 +11,12 @@ import pytest
 from actors.engine import EngineSpec
 from arun.errors import EngineDead
 
-pytest.importorskip("vllm")
-ray = pytest.importorskip("ray")
-
 pytestmark = [pytest.mark.engine, pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.asyncio]
 
 
 def placement_group_states():
+    import ray
+
     return [group["state"] for group in ray.util.placement_group_table().values()]
 
 

@@ -12,8 +12,6 @@ import pytest
 
 from arun.errors import EngineError, RequestError
 
-pytest.importorskip("vllm")
-
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="session")]
 
 GREEDY = {"temperature": 0, "ignore_eos": True}

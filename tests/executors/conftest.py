@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,11 +19,31 @@ from executor_gone import Gone
 from arun import LocalExecutor, ProcessExecutor, Runtime, ThreadExecutor
 from arun.executors import Executor
 
+
+@asynccontextmanager
+async def _local() -> AsyncIterator[Executor]:
+    yield LocalExecutor()
+
+
+@asynccontextmanager
+async def _thread() -> AsyncIterator[Executor]:
+    yield ThreadExecutor()
+
+
+@asynccontextmanager
+async def _ray() -> AsyncIterator[Executor]:
+    from actors import RayCluster, RayExecutor
+
+    async with RayCluster.connect() as cluster, RayExecutor(cluster, workers=2) as executor:
+        yield executor
+
+
 #: Every executor that the conformance suite runs on; add yours here and in _RUNS.
-EXECUTORS: Final[dict[str, Callable[[], Executor]]] = {
-    "local": LocalExecutor,
-    "thread": ThreadExecutor,
+EXECUTORS: Final[dict[str, Callable[[], AbstractAsyncContextManager[Executor]]]] = {
+    "local": _local,
+    "thread": _thread,
     "process": lambda: ProcessExecutor(2),
+    "ray": _ray,
 }
 
 
@@ -37,9 +58,20 @@ async def runtime(anyio_backend: str) -> AsyncIterator[Runtime]:
         yield runtime
 
 
+@pytest.fixture(scope="package")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests here that need one."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
 _ALL: Final = ("function", "generator", "coroutine", "async generator")
 #: The kinds of actions that each of them runs.
-_RUNS: Final[dict[str, Collection[str]]] = {"local": _ALL, "thread": _ALL[:2], "process": _ALL}
+_RUNS: Final[dict[str, Collection[str]]] = {"local": _ALL, "thread": _ALL[:2], "process": _ALL, "ray": _ALL}
+_MARKS: Final = {"ray": (pytest.mark.ray, pytest.mark.timeout(120))}
 #: Arguments of tests that stand for a kind: any; one that a cancelled run can stop; one that yields items.
 _KINDS: Final[dict[str, Collection[str]]] = {
     "kind": _ALL,
@@ -53,18 +85,34 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     for argument, kinds in _KINDS.items():
         if argument in metafunc.fixturenames:
-            pairs = [(name, kind) for name in EXECUTORS for kind in kinds if kind in _RUNS[name]]
+            pairs = [
+                pytest.param(name, kind, marks=_MARKS.get(name, ()))
+                for name in EXECUTORS
+                for kind in kinds
+                if kind in _RUNS[name]
+            ]
             metafunc.parametrize(("executor", argument), pairs, indirect=["executor"], scope="module")
             return
-    metafunc.parametrize("executor", list(EXECUTORS), indirect=True, scope="module")
+    names = [pytest.param(name, marks=_MARKS.get(name, ())) for name in EXECUTORS]
+    metafunc.parametrize("executor", names, indirect=True, scope="module")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Ray needs asyncio."""
+
+    def is_wanted(item: pytest.Item) -> bool:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        return (params.get("executor"), params.get("anyio_backend")) != ("ray", "trio")
+
+    items[:] = filter(is_wanted, items)
 
 
 @pytest.fixture(scope="module")
-async def executor(request: pytest.FixtureRequest, runtime: Runtime) -> AsyncIterator[Executor]:
-    made: Any = EXECUTORS[request.param]()
-    yield made
-    if hasattr(made, "aclose"):
-        await made.aclose()
+async def executor(request: pytest.FixtureRequest, anyio_backend: str, runtime: Runtime) -> AsyncIterator[Executor]:
+    if request.param == "ray" and anyio_backend == "trio":
+        pytest.skip("Ray needs asyncio")
+    async with EXECUTORS[request.param]() as executor:
+        yield executor
 
 
 @pytest.fixture

@@ -7,7 +7,16 @@ from typing import Any
 
 import executor_subjects as subjects
 
-from arun import Application, ApplicationBuilder, Policy, ProcessExecutor, State, SubGraphTask, TaskBasedParallelAction
+from arun import (
+    Application,
+    ApplicationBuilder,
+    LocalExecutor,
+    Policy,
+    State,
+    SubGraphTask,
+    TaskBasedParallelAction,
+    ThreadExecutor,
+)
 from arun.executors import Executor
 
 
@@ -49,6 +58,11 @@ async def outs_of(executor: Executor | None, *tasks: SubGraphTask, **options: An
     return result.state["outs"]
 
 
-async def pid_of(executor: ProcessExecutor) -> int:
+async def pid_of(executor: Executor) -> int:
     (out,) = await outs_of(executor, SubGraphTask(subjects.tell_place, State()))
     return int(out["pid"])
+
+
+def in_other_processes(executor: Executor) -> bool:
+    """Whether that is where it runs subtasks."""
+    return not isinstance(executor, LocalExecutor | ThreadExecutor)

@@ -17,7 +17,7 @@ import anyio
 import executor_subjects as subjects
 import numpy as np
 import pytest
-from executor_fan import Fan, app_of, outs_of
+from executor_fan import Fan, app_of, in_other_processes, outs_of
 
 from arun import (
     Capacity,
@@ -27,7 +27,6 @@ from arun import (
     Ok,
     Partial,
     Policy,
-    ProcessExecutor,
     Retry,
     RunnableGraph,
     State,
@@ -260,7 +259,7 @@ async def test_a_group_of_errors_arrives_as_a_group(executor: Executor, kind: st
     with pytest.raises(ExceptionGroup, match="several") as caught:  # noqa: ASYNC401 - members differ by executor
         await outs_of(executor, SubGraphTask(subjects.FAIL[kind], State({"what": "group"})))
     assert caught.group_contains(ValueError, match="one")
-    other = RemoteError if isinstance(executor, ProcessExecutor) else subjects.OfTheProgram
+    other = RemoteError if in_other_processes(executor) else subjects.OfTheProgram
     assert caught.group_contains(other, match="two")
 
 
@@ -335,8 +334,8 @@ async def test_many_subtasks_run_over_few_workers_and_keep_to_the_limit(executor
     tasks = [SubGraphTask(subjects.count_at_once, State({"value": n})) for n in range(500)]
     outs = await outs_of(executor, *tasks, policy=Policy(limit=7, order="submitted"))
     assert len(outs) == 500
-    assert max(most for _, most in outs) <= (1 if isinstance(executor, ProcessExecutor) else 7)
-    if isinstance(executor, ProcessExecutor):
+    assert max(most for _, most in outs) <= (1 if in_other_processes(executor) else 7)
+    if in_other_processes(executor):
         assert len({pid for pid, _ in outs}) == 2
 
 
@@ -350,7 +349,7 @@ async def test_a_capacity_is_held_while_a_subtask_runs(executor: Executor) -> No
 async def test_a_failed_attempt_is_retried_also_after_the_death_of_its_process(
     executor: Executor, folder: Path
 ) -> None:
-    own_process = isinstance(executor, ProcessExecutor)
+    own_process = in_other_processes(executor)
     task = SubGraphTask(subjects.flaky, State({"folder": str(folder), "own_process": own_process}))
     retry = Retry(attempts=3, on=(ConnectionError, WorkerDied), initial=0)
     stream = app_of(executor, Fan(task, policy=Policy(retry=retry))).astream()
@@ -375,7 +374,7 @@ async def test_contextvars_reach_a_subtask_of_this_process_and_never_leak_back(e
     token = subjects.VARIABLE.set("of the caller")
     try:
         (out,) = await outs_of(executor, SubGraphTask(subjects.tell_variable, State()))
-        assert out == ("unset" if isinstance(executor, ProcessExecutor) else "of the caller")
+        assert out == ("unset" if in_other_processes(executor) else "of the caller")
         assert subjects.VARIABLE.get() == "of the caller"
     finally:
         subjects.VARIABLE.reset(token)
@@ -412,11 +411,11 @@ async def test_a_parallel_action_as_a_subtask_stays_here_and_its_subtasks_go(exe
     (out,) = await outs_of(executor, SubGraphTask(subjects.Inner(), State({"value": 1})))
     here, *pids = out
     assert here == os.getpid()
-    assert all((pid != os.getpid()) == isinstance(executor, ProcessExecutor) for pid in pids)
+    assert all((pid != os.getpid()) == in_other_processes(executor) for pid in pids)
 
 
 async def test_a_parallel_action_in_a_graph_goes_with_the_graph(executor: Executor) -> None:
     graph = RunnableGraph.create(subjects.Inner())
     (out,) = await outs_of(executor, SubGraphTask(graph, State({"value": 1})))
     assert len(set(out)) == 1
-    assert (out[0] != os.getpid()) == isinstance(executor, ProcessExecutor)
+    assert (out[0] != os.getpid()) == in_other_processes(executor)

@@ -254,7 +254,7 @@ def run_pytest(folder: Path, test: str, ini: str = "") -> str:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "arun.testing.plugin", "-p", "no:cacheprovider"],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": root, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         capture_output=True,
         text=True,
         check=False,

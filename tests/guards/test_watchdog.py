@@ -106,12 +106,12 @@ async def test_fan_out_by_itself_is_watched() -> None:
 async def test_waiting_threads_and_short_steps_are_not_blocking() -> None:
     @action(reads=[], writes=[])
     def in_a_thread(state: State) -> State:
-        time.sleep(0.3)
+        time.sleep(0.15)
         return state
 
     @action(reads=[], writes=[])
     async def waiting(state: State) -> AsyncIterator[Any]:
-        await anyio.sleep(0.3)
+        await anyio.sleep(0.15)
         yield state
 
     with capture_logs() as logs:
@@ -122,7 +122,7 @@ async def test_waiting_threads_and_short_steps_are_not_blocking() -> None:
 async def test_the_threshold_can_be_set_and_off_watches_nothing() -> None:
     @action(reads=[], writes=[])
     async def step(state: State) -> State:
-        time.sleep(0.3)  # noqa: ASYNC251 - the mistake
+        time.sleep(0.15)  # noqa: ASYNC251 - the mistake
         await checkpoint()
         return state
 
