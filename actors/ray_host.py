@@ -20,12 +20,8 @@ from actors import pickling
 from actors.body import End
 from actors.health import HealthThread
 from actors.host import Host
-<<<<<<< HEAD
 from actors.parent_watch import continue_without_parent
-from arun.channel import Connection, connect_tcp, serve_tcp
-=======
 from arun.channel import Connection, Server, connect_tcp, serve_tcp
->>>>>>> main
 from arun.errors import ChannelLost
 from arun.logs import get_logger
 from arun.runtime import Runtime
