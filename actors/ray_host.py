@@ -20,7 +20,6 @@ from actors import pickling
 from actors.body import End
 from actors.health import HealthThread
 from actors.host import Host
-from actors.parent_watch import continue_without_parent
 from arun.channel import Connection, Server, connect_tcp, serve_tcp
 from arun.errors import ChannelLost
 from arun.logs import get_logger
@@ -91,7 +90,6 @@ class RayHost:
 
     def __init__(self, blob: bytes) -> None:
         configure_logging_as_parent()
-        continue_without_parent()  # which is the raylet; without it, Ray ends its workers
         self._blob = blob
         self._host: Host | None = None
 
