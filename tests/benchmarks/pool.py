@@ -11,6 +11,7 @@ import gc
 import importlib
 import importlib.util
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -238,5 +239,6 @@ def _ray_data(model: str, prompts: list[str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray sets it for an actor with one CPU: all compute alike
     measure = {"tokens": _tokens, "batch": _batch}[sys.argv[1]]
     print(json.dumps(asyncio.run(measure(*map(int, sys.argv[2:])))))
