@@ -210,6 +210,7 @@ async def _batch(_: int, count: int) -> dict[str, dict[str, float]]:
                     times.append(time.perf_counter() - began)
                 assert len(times) == count
                 found["pool"] = {"all": times[-1], "first": times[0]}
+                print(found, file=sys.stderr, flush=True)
             found["peer"] = await asyncio.to_thread(_ray_data, model, prompts)
     return found
 
@@ -221,6 +222,7 @@ def _ray_data(model: str, prompts: list[str]) -> dict[str, float]:
     config = llm.vLLMEngineProcessorConfig(
         model_source=model,
         engine_kwargs={"max_model_len": _MODEL_LEN, "enforce_eager": True},
+        placement_group_config={"bundles": [{"CPU": 1}]},  # else it wants a GPU
         concurrency=1,
         log_engine_metrics=False,
         chat_template_stage=False,
