@@ -21,6 +21,7 @@ from actors.cluster import Cluster, ClusterResources, DetachedOrder, Isolation, 
 from actors.finish import finish
 from actors.interface import specify
 from actors.ray_host import RayBody, import_ray
+from actors.ray_servers import ServersGuard
 from arun.errors import ActorNotFound, MissingExtraError, MisuseError, PlacementError
 from arun.runtime import Background, Runtime
 
@@ -342,8 +343,11 @@ def _connected(address: str | None, options: Mapping[str, Any]) -> Generator[boo
                 address="local" if address is None else address,
                 **{"log_to_driver": False, "logging_level": logging.WARNING, **quiet, **options},
             )
+        started = address in {None, "local"}
+        if started:
+            stack.callback(ServersGuard(ray._private.worker._global_node).close)
         stack.callback(ray.shutdown)
-        yield address in {None, "local"}
+        yield started
 
 
 @contextlib.contextmanager

@@ -172,7 +172,6 @@ def _async_llm(model: str) -> Any:
             max_model_len=_MODEL_LEN,
             enforce_eager=True,
             disable_log_stats=True,
-            distributed_executor_backend="uni",
         )
         llm = async_llm.from_engine_args(args)
         kind: Any = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
@@ -201,7 +200,8 @@ async def _batch(_: int, count: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="arun-bench-") as sockets:
         set_environment(model, sockets=sockets)  # before Ray starts, whose workers inherit it
-        async with RayCluster.connect(num_cpus=os.cpu_count()) as cluster:
+        # As many as Ray Data's stages claim: they only count, and each has an actor waiting for one.
+        async with RayCluster.connect(num_cpus=8) as cluster:
             async with cluster.engines(spec) as pool:
                 await pool.complete("warm", max_tokens=8)
                 began, times = time.perf_counter(), []
@@ -210,6 +210,7 @@ async def _batch(_: int, count: int) -> dict[str, dict[str, float]]:
                     times.append(time.perf_counter() - began)
                 assert len(times) == count
                 found["pool"] = {"all": times[-1], "first": times[0]}
+                print(found, file=sys.stderr, flush=True)
             found["peer"] = await asyncio.to_thread(_ray_data, model, prompts)
     return found
 
@@ -221,6 +222,7 @@ def _ray_data(model: str, prompts: list[str]) -> dict[str, float]:
     config = llm.vLLMEngineProcessorConfig(
         model_source=model,
         engine_kwargs={"max_model_len": _MODEL_LEN, "enforce_eager": True},
+        placement_group_config={"bundles": [{"CPU": 1}]},  # else it wants a GPU
         concurrency=1,
         log_engine_metrics=False,
         chat_template_stage=False,
@@ -239,5 +241,6 @@ def _ray_data(model: str, prompts: list[str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray sets it for an actor with one CPU: all compute alike
     measure = {"tokens": _tokens, "batch": _batch}[sys.argv[1]]
     print(json.dumps(asyncio.run(measure(*map(int, sys.argv[2:])))))
