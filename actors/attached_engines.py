@@ -76,8 +76,7 @@ class AttachedEngines:
         self._order = order
         self._tell = tell
         self._supervisor: Any = None
-        self._facts = PoolFacts(generates=True, capacity=1)
-        self._stats = PoolStats(name=pool)
+        self._facts = PoolFacts(generates=True, capacity=1, stats=PoolStats(name=pool))
         self._watching: Background[None] | None = None
         self._streams: weakref.WeakSet[AttachedStream] = weakref.WeakSet()
 
@@ -122,7 +121,7 @@ class AttachedEngines:
         return stream
 
     def stats(self) -> PoolStats:
-        return self._stats
+        return self._facts.stats
 
     async def info(self) -> list[EngineInfo]:
         info: list[EngineInfo] = await self._supervisor.info()
@@ -186,8 +185,7 @@ class AttachedEngines:
                     self._see(view)
 
     def _see(self, view: PoolView) -> None:
-        self._stats = view.stats
-        self._facts = PoolFacts(self._facts.generates, view.capacity)
+        self._facts = PoolFacts(self._facts.generates, view.capacity, view.stats)
         for progress in view.progress:
             self._tell(progress)
 

@@ -255,6 +255,10 @@ class Cluster(ABC):
         """How long this cluster waits for what, in seconds, as its parameters name it."""
         return {"grace": self._grace, "silence": self._silence}
 
+    async def holds(self, reservation: Reservation) -> bool:
+        """Whether the groups of a reservation are still there: somebody may have removed one behind our back."""
+        return True
+
     def engines(self, spec: EngineSpec, **options: Unpack[PoolOptions]) -> EnginePool:
         """A pool of engines in this cluster; nothing starts before it is entered.
 

@@ -187,7 +187,11 @@ class Fleet:
             raise PlacementError(refusal)
 
     async def prepare(self, replica: Replica) -> None:
-        """Take the bundles of a place, if it has none."""
+        """Take the bundles of a place, if it has none, or if they were taken from it."""
+        if replica.reservation is not None and not await self._cluster.holds(replica.reservation):
+            # An actor that is started in a group that is no more waits for ever (ray#57726).
+            log.warning("pool.bundles_lost", pool=self._pool, replica=replica.number)
+            await self._give_back(replica)
         if replica.reservation is None:
             replica.reservation = await self._cluster.reserve(self._placement(1), wait=self._options.wait)
 

@@ -1,4 +1,4 @@
-"""The process of one actor: what LocalCluster starts.
+"""The process of one actor: what LocalCluster starts, with the folder for its sockets as the argument.
 
 It reads a :class:`HostOrder` from stdin, listens on a Unix socket and writes one line to the status pipe when it does.
 From then on stdin says one thing only: at its end the actor is to stop, because its owner let go of it or died. A
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import select
 import shutil
@@ -34,6 +35,8 @@ __all__ = ("HEALTH_SUFFIX", "HostOrder", "main")
 
 HEALTH_SUFFIX = ".health"
 """What the path of the health socket has on top of the actor's."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 log = get_logger("actors.host")
 
@@ -83,8 +86,10 @@ def main() -> None:
     try:
         order = HostOrder.read(sys.stdin.fileno())
     except EOFError:  # the owner died, or gave up, before it said what to do
+        shutil.rmtree(sys.argv[1], ignore_errors=True)
         sys.exit(1)
     leash = _take_over_stdin()
+    _continue_without_owner()
     os.set_inheritable(order.status_fd, False)
     sys.path[:] = [*order.sys_path, *(entry for entry in sys.path if entry not in order.sys_path)]
     _set_or_unset("PYTHONPATH", order.pythonpath)
@@ -139,6 +144,11 @@ def _watch_owner(leash: int, order: HostOrder, stop: Callable[[], object]) -> No
     time.sleep(order.grace)
     _remove_folder(order.path)
     _kill_process_group()
+
+
+def _continue_without_owner() -> None:
+    """Have the kernel send SIGCONT when the owner is gone: a stopped process could not even see that."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT))
 
 
 def _take_over_stdin() -> int:

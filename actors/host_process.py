@@ -70,7 +70,7 @@ class HostProcess:
         self._order = memoryview(order.write())
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from actors.host_main import main; main()"],
+                [sys.executable, "-P", "-c", "from actors.host_main import main; main()", str(self._folder)],
                 bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=2,

@@ -26,12 +26,13 @@ from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Callable, Generator, Mapping
+    from collections.abc import Callable, Generator, Mapping, Sequence
     from typing import Self
 
     from actors.body import Body
     from actors.detached_host import Card
     from actors.interface import ActorSpec
+    from actors.supervision import Supervisor
 
 __all__ = ("RayCluster",)
 
@@ -134,6 +135,10 @@ class RayCluster(Cluster):
             raise
         return reservation
 
+    async def holds(self, reservation: Reservation) -> bool:
+        """Whether the placement groups of a reservation are still there; a round trip to Ray's head node."""
+        return await anyio.to_thread.run_sync(_none_removed, reservation.groups)
+
     async def resources(self) -> ClusterResources:
         """CPUs and GPUs of every node, in all and free. What actors freed a moment ago may still count as taken."""
         self._require_open()
@@ -192,19 +197,22 @@ class RayCluster(Cluster):
         if order.group is not None:
             raise MisuseError(
                 f"{order.group!r} is given back when this program ends, and who calls a detached actor in it would "
-                "wait for ever (Ray's behaviour). Let a detached actor reserve by itself what it needs: in its "
-                "on_start, RayCluster.connect(), then reserve() and spawn()"
+                "wait for ever (Ray's behaviour). Let a detached actor reserve by itself what it needs, in on_start: "
+                "RayCluster.connect(), reserve(), spawn()"
             )
         supervisor = detached.supervisor_of(order.restart, order.restarts)
         if not self._roster.has(name):
             spec = specify(name, order.cls, order.args, order.kwargs, concurrency=order.concurrency)
-            create = partial(detached.create, spec, env=order.env, supervisor=supervisor)
+            making = Runtime.current().start(self._make, spec, order.env, supervisor, name=f"start of actor {name}")
             try:
-                actor, card = await anyio.to_thread.run_sync(create)
-            except detached.NameTaken:
-                pass
-            else:
-                return await self._attach_first(actor, card)
+                handle = await making.wait()
+            except anyio.get_cancelled_exc_class():
+                making.cancel()  # nobody else would end what Ray is starting
+                with anyio.CancelScope(shield=True):
+                    await making.ended()
+                raise
+            if handle is not None:
+                return handle
         if not order.get_if_exists:
             raise MisuseError(
                 f"an actor named {name!r} exists already; stop it first, choose another name, or pass "
@@ -212,8 +220,12 @@ class RayCluster(Cluster):
             )
         return await self.get(name, order.cls)
 
-    async def _attach_first(self, actor: Any, card: Card) -> object:
-        """Attach to an actor that was only just made, which ends if that fails."""
+    async def _make(self, spec: ActorSpec, env: Mapping[str, str], supervisor: Supervisor | None) -> object | None:
+        """Start a detached actor, which ends if it is not ready in the end; None where the name is taken."""
+        try:
+            actor, card = await anyio.to_thread.run_sync(partial(detached.create, spec, env=env, supervisor=supervisor))
+        except detached.NameTaken:
+            return None
         try:
             return await self._attach(actor, card)
         except BaseException:
@@ -326,13 +338,27 @@ def _connected(address: str | None, options: Mapping[str, Any]) -> Generator[boo
     with contextlib.ExitStack() as stack:
         stack.enter_context(_stdout_is_the_programs())
         quiet = {"include_dashboard": False} if address is None else {}
-        with _without_no_news():
+        with _without_no_news(), _explained(address):
             ray.init(
                 address="local" if address is None else address,
                 **{"log_to_driver": False, "logging_level": logging.WARNING, **quiet, **options},
             )
         stack.callback(ray.shutdown)
         yield address in {None, "local"}
+
+
+@contextlib.contextmanager
+def _explained(address: str | None) -> Generator[None]:
+    """Say what Ray only prints: that it wants its token."""
+    try:
+        yield
+    except ConnectionError as exc:
+        if "InvalidAuthToken" not in str(exc.__cause__):
+            raise
+        raise MisuseError(
+            f"the Ray at {address} wants its token: set RAY_AUTH_MODE=token, and have the token in RAY_AUTH_TOKEN or "
+            "in ~/.ray/auth_token. Ray looks for it by itself only with address='auto' and no RAY_ADDRESS"
+        ) from exc
 
 
 @contextlib.contextmanager
@@ -401,6 +427,11 @@ def _groups(placement: Placement) -> list[Group]:
             ray.util.remove_placement_group(group.native)
         raise
     return groups
+
+
+def _none_removed(groups: Sequence[Group]) -> bool:
+    table = import_ray().util.placement_group_table
+    return all(table(group.native)["state"] != "REMOVED" for group in groups)
 
 
 def _nodes(native: Any) -> tuple[str, ...]:

@@ -3,8 +3,9 @@
 A plain core: it holds no clock, does no I/O and draws no random numbers. Clusters and pools pass the time in, in
 seconds of any one clock, and do what it says.
 
-    rest_for_one over a, b, c       b dies:   stop c, then start b, then start c
-    one_for_one                     b dies:   start b
+    one_for_one over a, b, c        b dies:   start b
+    rest_for_one                    b dies:   stop c, then start b, then start c
+    one_for_all                     b dies:   stop c, then stop a, then start a, b, c
 
 The budget is a rate, not a lifetime count, as in Erlang/OTP's ``sup_princ``: with a count, an actor that ran for a
 year would die of its third fault.
@@ -27,8 +28,8 @@ __all__ = ("Backoff", "GiveUp", "Restart", "RestartPolicy", "Restarts", "Restart
 RestartPolicy = Literal["permanent", "transient", "temporary"]
 """When an actor is started again: always, after an abnormal end only, never."""
 
-RestartStrategy = Literal["one_for_one", "rest_for_one"]
-"""Who is started again: the one that died, or it and those that were started after it."""
+RestartStrategy = Literal["one_for_one", "rest_for_one", "one_for_all"]
+"""Who is started again: the one that died, it and those that were started after it, or all."""
 
 T = TypeVar("T")
 
@@ -54,8 +55,8 @@ class Backoff(msgspec.Struct, frozen=True, kw_only=True):
 class Supervisor(msgspec.Struct, frozen=True):
     """What happens when an actor dies. One object given to several actors supervises them together, on one budget.
 
-    :ivar strategy: ``"one_for_one"``, or ``"rest_for_one"``: those started after the dead one rely on it, so they are
-        stopped, last first, and started again after it.
+    :ivar strategy: ``"one_for_one"``; ``"rest_for_one"``: those started after the dead one rely on it, so they are
+        stopped, last first, and started again after it; ``"one_for_all"``: so are all others.
     :ivar intensity: most restarts within ``period``; at the next death the supervisor gives up.
     :ivar period: seconds.
     """
@@ -66,8 +67,8 @@ class Supervisor(msgspec.Struct, frozen=True):
     backoff: Backoff = Backoff()
 
     def __post_init__(self) -> None:
-        if self.strategy not in {"one_for_one", "rest_for_one"}:
-            raise MisuseError(f"strategy={self.strategy!r}: it must be 'one_for_one' or 'rest_for_one'")
+        if self.strategy not in {"one_for_one", "rest_for_one", "one_for_all"}:
+            raise MisuseError(f"strategy={self.strategy!r}: it must be 'one_for_one', 'rest_for_one' or 'one_for_all'")
         if self.intensity < 0 or not self.period > 0:
             raise MisuseError(f"{self!r}: intensity must be at least 0 and period more than 0 seconds")
 
@@ -156,4 +157,10 @@ def swept(strategy: RestartStrategy, order: Sequence[T], dead: T) -> tuple[T, ..
 
     :param order: everything under the supervisor, in order of start.
     """
-    return (dead,) if strategy == "one_for_one" else tuple(order[order.index(dead) :])
+    match strategy:
+        case "one_for_one":
+            return (dead,)
+        case "rest_for_one":
+            return tuple(order[order.index(dead) :])
+        case "one_for_all":
+            return tuple(order)

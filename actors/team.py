@@ -52,8 +52,9 @@ class Team:
             await self._give_up(member, verdict)
             return
         todo = deque(swept(self.supervisor.strategy, self.members, member))
-        for later in list(todo)[:0:-1]:
-            await later.halt(f"was stopped, to be started again after actor {member.spec.name!r}")
+        for other in reversed(tuple(todo)):
+            if other is not member:
+                await other.halt(f"was stopped, to be started again with actor {member.spec.name!r}")
         while todo:
             current = todo[0]
             if current.is_down:
@@ -73,8 +74,9 @@ class Team:
 
     async def _give_up(self, member: Member, verdict: GiveUp) -> None:
         if verdict.exhausted:  # those that rely on it can't go on either
-            for later in reversed(swept(self.supervisor.strategy, self.members, member)[1:]):
-                reason = f"it relies on actor {member.spec.name!r}, which is not started again"
-                await later.halt(f"was stopped: {reason}")
-                later.give_up(GiveUp(reason, verdict.restarts))
+            for other in reversed(swept(self.supervisor.strategy, self.members, member)):
+                if other is not member:
+                    reason = f"it relies on actor {member.spec.name!r}, which is not started again"
+                    await other.halt(f"was stopped: {reason}")
+                    other.give_up(GiveUp(reason, verdict.restarts))
         member.give_up(verdict)

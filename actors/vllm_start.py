@@ -155,7 +155,12 @@ def _engine_args(spec: EngineSpec, *, cpu: bool) -> dict[str, Any]:
         args["distributed_executor_backend"] = "ray" if not cpu and _in_placement_group() else "mp"
     if cpu:
         args["enforce_eager"] = True
-    return args | lora_arguments(spec.adapters) | spec.engine_args
+    lora = lora_arguments(spec.adapters)
+    if cpu and lora:
+        # A request without an adapter has the index -1, and vLLM's kernels for CPUs take that for the last slot (those
+        # for GPUs leave such tokens alone). So the last slot stays empty.
+        lora |= {"max_loras": lora["max_loras"] + 1, "max_cpu_loras": lora["max_cpu_loras"] + 1}
+    return args | lora | spec.engine_args
 
 
 def _in_placement_group() -> bool:

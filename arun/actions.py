@@ -17,20 +17,18 @@ from __future__ import annotations
 import functools
 import inspect
 from abc import abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, Self, TypeAlias, TypeVar, cast
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, Self, cast
 
-from arun.collectors import Collector, ItemsOnly
+from arun.calls import Performed, call, in_thread, performed, state_of
+from arun.collectors import ItemsOnly
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
 from arun.events import ActionFinished, ActionStarted
-from arun.guards import Owner, Watched, check_function, check_methods, close_unused, shown, spelling
-from arun.hosted import drive_hosted
-from arun.hosting import drive
+from arun.guards import Watched, check_function, check_methods, close_unused
 from arun.policies import Capacity
 from arun.signatures import Kind, Parameters, describe, kind_of, name_of, refuse_unknown, where
 from arun.state import Scope, State
-from arun.threads import run_in_thread, step_in_thread
 
 __all__ = (
     "Action",
@@ -45,8 +43,6 @@ __all__ = (
     "within",
 )
 
-A = TypeVar("A", bound="Action")
-Performed: TypeAlias = "tuple[Any, State]"
 _NO_INPUTS: Mapping[str, Any] = {}
 
 
@@ -162,7 +158,7 @@ class Action:
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         """Run once: ``(result, new State)``. Items and partial States go to ``context`` as events."""
         kwargs = self._arguments(self.run, inputs, context)
-        result = await _call(self.run, kind_of(self.run), state, kwargs, ItemsOnly(context), hosted=self.hosted)
+        result = await call(self.run, kind_of(self.run), state, kwargs, ItemsOnly(context), hosted=self.hosted)
         new_state: Any = self.update(result, state)
         if inspect.isawaitable(new_state):
             new_state = await new_state
@@ -206,7 +202,7 @@ class SingleStepAction(Action):
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         kwargs = self._arguments(self.run_and_update, inputs, context)
         function = self.run_and_update
-        return await _execute(
+        return await state_of(
             function, kind_of(function), self.display_name, state, kwargs, context, hosted=self.hosted
         )
 
@@ -269,12 +265,12 @@ class FunctionAction(Action):
             returned = await self.function(state, **kwargs)
             if isinstance(returned, State):
                 return None, returned
-            return _result(returned, self.display_name, self.function)
+            return performed(returned, self.display_name, self.function)
         if self.kind == "function" and not self.blocking and (context.threads is None or not context.threads.always):
-            return _result(self.function(state, **kwargs), self.display_name, self.function)
+            return performed(self.function(state, **kwargs), self.display_name, self.function)
         if self.kind == "function":
-            return _result(await _in_thread(self.function, state, kwargs, context), self.display_name, self.function)
-        return await _execute(self.function, self.kind, self.display_name, state, kwargs, context, hosted=self.hosted)
+            return performed(await in_thread(self.function, state, kwargs, context), self.display_name, self.function)
+        return await state_of(self.function, self.kind, self.display_name, state, kwargs, context, hosted=self.hosted)
 
     def _check_bind(self, inputs: Mapping[str, Any]) -> None:
         parameters = self._parameters
@@ -425,100 +421,44 @@ async def _told_step(
     return result, changes
 
 
-class Input(SingleStepAction):
+class Input(Action):
     """Copies runtime inputs into the State: ``Input("prompt")``."""
 
     def __init__(self, *fields: str) -> None:
+        self.reads = []
         self.writes = list(fields)
         self.name = "input"
 
     @property
-    def inputs(self) -> tuple[Sequence[str], Sequence[str]]:
-        return self.writes, ()
+    def inputs(self) -> Sequence[str]:
+        return self.writes
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         values = Parameters(tuple(self.writes), frozenset(self.writes)).resolve(
             self.display_name, self._bound, inputs, context
         )
-        return values, state.update(**values)
+        return values, self.update(values, state)
 
-    def run_and_update(self, state: State, **inputs: Any) -> Performed:
-        return inputs, state.update(**inputs)
+    def run(self, state: State, **inputs: Any) -> dict[str, Any]:
+        return inputs
+
+    def update(self, result: Mapping[str, Any], state: State) -> State:
+        return state.update(**result)
 
 
-class Result(SingleStepAction):
+class Result(Action):
     """Ends a graph: its result is the named fields of the State: ``Result("answer")``."""
 
     def __init__(self, *fields: str) -> None:
         self.reads = list(fields)
+        self.writes = []
         self.name = "result"
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
-        return self.run_and_update(state)
+        return self.run(state), state
 
-    def run_and_update(self, state: State, **inputs: Any) -> Performed:
-        return {key: state[key] for key in self.reads}, state
+    def run(self, state: State, **inputs: Any) -> dict[str, Any]:
+        return {key: state[key] for key in self.reads}
 
-
-# -- driving the four kinds ---------------------------------------------------------------------------------
-
-
-async def _execute(
-    function: Callable[..., Any],
-    kind: Kind,
-    name: str,
-    state: State,
-    kwargs: Mapping[str, Any],
-    context: ApplicationContext,
-    *,
-    hosted: bool,
-) -> Performed:
-    collector = Collector(name, context, function)
-    returned = await _call(function, kind, state, kwargs, collector, hosted=hosted)
-    return collector.performed() if kind in {"async generator", "generator"} else _result(returned, name, function)
-
-
-async def _call(
-    function: Callable[..., Any],
-    kind: Kind,
-    state: State,
-    kwargs: Mapping[str, Any],
-    collector: Collector | ItemsOnly,
-    *,
-    hosted: bool,
-) -> Any:
-    """Call a function of any kind; of a generator, feed the collector and return its result."""
-    if kind == "coroutine":
-        return await function(state, **kwargs)
-    context = collector.context
-    if kind == "function":
-        return await _in_thread(function, state, kwargs, context)
-    if kind == "async generator":
-        owner = Owner(context, context.checks) if context.checks is not None else None
-        host = drive_hosted if hosted else drive
-        await host(cast("AsyncIterator[Any]", function(state, **kwargs)), collector.take, None, owner)
-        return collector.result
-
-    iterate = functools.partial(function, state, **kwargs)
-    await step_in_thread(iterate, collector.take, label=context.label, threads=context.threads)
-    return collector.result
-
-
-def _in_thread(
-    function: Callable[..., Any], state: State, kwargs: Mapping[str, Any], context: ApplicationContext
-) -> Coroutine[Any, Any, Any]:
-    return run_in_thread(functools.partial(function, state, **kwargs), label=context.label, threads=context.threads)
-
-
-def _result(returned: Any, name: str, function: Callable[..., Any]) -> Performed:
-    if isinstance(returned, State):
-        return None, returned
-    if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], State):
-        return cast("Performed", returned)
-    hint = spelling(returned)
-    message = (
-        f"action {name!r} returned {shown(returned)}; {hint + '; ' if hint else ''}"
-        f"an action returns or yields a State: return state.update(...), or (result, state) ({where(function)})"
-    )
-    close_unused(returned)
-    raise MisuseError(message)
+    def update(self, result: Mapping[str, Any], state: State) -> State:
+        return state

@@ -15,7 +15,9 @@ __all__ = (
     "ApplicationBusyError",
     "ArunError",
     "ChannelLost",
+    "CheckpointError",
     "CodecError",
+    "DataError",
     "EngineDead",
     "EngineError",
     "GraphChangedError",
@@ -107,8 +109,16 @@ class CodecError(ArunError):
         self.why = why
 
 
+class DataError(ArunError):
+    """Data can't be read or written: nothing is there, a line is broken, types don't agree; the message says where."""
+
+
 class StoreError(ArunError):
     """A store can't be used: its file is of another version, or no store, or the disk is full."""
+
+
+class CheckpointError(ArunError):
+    """A checkpoint can't be gone on with: it is of another job, its input has changed, or another process uses it."""
 
 
 class RunConflictError(ArunError):

@@ -192,7 +192,11 @@ def _first(transitions: Iterator[Transition], state: State) -> str | Awaitable[s
         condition = transition.condition
         if condition is default:
             return transition.to
-        holds = condition.resolver(state)
+        try:
+            holds = condition.resolver(state)
+        except Exception as exc:
+            exc.add_note(_where(transition))
+            raise
         if holds is True:
             return transition.to
         if holds is not False:
@@ -201,7 +205,16 @@ def _first(transitions: Iterator[Transition], state: State) -> str | Awaitable[s
 
 
 async def _decided(transition: Transition, holds: Any, rest: Iterator[Transition], state: State) -> str | None:
-    if await truth(holds):
+    try:
+        taken = await truth(holds)
+    except Exception as exc:
+        exc.add_note(_where(transition))
+        raise
+    if taken:
         return transition.to
     following = _first(rest, state)
     return following if following is None or isinstance(following, str) else await following
+
+
+def _where(transition: Transition) -> str:
+    return f"in the condition {transition.condition.name} of the transition {transition.from_!r} -> {transition.to!r}"

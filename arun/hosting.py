@@ -342,11 +342,6 @@ class _PlainIterator:
     def __init__(self, iterable: Iterable[Any]) -> None:
         self._iterator = iter(iterable)
 
-    @property
-    def gi_frame(self) -> Any:
-        """Where the generator inside stands, for error messages."""
-        return getattr(self._iterator, "gi_frame", None)
-
     def __aiter__(self) -> AsyncIterator[Any]:
         return self
 

@@ -80,7 +80,6 @@ class Kernel(Generic[T]):
         "_group",
         "_idle",
         "_in_flight",
-        "_name",
         "_next",
         "_parent",
         "_pending",
@@ -99,6 +98,7 @@ class Kernel(Generic[T]):
         "_workers",
         "ended",
         "failed",
+        "name",
         "policy",
         "ready",
     )
@@ -114,6 +114,7 @@ class Kernel(Generic[T]):
         source_ended: Callable[[Owner], None] | None,
     ) -> None:
         self.policy = policy
+        self.name = name
         #: ended subtasks that the reducer may take
         self.ready: deque[Handle[T]] = deque()
         #: whether source and workers have ended, clean-up included
@@ -122,7 +123,6 @@ class Kernel(Generic[T]):
         self._source = source
         self._run = run
         self._admit = admit
-        self._name = name
         self._checks = checks
         self._tell_source_ended = source_ended
         self._thread: int | None = None
@@ -175,7 +175,7 @@ class Kernel(Generic[T]):
 
     def _refuse_elsewhere(self) -> None:
         raise MisuseError(
-            f"the results of {self._name} are read on another event loop or thread than the one that {self._name} was "
+            f"the results of {self.name} are read on another event loop or thread than the one that {self.name} was "
             "started on; read them there, and pass on what you need"
         )
 
@@ -186,6 +186,10 @@ class Kernel(Generic[T]):
             raise failures[0]
         if failures:
             raise ExceptionGroup(f"{len(failures)} subtasks failed", failures)
+
+    def misuse(self) -> MisuseError | None:
+        """The first mistake among what failed, which is told even where nobody reads failures any more."""
+        return next((error for error in self._failures if isinstance(error, MisuseError)), None)
 
     def log_failures(self) -> None:
         """Log what failed and was raised to nobody."""
@@ -250,7 +254,7 @@ class Kernel(Generic[T]):
             self._wake_consumer()
 
     async def _host_owned_source(self, checks: Checks) -> None:
-        owner, context = Owner(_Called(f"the source of {self._name!r}"), checks), copy_context()
+        owner, context = Owner(_Called(f"the source of {self.name!r}"), checks), copy_context()
         failure: BaseException | None = None
         try:
             await in_context(context, self._host_source(owner), None, owner)
@@ -277,7 +281,7 @@ class Kernel(Generic[T]):
                 produced = self._source()
                 source = await as_async_iterator(produced)
                 if source is None:
-                    raise _no_source(self._name, produced)
+                    raise _no_source(self.name, produced)
             except Exception as exc:  # noqa: BLE001 - travels in-band to the consumer
                 self._fail(exc)
                 return

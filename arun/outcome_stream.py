@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
 import anyio
 
@@ -44,7 +44,12 @@ class FanOut(Generic[T]):
         self._closed = False
 
     def __aiter__(self) -> AsyncIterator[Outcome[T]]:
+        if not self._closed:
+            aiter(self._results)  # refuses a second reading
         return self
+
+    def __iter__(self) -> NoReturn:
+        self._results.__iter__()
 
     async def __anext__(self) -> Outcome[T]:
         if self._background is None:

@@ -5,12 +5,15 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Literal
 
 import anyio
 import msgspec
+from anyio.lowlevel import current_token
 
 from arun.errors import MisuseError
 
@@ -63,7 +66,8 @@ class Rate:
     """Most requests and tokens a minute; the same object in several policies is one budget.
 
     A token bucket: it starts full, refills continuously and holds at most one minute's worth (as hosted models' own
-    limits do); ``burst`` makes it smaller, which spreads the work more evenly. Waiting is first come, first served.
+    limits do); ``burst`` makes it smaller, which spreads the work more evenly. Waiting is first come, first served,
+    also between event loops.
 
     :param per_minute: requests a minute.
     :param tokens_per_minute: tokens a minute; needs ``tokens``.
@@ -95,6 +99,10 @@ class Rate:
         self._key = key
         self._burst = burst
         self._full_at: dict[tuple[str, int], float] = {}
+        self._lock = threading.Lock()
+        #: the event loop that asked last, and what its clock lacks of the process's
+        self._token: object = None
+        self._offset = 0.0
 
     def __repr__(self) -> str:
         return f"Rate(per_minute={self._limits[0]}, tokens_per_minute={self._limits[1]})"
@@ -104,7 +112,16 @@ class Rate:
 
         :raises MisuseError: if it needs more tokens than the bucket ever holds.
         """
-        await anyio.sleep(self.reserve(spec, anyio.current_time()))
+        with self._lock:
+            wait = self.reserve(spec, self._now())
+        await anyio.sleep(wait)
+
+    def _now(self) -> float:
+        """The event loop's time, on a clock that all of them share: each begins to count where it likes."""
+        now, token = anyio.current_time(), current_token()
+        if token != self._token:
+            self._token, self._offset = token, time.monotonic() - now
+        return now + self._offset
 
     def reserve(self, spec: Any, now: float) -> float:
         """Draw a subtask's share at time ``now`` and return the seconds that it has to wait.
@@ -131,6 +148,7 @@ class Capacity:
     """A budget of ``n`` that everything below a parallel action shares: ``Policy(capacity=Capacity(8))``.
 
     Only leaf actions hold a share of it, and only while they run, so a parent can't keep its own children out.
+    It serves one event loop at a time.
     """
 
     def __init__(self, n: int) -> None:
@@ -139,6 +157,8 @@ class Capacity:
         self.n = n
         self._in_use = 0
         self._waiting: dict[anyio.Event, None] = {}
+        #: the event loop on which it is in use
+        self._token: object = None
 
     def __repr__(self) -> str:
         return f"Capacity({self.n}), {self._in_use} in use, {len(self._waiting)} waiting"
@@ -146,12 +166,21 @@ class Capacity:
     async def acquire(self, who: str) -> None:
         """Wait for a share, first come, first served.
 
-        :raises MisuseError: if a caller of this action holds one already, which could wait for itself for ever.
+        :raises MisuseError: if a caller of this action holds one already, which could wait for itself for ever; while
+            another event loop uses it.
         """
         if self in _held.get():
             raise MisuseError(
                 f"deadlock: {who} waits for a share of {self!r}, and an action that called it already holds one; "
                 "give what is called inside an action a Capacity of its own"
+            )
+        token = current_token()
+        if not self._in_use:
+            self._token = token
+        elif token != self._token:
+            raise MisuseError(
+                f"{who} asks for a share of {self!r}, which is in use on another event loop, and neither could tell "
+                "the other that a share is free; give each event loop a Capacity of its own"
             )
         if self._in_use < self.n and not self._waiting:
             self._in_use += 1

@@ -23,7 +23,7 @@ import anyio.to_thread
 from anyio.lowlevel import RunVar
 
 from arun.errors import AbandonedWork
-from arun.frames import line_of
+from arun.frames import innermost_user_frame, line_of
 from arun.hosting import GRACE
 from arun.logs import get_logger
 
@@ -225,7 +225,8 @@ def _poster() -> Callable[[Callable[[], object]], object]:
 
 
 def _report(label: str, thread: int, seconds: float) -> None:
-    line = line_of(sys._current_frames().get(thread)) or "an unknown line"
+    frame = sys._current_frames().get(thread)
+    line = line_of(innermost_user_frame(frame)) if frame is not None else "an unknown line"
     abandoned = AbandonedWork(
         f"{label or 'a plain function'} was cancelled and its thread still runs after {seconds:g} s, at {line}; the "
         "run goes on without it. Make the function return sooner, or run it with a ProcessExecutor, which kills",

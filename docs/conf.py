@@ -45,7 +45,14 @@ REFERENCE = {
         "arun.runtime",
         "arun.errors",
     ],
-    "reference/actors": ["actors", "actors.engine", "actors.fitting", "actors.echo_engine", "actors.remote_engine", "actors.models"],
+    "reference/actors": [
+        "actors",
+        "actors.engine",
+        "actors.fitting",
+        "actors.echo_engine",
+        "actors.remote_engine",
+        "actors.models",
+    ],
 }
 
 project = "arun"

@@ -29,7 +29,7 @@ FLOORS: dict[str, int] = {
         "errors frames logs",
         "codec events guards outcomes policies registry runtime state timed",
         "conditions context handles hooks hosted hosting threads",
-        "attempts collectors reductions signatures stream",
+        "attempts calls collectors reductions signatures stream",
         "kernel",
         "fanout",
         "actions channel data journal outcome_stream reducers",

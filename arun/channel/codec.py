@@ -1,49 +1,59 @@
-"""Frames: a 4-byte big-endian length, then one msgpack array of messages.
+"""Frames and payloads. A frame is a 4-byte big-endian length, then one msgpack array of messages.
 
-`Outbox` collects encoded messages and packs whatever is pending into a frame, so that coalescing
-costs no latency; `FrameReader` takes bytes as they arrive and gives back messages. Neither does I/O.
-
-A frame of several messages is held to `FRAME_MESSAGES` and `FRAME_BYTES`, which bound the time that
-decoding it can block the event loop; a message alone in its frame may be large, up to the limit
-that its receiver announced.
+`FrameReader` takes bytes as they arrive and gives back messages; :mod:`arun.channel.outbox` packs them. A frame is held
+to `FRAME_MESSAGES` and `FRAME_BYTES`, which bound the time that decoding it can block the event loop. A payload may be
+larger: it comes in parts. What then bounds the time and the memory of decoding it is `STRUCTURE_BYTES`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import deque
-from typing import Any, Generic, TypeVar
+import re
+from collections.abc import Iterable
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import msgspec
 from msgspec.msgpack import Decoder, Encoder
 
-from arun.channel.messages import Item, Items
+from arun.channel.extensions import Scattered, encode_scattered, unpack
 from arun.errors import PayloadError, ProtocolError
 
 __all__ = (
     "FRAME_BYTES",
     "FRAME_MESSAGES",
+    "LENGTH_BYTES",
+    "SESSION_FRAME_BYTES",
+    "STRUCTURE_BYTES",
     "FrameReader",
-    "Outbox",
+    "Payload",
     "PayloadDecoder",
-    "Run",
+    "Scattered",
     "array_head",
+    "array_header",
+    "decode_payload",
     "decoder_for",
     "encode_message",
     "encode_payload",
-    "item_prefix",
-    "largest_frame",
+    "exceeds_structure",
 )
 
 FRAME_MESSAGES = 4096
 FRAME_BYTES = 2**20
 
-_LENGTH_BYTES = 4
-# At most: of the array that a frame is, and of a message around its payload (Open with its method).
-_HEADER_BYTES = 5
-# A run of items stays well below a frame, so that others go along.
-_RUN_BYTES = 2**16
-_ENVELOPE_BYTES = 4096
+LENGTH_BYTES = 4
+# With the head of the array that a frame is.
+SESSION_FRAME_BYTES = FRAME_BYTES + 5
+"""Largest frame after the handshake."""
+
+STRUCTURE_BYTES = 2**22
+"""What a payload may have besides long strings, bytes and arrays.
+
+Python's objects are up to 72 times as large as their encoding: 16 MiB of empty maps become 1.2 GB.
+"""
+
+Payload: TypeAlias = "bytes | Scattered"
+"""An encoded payload; in pieces where it holds what is not to be copied."""
+
 _ENCODER = Encoder()
 # What msgspec raises for bytes that it refuses; the last two are no MsgspecError.
 _REFUSED = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
@@ -53,105 +63,12 @@ M = TypeVar("M")
 encode_message = _ENCODER.encode
 
 
-class Run:
-    """Items of one stream that wait for the writer; they become one message.
-
-    :ivar payloads: the encoded items, in order.
-    :ivar size: bytes that it has in a frame, at most.
-    :ivar taken: whether it went into a frame, so that the stream's next item needs another Run.
-    """
-
-    __slots__ = ("_prefix", "payloads", "size", "taken")
-
-    def __init__(self, prefix: bytes) -> None:
-        self._prefix = prefix
-        self.payloads: list[bytes] = []
-        self.size = len(prefix) + _HEADER_BYTES
-        self.taken = False
-
-    def add_to(self, parts: list[bytes]) -> None:
-        """Add the bytes of the message: an Item, or Items if there are several."""
-        self.taken = True
-        if len(self.payloads) == 1:
-            parts.append(self._prefix)
-        else:
-            parts.append(_ITEMS_HEAD + self._prefix[len(_ITEMS_HEAD) :] + _array_header(len(self.payloads)))
-        parts += self.payloads
-
-
-class Outbox:
-    """Encoded messages that wait for the writer, packed into frames when it asks.
-
-    :ivar size: bytes waiting, and at most a few more for each run of items.
-    :ivar appended: messages ever appended.
-    :ivar taken: messages ever packed into a frame.
-    """
-
-    __slots__ = ("_messages", "appended", "size", "taken")
-
-    def __init__(self) -> None:
-        self._messages: deque[bytes | Run] = deque()
-        self.size = 0
-        self.appended = 0
-        self.taken = 0
-
-    def append(self, message: bytes) -> None:
-        """Add one encoded message."""
-        self._messages.append(message)
-        self.size += len(message)
-        self.appended += 1
-
-    def append_item(self, payload: bytes, prefix: bytes, run: Run | None, most: int) -> Run:
-        """Add an encoded item of a stream to its last run, or to a new one if that is full or gone.
-
-        :param prefix: of the stream's Items, see :func:`item_prefix`.
-        :param run: what the stream's last item was added to.
-        :param most: items of one run.
-        :returns: the run that it was added to.
-        """
-        size = len(payload)
-        if run is None or run.taken or len(run.payloads) >= most or run.size + size > _RUN_BYTES:
-            run = Run(prefix)
-            self._messages.append(run)
-            self.size += run.size
-            self.appended += 1
-        run.payloads.append(payload)
-        run.size += size
-        self.size += size
-        return run
-
-    def take_frame(self) -> bytes | None:
-        """Pack what is pending, up to the limits of one frame; None when nothing is."""
-        pending = self._messages
-        if not pending:
-            return None
-        parts: list[bytes] = [b"", b""]
-        count = held = 0
-        while pending and count < FRAME_MESSAGES:
-            message = pending[0]
-            size = message.size if type(message) is Run else len(message)  # type: ignore[arg-type]  # bytes, else
-            if count and held + size > FRAME_BYTES:
-                break
-            del pending[0]
-            held += size
-            count += 1
-            if type(message) is Run:
-                message.add_to(parts)
-            else:
-                parts.append(message)  # type: ignore[arg-type]  # bytes, else
-        self.size -= held
-        self.taken += count
-        parts[1] = _array_header(count)
-        parts[0] = sum(map(len, parts)).to_bytes(_LENGTH_BYTES, "big")
-        return b"".join(parts)
-
-
 class FrameReader(Generic[M]):
     """Turns a peer's bytes into messages of the expected types, and anything else into ProtocolError.
 
     :param peer: the peer's name, for errors.
     :param expected: the message type, or union of types, that is legal now.
-    :param frame_bytes: largest frame that is legal, see `largest_frame`.
+    :param frame_bytes: largest frame that is legal.
     """
 
     __slots__ = ("_at", "_data", "_decoder", "_frame_bytes", "_need", "_peer")
@@ -162,7 +79,7 @@ class FrameReader(Generic[M]):
         # are views of either, so nothing is ever removed from or added to it afterwards.
         self._data: bytes | bytearray = b""
         self._at = 0
-        self._need = _LENGTH_BYTES
+        self._need = LENGTH_BYTES
         self._decoder: Decoder[list[M]] = _frame_decoder(expected)
         self._frame_bytes = frame_bytes
 
@@ -196,16 +113,16 @@ class FrameReader(Generic[M]):
         have = len(data) - at
         if have < self._need:
             return None
-        if self._need == _LENGTH_BYTES:
-            length = int.from_bytes(data[at : at + _LENGTH_BYTES], "big")
+        if self._need == LENGTH_BYTES:
+            length = int.from_bytes(data[at : at + LENGTH_BYTES], "big")
             self._check_length(length)
             self._need += length
             if have < self._need:
                 return None
         end = at + self._need
         self._at = end
-        self._need = _LENGTH_BYTES
-        return self._decode(memoryview(data)[at + _LENGTH_BYTES : end])
+        self._need = LENGTH_BYTES
+        return self._decode(memoryview(data)[at + LENGTH_BYTES : end])
 
     def _check_length(self, length: int) -> None:
         if not 2 <= length <= self._frame_bytes:
@@ -215,47 +132,49 @@ class FrameReader(Generic[M]):
         count, _ = array_head(body)
         if not 1 <= count <= FRAME_MESSAGES:
             raise ProtocolError(f"{self._peer} sent a frame of {count} messages; 1 to {FRAME_MESSAGES} are legal")
-        if count > 1 and len(body) > FRAME_BYTES + _HEADER_BYTES:
-            raise ProtocolError(
-                f"{self._peer} sent {count} messages in one frame of {len(body)} bytes; "
-                f"a frame of several messages has at most {FRAME_BYTES}"
-            )
         try:
             return self._decoder.decode(body)
         except _REFUSED as exc:
             raise ProtocolError(f"{self._peer} sent a frame of {len(body)} bytes that is not valid: {exc}") from exc
 
 
-def item_prefix(stream: int) -> bytes:
-    """An encoded Item of this stream without its payload, so that each item is encoded once only."""
-    return encode_message(Item(stream, msgspec.Raw(b"\xc0")))[:-1]
-
-
-def largest_frame(message_bytes: int) -> int:
-    """Bytes of a frame with one message whose payload has so many bytes."""
-    return message_bytes + _ENVELOPE_BYTES
-
-
-def encode_payload(value: object, what: str, limit: int) -> bytes:
+def encode_payload(value: object, what: str, limit: int) -> Payload:
     """Encode a value that a user wants to send.
 
     :param what: what the value is, for the error, as in "item of 'watch'".
     :param limit: bytes that the receiver takes.
     :raises PayloadError: msgspec can't encode it, or it is too large.
     """
+    payload: Payload
     try:
         payload = _ENCODER.encode(value)
-    except (TypeError, ValueError, OverflowError, RecursionError) as exc:
-        raise PayloadError(
-            f"{what} of type {type(value).__qualname__} can't be sent over a channel: {exc}. Send what msgspec "
-            "encodes: Structs, dataclasses, dicts, lists, str, bytes, numbers up to 64 bits, datetimes"
-        ) from exc
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        payload = _encode_extended(value, what)
     if len(payload) > limit:
         raise PayloadError(
             f"{what} of type {type(value).__qualname__} has {len(payload)} bytes, the peer takes {limit}; "
             "raise Limits(message_bytes=...) there, or send it in pieces"
         )
+    if len(payload) > STRUCTURE_BYTES and exceeds_structure(
+        payload.pieces if isinstance(payload, Scattered) else (payload,)
+    ):
+        raise PayloadError(
+            f"{what} of type {type(value).__qualname__} has more than {STRUCTURE_BYTES} bytes besides its strings, "
+            "bytes and arrays, which would become gigabytes of objects; send it in pieces, or numbers as an array"
+        )
     return payload
+
+
+def _encode_extended(value: object, what: str) -> Payload:
+    """Encode what msgspec alone can't: a value that holds extension types."""
+    try:
+        return encode_scattered(value)
+    except (TypeError, ValueError, OverflowError, RecursionError, PayloadError) as exc:
+        raise PayloadError(
+            f"{what} of type {type(value).__qualname__} can't be sent over a channel: {exc}. Send what msgspec "
+            "encodes: Structs, dataclasses, dicts, lists, str, bytes, numbers up to 64 bits, datetimes; or numpy "
+            "arrays, torch tensors, Arrow tables, and what register_type() was told about"
+        ) from exc
 
 
 class PayloadDecoder(Generic[M]):
@@ -267,8 +186,8 @@ class PayloadDecoder(Generic[M]):
     __slots__ = ("_many", "_one")
 
     def __init__(self, wanted: Any) -> None:
-        self._one: Decoder[M] = Decoder(wanted)
-        self._many: Decoder[list[M]] = Decoder(list[wanted])
+        self._one: Decoder[M] = Decoder(wanted, ext_hook=unpack)
+        self._many: Decoder[list[M]] = Decoder(list[wanted], ext_hook=unpack)
 
     def decode(self, payload: msgspec.Raw | bytes, what: str = "item") -> M:
         """Decode a payload that arrived.
@@ -284,7 +203,7 @@ class PayloadDecoder(Generic[M]):
         """Decode an array of payloads up to the first that is not of the declared type, and tell its error."""
         try:
             return self._many.decode(payloads), None
-        except _REFUSED:
+        except (*_REFUSED, PayloadError):
             pass
         items: list[M] = []
         try:
@@ -297,6 +216,15 @@ class PayloadDecoder(Generic[M]):
 
 
 _SPLIT = Decoder(list[msgspec.Raw])
+
+
+def decode_payload(payload: msgspec.Raw | bytes, wanted: Any = Any) -> Any:
+    """Decode what a handler was asked with, extension types included.
+
+    :param wanted: the type that it is decoded into; Any gives msgspec's builtins.
+    :raises PayloadError: it is not of that type.
+    """
+    return decoder_for(wanted).decode(payload, "payload")
 
 
 def decoder_for(wanted: Any) -> PayloadDecoder[Any]:
@@ -321,7 +249,7 @@ def _cached_decoder(wanted: Any) -> PayloadDecoder[Any]:
     return PayloadDecoder(wanted)
 
 
-def _array_header(count: int) -> bytes:
+def array_header(count: int) -> bytes:
     return bytes((0x90 | count,)) if count < 16 else b"\xdc" + count.to_bytes(2, "big")
 
 
@@ -337,5 +265,47 @@ def array_head(body: msgspec.Raw | memoryview) -> tuple[int, int]:
     return int.from_bytes(head[1 : 1 + width], "big"), 1 + width
 
 
-# The beginning of an encoded Items: an array of three, and its tag. What follows is as in an Item.
-_ITEMS_HEAD = encode_message(Items(1, msgspec.Raw(b"\xc0")))[:2]
+def exceeds_structure(pieces: Iterable[bytes | bytearray | memoryview]) -> bool:
+    """Whether an encoded value has more than STRUCTURE_BYTES besides long strings, bytes and extensions.
+
+    It is read token by token, which takes no longer than to decode it, and needs no memory. What is malformed is left
+    to the decoder.
+    """
+    structure = skip = 0
+    for piece in pieces:
+        at, end = skip, len(piece)
+        while at < end:
+            match = _SHORT.match(piece, at)
+            assert match is not None  # it matches nothing as well
+            structure += match.end() - at
+            at = match.end()
+            if structure > STRUCTURE_BYTES:
+                return True
+            if at < end:
+                width = _LONG.get(piece[at])
+                if width is None:
+                    return False
+                length = int.from_bytes(piece[at + 1 : at + 1 + width], "big")
+                at += 1 + width + length + (0xC7 <= piece[at] <= 0xC9)  # an extension has a type
+                structure += _LONG_BYTES
+        skip = at - end
+    return structure > STRUCTURE_BYTES
+
+
+# What msgpack says in a fixed number of bytes, and strings of less than 32: any number of them.
+_SHORT = re.compile(
+    b"(?:" + b"|".join((
+        rb"[\x00-\xa0\xc0\xc2\xc3\xe0-\xff]++",
+        rb"[\xcc\xd0].",
+        rb"[\xcd\xd1\xdc\xde].{2}",
+        rb"[\xca\xce\xd2\xdd\xdf].{4}",
+        rb"[\xcb\xcf\xd3].{8}",
+        *(re.escape(bytes((0xD4 + n,))) + b".{%d}" % (1 + 2**n) for n in range(5)),
+        *(re.escape(bytes((0xA0 + n,))) + b".{%d}" % n for n in range(1, 32)),
+    )) + b")*+",
+    re.DOTALL,
+)  # fmt: skip
+# Long strings, bytes and extensions: their first byte, and how many bytes tell the length.
+_LONG = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
+# For each of them, which may be short.
+_LONG_BYTES = 32

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import anyio
 from anyio.lowlevel import current_token
 
-from arun.channel.codec import FrameReader, decoder_for, encode_payload, largest_frame
+from arun.channel.codec import SESSION_FRAME_BYTES, FrameReader, decoder_for, encode_payload
+from arun.channel.halves import Allowed, Batch, Effects, Inbound, Outbound
 from arun.channel.limits import Budget
 from arun.channel.messages import End, Fail, SessionMessage
 from arun.channel.serving import Handler, Interrupt, serve
-from arun.channel.session import Allowed, Batch, Effects, Inbound, Outbound, Session
+from arun.channel.session import Session
 from arun.channel.stream import Stream, ending
+from arun.channel.tracing import traceparent
 from arun.errors import MisuseError, PayloadError, ProtocolError
 from arun.logs import get_logger
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from msgspec import Raw
 
     from arun.channel.limits import Limits
+    from arun.channel.statistics import ConnectionStatistics
     from arun.channel.wire import Wire
     from arun.runtime import Background, Runtime
 
@@ -66,8 +69,9 @@ class Connection:
         self.wake_writer: Callable[[], None] = wire.wake
         self._handler = handler or _refuse
         self._limits = limits
-        self._reader = reader or FrameReader(peer, SessionMessage, largest_frame(limits.message_bytes))
+        self._reader = reader or FrameReader(peer, SessionMessage, SESSION_FRAME_BYTES)
         self._on_closed = on_closed
+        self._bytes_received = 0
         self._waiters: dict[Inbound | Outbound, list[Callable[[], None]]] = {}
         self._interrupts: dict[Outbound, Interrupt] = {}
         self._handlers: dict[Outbound, asyncio.Task[None] | Background[None]] = {}
@@ -79,6 +83,7 @@ class Connection:
         self._peer_done = anyio.Event()
         self._closed = anyio.Event()
         self._loop = _asyncio_loop()
+        self._token = current_token()
         # What arrives is handed over in a callback of the event loop, where anyio knows of none.
         self._now = anyio.current_time if self._loop is None else self._loop.time
         self._budget = Budget(limits.disturbances, limits.streams, self._now())
@@ -95,19 +100,25 @@ class Connection:
         """Whether the connection has ended or is ending: ``open`` would raise ChannelLost."""
         return self._reason is not None
 
+    def statistics(self) -> ConnectionStatistics:
+        """What the connection has done so far and what is under way."""
+        return self.session.statistics(self._bytes_received)
+
     def open(self, method: str, payload: object = None, *, item_type: Any = Any, window: int = 256) -> Stream[Any]:
         """Start a run of the peer's handler and return its items as they come.
 
         The request is queued at once; nothing needs to be awaited for it to be sent.
 
         :param method: what the peer's handler is asked for, 1 to 512 characters.
-        :param payload: anything that msgspec encodes; encoded here.
+        :param payload: anything that msgspec encodes, and extension types; encoded here. The memory of arrays must
+            stay as it is until the first item has come.
         :param item_type: the type that each item is decoded into; Any gives msgspec's builtins.
         :param window: items that may lie unread here before the peer's handler has to wait.
         :raises PayloadError: the payload can't be encoded or is too large, or nothing can be decoded
             into item_type.
         :raises StreamRefused: the peer's streams are all taken.
         :raises ChannelLost: the connection has ended.
+        :raises MisuseError: on another event loop than the connection's, or in another thread.
         """
         decoder = decoder_for(item_type)
         return Stream(self, self._open(method, payload, window), decoder, self._cancel_from_thread)
@@ -170,7 +181,11 @@ class Connection:
     # For Stream and serve().
 
     async def wait(self, half: Inbound | Outbound) -> None:
-        """Wait until something happens to a half of a stream; there may be several waiters."""
+        """Wait until something happens to a half of a stream; there may be several waiters.
+
+        :raises MisuseError: on another event loop than the connection's, or in another thread.
+        """
+        self._refuse_elsewhere()
         waiters = self._waiters.setdefault(half, [])
         happened: Awaitable[None]
         wake: Callable[[], None]
@@ -211,6 +226,11 @@ class Connection:
             self.wake_writer()
         self._wake(inbound)
 
+    async def wait_through(self, outbound: Outbound) -> None:
+        """Wait until every part of a large item is on its way, or will never be."""
+        while outbound.transfer is not None:
+            await self.wait(outbound)
+
     def finish(self, outbound: Outbound, message: End | Fail) -> None:
         """A handler has ended and cleaned up."""
         self.session.finish(outbound, message)
@@ -232,6 +252,7 @@ class Connection:
         if self._discarding:
             return None
         reader, session = self._reader, self.session
+        self._bytes_received += len(data)
         frames = 0
         try:
             reader.feed(data)
@@ -254,7 +275,10 @@ class Connection:
 
     def next_frame(self) -> bytes | None:
         """What to write next, or None when there is nothing to say."""
-        return self.session.take_frame()
+        frame = self.session.take_frame()
+        for half in self.session.outbox.through:
+            self._wake(half)
+        return frame
 
     def written(self) -> None:
         """The wire took what there was, or as much as it takes now."""
@@ -297,14 +321,24 @@ class Connection:
                 self._on_closed(self)
             log.debug("connection.closed", peer=self.peer, reason=self._reason)
 
+    def _refuse_elsewhere(self) -> None:
+        # asyncio says at once which of its loops runs; asking anyio takes ten times as long.
+        here = _asyncio_loop() if self._loop is not None else current_token()
+        if here != (self._loop or self._token):
+            raise MisuseError(
+                f"the connection to {self.peer} was made on another event loop, the only one that can use it; connect "
+                "on this one, too, or pass on what comes"
+            )
+
     def _open(self, method: str, payload: object, window: int) -> Inbound:
+        self._refuse_elsewhere()
         if not 1 <= len(method) <= 512 or not 1 <= window < 2**31:
             raise MisuseError(
                 f"a method has 1 to 512 characters and a window 1 to {2**31 - 1} items, "
                 f"got {len(method)} characters and a window of {window}"
             )
         encoded = encode_payload(payload, f"payload of {method!r}", self.session.allowed.message_bytes)
-        inbound = self.session.open(method, encoded, window)
+        inbound = self.session.open(method, encoded, window, traceparent())
         self._wire.wake()
         return inbound
 

@@ -19,7 +19,8 @@ import hmac
 import secrets
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from arun.channel.codec import FrameReader, Outbox, encode_message, largest_frame
+from arun.channel.codec import SESSION_FRAME_BYTES, FrameReader, encode_message
+from arun.channel.halves import Allowed
 from arun.channel.messages import (
     NEWEST_VERSION,
     OLDEST_VERSION,
@@ -29,7 +30,7 @@ from arun.channel.messages import (
     SessionMessage,
     Welcome,
 )
-from arun.channel.session import Allowed
+from arun.channel.outbox import Outbox
 from arun.errors import MisuseError, ProtocolError
 
 if TYPE_CHECKING:
@@ -94,11 +95,8 @@ async def authenticate_client(wire: Wire, known: Iterable[Secret], peer: str, li
         raise ProtocolError(f"{peer} speaks channel versions {hello.oldest} to {hello.newest}; {reason}")
     proof = secret.proof("server", nonce, hello.nonce)
     await _send(wire, Welcome(version, proof, limits.streams, limits.message_bytes))
-    return Agreed(
-        reader.switch(SessionMessage, largest_frame(limits.message_bytes)),
-        Allowed(hello.streams, hello.message_bytes),
-        secret,
-    )
+    allowed = Allowed(hello.streams, hello.message_bytes)
+    return Agreed(reader.switch(SessionMessage, SESSION_FRAME_BYTES), allowed, secret)
 
 
 async def authenticate_to_server(wire: Wire, secret: Secret, peer: str, limits: Limits) -> Agreed:
@@ -120,11 +118,8 @@ async def authenticate_to_server(wire: Wire, secret: Secret, peer: str, limits: 
         raise ProtocolError(f"{peer} could not prove that it knows the token; is something else listening there?")
     if not OLDEST_VERSION <= welcome.version <= NEWEST_VERSION:
         raise ProtocolError(f"{peer} chose channel version {welcome.version}, which was not offered")
-    return Agreed(
-        reader.switch(SessionMessage, largest_frame(limits.message_bytes)),
-        Allowed(welcome.streams, welcome.message_bytes),
-        secret,
-    )
+    allowed = Allowed(welcome.streams, welcome.message_bytes)
+    return Agreed(reader.switch(SessionMessage, SESSION_FRAME_BYTES), allowed, secret)
 
 
 async def _send(wire: Wire, message: Challenge | Hello | Welcome | Goodbye) -> None:

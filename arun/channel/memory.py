@@ -8,8 +8,8 @@ import anyio
 from anyio.streams.stapled import StapledObjectStream
 
 from arun.channel.connection import Connection
+from arun.channel.halves import Allowed
 from arun.channel.limits import Limits
-from arun.channel.session import Allowed
 from arun.channel.wire import StreamWire
 from arun.runtime import Runtime
 

@@ -23,8 +23,11 @@ __all__ = (
     "Goodbye",
     "Hello",
     "Item",
+    "ItemPart",
     "Items",
+    "LargeItem",
     "Open",
+    "OpenPart",
     "Ping",
     "Pong",
     "SessionMessage",
@@ -37,9 +40,11 @@ NEWEST_VERSION = 1
 Count: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 # 2**31 ids would last a busy connection (20,000 calls a second) for 30 hours.
 StreamId: TypeAlias = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Size: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Digest: TypeAlias = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=512)]
 Text: TypeAlias = Annotated[str, Meta(max_length=65536)]
+Traceparent: TypeAlias = Annotated[str, Meta(pattern="^([0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$")]
 
 
 class _Message(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False):
@@ -73,13 +78,26 @@ class Welcome(_Message, tag=3, frozen=True):
 
 
 class Open(_Message, tag=4, frozen=True):
-    """Opener asks the peer to run ``method``; it may send so many items and bytes at first."""
+    """Opener asks the peer to run ``method``; it may send so many items and bytes at first.
+
+    ``large``: 0, or the bytes of a payload that follows in OpenParts; ``payload`` is nil then. ``traceparent``: the
+    opener's place in a trace, as W3C's Trace Context writes it, or nothing.
+    """
 
     stream: StreamId
     method: Name
     items: Count
     bytes: Count
     payload: Raw
+    large: Size = 0
+    traceparent: Traceparent = ""
+
+
+class OpenPart(_Message, tag=16, frozen=True):
+    """The next bytes of the payload that an Open announced."""
+
+    stream: StreamId
+    data: memoryview
 
 
 class Item(_Message, tag=5, frozen=True):
@@ -94,6 +112,20 @@ class Items(_Message, tag=13, frozen=True):
 
     stream: StreamId
     payloads: Raw
+
+
+class LargeItem(_Message, tag=14, frozen=True):
+    """Handler's next item has so many bytes, which follow in ItemParts."""
+
+    stream: StreamId
+    bytes: Count
+
+
+class ItemPart(_Message, tag=15, frozen=True):
+    """The next bytes of the item that a LargeItem announced."""
+
+    stream: StreamId
+    data: memoryview
 
 
 class Credit(_Message, tag=6, frozen=True):
@@ -143,4 +175,6 @@ class Goodbye(_Message, tag=12, frozen=True):
     reason: Text
 
 
-SessionMessage: TypeAlias = Open | Item | Items | Credit | End | Fail | Cancel | Ping | Pong | Goodbye
+SessionMessage: TypeAlias = (
+    Open | OpenPart | Item | Items | LargeItem | ItemPart | Credit | End | Fail | Cancel | Ping | Pong | Goodbye
+)

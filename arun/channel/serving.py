@@ -13,6 +13,7 @@ from msgspec import Raw
 from arun.channel.codec import encode_payload
 from arun.channel.failures import describe
 from arun.channel.messages import End, Fail
+from arun.channel.tracing import enter_trace
 from arun.errors import ArunError
 from arun.logs import get_logger
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from arun.channel.connection import Connection
-    from arun.channel.session import Outbound
+    from arun.channel.halves import Outbound
 
 __all__ = ("CHECKPOINT_ITEMS", "Handler", "Interrupt", "serve")
 
@@ -91,10 +92,11 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
     iterator: AsyncIterator[object] | None = None
     try:
         if outbound.state == "open":  # else cancelled before this task ran
+            enter_trace(outbound.traceparent)
             with connection.interruptible(outbound):
                 answer = handler(outbound.method, payload)
                 if isinstance(answer, Awaitable):
-                    _send_one(connection, outbound, await answer)
+                    await _send_one(connection, outbound, await answer)
                 else:
                     iterator = answer
                     await _send_all(connection, outbound, iterator)
@@ -128,6 +130,9 @@ async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncI
             await connection.wait(outbound)
             streak = 0
         wake()
+        if outbound.transfer is not None:
+            # What the item is made of belongs to the iterator again once it goes on.
+            await connection.wait_through(outbound)
         if connection.congested:
             await connection.wait_for_room()
         streak += 1
@@ -136,10 +141,13 @@ async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncI
             streak = 0
 
 
-def _send_one(connection: Connection, outbound: Outbound, item: object) -> None:
+async def _send_one(connection: Connection, outbound: Outbound, item: object) -> None:
     session = connection.session
     # A stream begins with credit for one; without it, it was cancelled.
     session.send(outbound, encode_payload(item, f"result of {outbound.method!r}", session.allowed.message_bytes))
+    if outbound.transfer is not None:
+        connection.wake_writer()
+        await connection.wait_through(outbound)
 
 
 async def _close(iterator: AsyncIterator[object]) -> Exception | None:

@@ -25,7 +25,10 @@ sends Open, the handler's side answers with Items and, last of all, one End or F
    is on its way in a frame: a cancelled stream that still cleans up counts, and a peer that does not
    read gets no new slots. The opener, which sees the End later, never counts fewer than the handler's
    side, so an Open beyond the announced limit is no race but a breach.
-5. Nothing here grows without a bound: credits to be sent are merged per stream, Pongs to the latest.
+5. A payload that is too large for one frame is announced, by Open or LargeItem, and follows in parts.
+   Nothing else is said on the stream meanwhile, save Cancel and Fail, after which the parts stop. A
+   handler starts, and an item counts as arrived, when the last part is there.
+6. Nothing here grows without a bound: credits to be sent are merged per stream, Pongs to the latest.
 
 The shell (:mod:`arun.channel.connection`) feeds in frames and calls of its user, and does what the
 returned `Effects` say.
@@ -34,146 +37,53 @@ returned `Effects` say.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING
 
-from msgspec import Raw, Struct
+from msgspec import Raw
 
-from arun.channel.codec import Outbox, Run, array_head, encode_message, item_prefix
-from arun.channel.messages import Cancel, Credit, End, Fail, Goodbye, Item, Items, Open, Ping, Pong, SessionMessage
-from arun.errors import ChannelLost, ProtocolError, StreamRefused
+from arun.channel.codec import array_head, encode_message
+from arun.channel.halves import Allowed, Arrival, Batch, Effects, Inbound, Lost, Outbound, Started, State
+from arun.channel.messages import (
+    Cancel,
+    Credit,
+    End,
+    Fail,
+    Goodbye,
+    Item,
+    ItemPart,
+    Items,
+    LargeItem,
+    Open,
+    OpenPart,
+    Ping,
+    Pong,
+    SessionMessage,
+)
+from arun.channel.outbox import INLINE_BYTES, Outbox, Transfer
+from arun.channel.statistics import ConnectionStatistics
+from arun.errors import ProtocolError, StreamRefused
 
 if TYPE_CHECKING:
+    from arun.channel.codec import Payload
     from arun.channel.limits import Limits
 
-__all__ = ("TRANSITIONS", "Allowed", "Batch", "Effects", "Inbound", "Lost", "Outbound", "Session", "Started", "State")
-
-State: TypeAlias = Literal["idle", "open", "cancelling", "closed"]
+__all__ = ("TRANSITIONS", "Session")
 
 TRANSITIONS: dict[type[SessionMessage], dict[State, State]] = {
     Open: {"idle": "open"},
     # Items may be under way when the opener cancels.
     Item: {"open": "open", "cancelling": "cancelling"},
     Items: {"open": "open", "cancelling": "cancelling"},
+    LargeItem: {"open": "open", "cancelling": "cancelling"},
+    ItemPart: {"open": "open", "cancelling": "cancelling"},
+    # As well as Credit and Cancel, if the handler's side closes.
+    OpenPart: {"open": "open", "closed": "closed"},
     # Credit and Cancel may be under way when the handler ends.
     Credit: {"open": "open", "closed": "closed"},
     Cancel: {"open": "cancelling", "closed": "closed"},
     End: {"open": "closed", "cancelling": "closed"},
     Fail: {"open": "closed", "cancelling": "closed"},
 }
-
-
-class Allowed(NamedTuple):
-    """What the peer announced that it takes."""
-
-    streams: int
-    message_bytes: int
-
-
-class Lost(NamedTuple):
-    """Outcome of the streams that were open when the connection ended."""
-
-    reason: str
-    cause: BaseException | None = None
-
-    def error(self) -> ChannelLost:
-        """A fresh error for one waiter: one raised twice would collect both tracebacks."""
-        error = ChannelLost(self.reason)
-        error.__cause__ = self.cause
-        return error
-
-
-class Batch(Struct, frozen=True, gc=False):
-    """Several items that came as one message: how many, their bytes, and the array of them."""
-
-    count: int
-    size: int
-    payloads: Raw
-
-
-class Inbound:
-    """Opener's half of a stream: items that arrived and are not consumed yet.
-
-    :ivar items: payloads in order, as they came: single ones and batches.
-    :ivar outcome: how the stream ended, None while it goes on. Unread items come first.
-    """
-
-    __slots__ = (
-        "bytes_left",
-        "bytes_used",
-        "id",
-        "items",
-        "items_left",
-        "items_used",
-        "method",
-        "outcome",
-        "state",
-        "window",
-        "window_bytes",
-    )
-
-    def __init__(self, stream: int, method: str, window: int, window_bytes: int) -> None:
-        self.id = stream
-        self.method = method
-        self.state: State = "open"
-        self.items: deque[Raw | Batch] = deque()
-        self.outcome: End | Fail | Lost | None = None
-        self.window, self.window_bytes = window, window_bytes
-        # What the peer may still send, and what was consumed but not granted again.
-        self.items_left, self.bytes_left = window, window_bytes
-        self.items_used, self.bytes_used = 0, 0
-
-
-class Outbound:
-    """Handler's half of a stream: the credit that is left for sending."""
-
-    __slots__ = (
-        "batch",
-        "bytes_left",
-        "id",
-        "items_left",
-        "method",
-        "prefix",
-        "run",
-        "state",
-        "window",
-        "window_bytes",
-    )
-
-    def __init__(self, opened: Open) -> None:
-        self.id = opened.stream
-        self.method = opened.method
-        self.state: State = "open"
-        self.window, self.window_bytes = opened.items, opened.bytes
-        self.items_left, self.bytes_left = opened.items, opened.bytes
-        self.prefix = item_prefix(opened.stream)
-        self.run: Run | None = None
-        # Credit for a batch comes back as a whole: small ones, so that both sides work at the same time.
-        self.batch = max(1, opened.items // 4)
-
-
-class Started(NamedTuple):
-    """A handler to start."""
-
-    outbound: Outbound
-    payload: Raw
-
-
-class Effects:
-    """What the shell must do after a frame or a loss."""
-
-    __slots__ = ("disturbances", "goodbye", "interrupted", "ready", "started")
-
-    def __init__(self) -> None:
-        #: handlers to start
-        self.started: list[Started] = []
-        #: halves whose waiter, if any, has something to go on with
-        self.ready: list[Inbound | Outbound] = []
-        #: halves whose handler must be closed
-        self.interrupted: list[Outbound] = []
-        #: messages that cost this side work and move no data, see `Budget`
-        self.disturbances = 0
-        #: why the peer ends the connection
-        self.goodbye: str | None = None
 
 
 class Session:
@@ -195,7 +105,12 @@ class Session:
         "_next_stream",
         "_outbound",
         "_pong_due",
+        "_refused",
+        "_served",
         "allowed",
+        "frames_received",
+        "items_received",
+        "late_items",
         "outbox",
         "peer",
     )
@@ -214,6 +129,8 @@ class Session:
         self._credit_due: dict[int, Inbound] = {}
         self._pong_due: int | None = None
         self._closing: Lost | None = None
+        self._refused = self._served = 0
+        self.frames_received = self.items_received = self.late_items = 0
         #: what a frame has done that is not through, or broke the protocol
         self._breached: Effects | None = None
 
@@ -224,22 +141,29 @@ class Session:
         """Streams that this side opened and that have not ended."""
         return len(self._inbound)
 
-    def open(self, method: str, payload: bytes, window: int) -> Inbound:
+    def open(self, method: str, payload: Payload, window: int, traceparent: str = "") -> Inbound:
         """Open a stream.
 
         :param window: items that the peer may send ahead of the consumer.
+        :param traceparent: where in a trace the opener is.
         :raises StreamRefused: the peer's streams are all taken.
         :raises ChannelLost: the connection has ended.
         """
         if self._closing is not None:
             raise self._closing.error()
         if len(self._inbound) >= self.allowed.streams:
+            self._refused += 1
             raise StreamRefused(
                 f"{self.peer} serves {self.allowed.streams} streams at once and all are open or still cleaning up; "
                 f"end some before opening {method!r}, or raise Limits(streams=...) there"
             )
         inbound = Inbound(self._next_stream, method, window, self._limits.window_bytes)
-        self._send(Open(inbound.id, method, window, inbound.window_bytes, Raw(payload)))
+        if isinstance(payload, bytes) and len(payload) <= INLINE_BYTES:
+            opened = Open(inbound.id, method, window, inbound.window_bytes, Raw(payload), 0, traceparent)
+            self._send(opened)
+        else:
+            opened = Open(inbound.id, method, window, inbound.window_bytes, _NIL, len(payload), traceparent)
+            self._transfer(inbound, opened, OpenPart, payload)
         self._next_stream += 1
         self._inbound[inbound.id] = inbound
         return inbound
@@ -269,18 +193,28 @@ class Session:
             return False
         self._advance(inbound, inbound.id, Cancel)
         self._credit_due.pop(inbound.id, None)
+        inbound.arriving = None
+        self._drop_transfer(inbound)
         self._send(Cancel(inbound.id))
         return True
 
     # The handler's side.
 
-    def send(self, outbound: Outbound, payload: bytes) -> bool:
-        """Send an item, if the stream is open and has credit; tells whether it was sent."""
+    def send(self, outbound: Outbound, payload: Payload) -> bool:
+        """Send an item, if the stream is open and has credit; tells whether it was sent.
+
+        Where that leaves the stream with a ``transfer``, the next item must wait until it has none.
+        """
         if outbound.items_left <= 0 or outbound.bytes_left <= 0 or outbound.state != "open":
             return False
         outbound.items_left -= 1
         outbound.bytes_left -= len(payload)
-        outbound.run = self.outbox.append_item(payload, outbound.prefix, outbound.run, outbound.batch)
+        if isinstance(payload, bytes) and len(payload) <= INLINE_BYTES:
+            outbound.run = self.outbox.append_item(payload, outbound.prefix, outbound.run, outbound.batch)
+        else:
+            # Nothing may overtake it.
+            outbound.run = None
+            self._transfer(outbound, LargeItem(outbound.id, len(payload)), ItemPart, payload)
         return True
 
     def finish(self, outbound: Outbound, message: End | Fail) -> None:
@@ -289,6 +223,7 @@ class Session:
             # An End now would pass for the stream's own; the peer learns of the loss by our Goodbye.
             return
         self._advance(outbound, outbound.id, type(message))
+        self._drop_transfer(outbound)
         self._send(message)
         self._finished.append((self.outbox.appended, outbound))
 
@@ -300,6 +235,7 @@ class Session:
         :raises ProtocolError: the peer broke the protocol; nothing of the connection can be trusted.
         """
         effects = self._breached = Effects()
+        self.frames_received += 1
         for message in messages:
             if type(message) is Item:
                 self._on_items(message, 1, 0, message.payload, effects)
@@ -319,10 +255,15 @@ class Session:
         inbound.items_left -= count
         if inbound.items_left < 0 or inbound.bytes_left <= 0:
             raise ProtocolError(f"{self.peer} sent more on {inbound.method!r} than its credit")
+        if inbound.arriving is not None:
+            raise self._within_an_item(type(message), inbound)
         size = len(raw) - head
         inbound.bytes_left -= size
         if inbound.state != "open":
+            self.late_items += count
             return
+        inbound.received += count
+        self.items_received += count
         if not inbound.items:
             effects.ready.append(inbound)
         raw = _own(raw)
@@ -334,11 +275,19 @@ class Session:
                 self._on_open(message, effects)
             case Credit() | Cancel():
                 self._on_opener(message, effects)
+            case ItemPart() | LargeItem():
+                self._on_large_item(message, effects)
+            case OpenPart():
+                self._on_open_part(message, effects)
             case End() | Fail():
                 inbound = self._inbound.get(message.stream)
                 if inbound is None:
                     raise self._illegal(type(message), message.stream, self._inbound_state(message.stream))
+                if inbound.arriving is not None and isinstance(message, End):
+                    raise self._within_an_item(End, inbound)
                 self._advance(inbound, message.stream, type(message))
+                inbound.arriving = None
+                self._drop_transfer(inbound)
                 del self._inbound[message.stream]
                 self._credit_due.pop(message.stream, None)
                 inbound.outcome = inbound.outcome or message
@@ -357,26 +306,78 @@ class Session:
         if message.stream <= self._last_served:
             raise self._illegal(Open, message.stream, "closed")
         self._last_served = message.stream
+        self._served += 1
         if self._closing is not None:
             return
         if len(self._outbound) >= self._limits.streams:
             raise ProtocolError(
                 f"{self.peer} opened {message.method!r} beyond the {self._limits.streams} streams that it may have"
             )
+        if message.large > self._limits.message_bytes:
+            raise self._too_large(message.method, message.large)
         outbound = self._outbound[message.stream] = Outbound(message)
-        effects.started.append(Started(outbound, _own(message.payload)))
+        if outbound.arriving is None:
+            effects.started.append(Started(outbound, _own(message.payload)))
+
+    def _on_open_part(self, message: OpenPart, effects: Effects) -> None:
+        outbound = self._half_of(message)
+        if outbound is None:
+            return
+        self._advance(outbound, message.stream, OpenPart)
+        if outbound.arriving is None:
+            raise ProtocolError(f"{self.peer} sent more of the payload of {outbound.method!r} than it announced")
+        if outbound.arriving.add(message.data, f"{self.peer} sent a payload of {outbound.method!r}"):
+            effects.started.append(Started(outbound, Raw(outbound.arriving.data)))
+            outbound.arriving = None
+
+    def _on_large_item(self, message: LargeItem | ItemPart, effects: Effects) -> None:
+        inbound = self._inbound.get(message.stream)
+        if inbound is None:
+            raise self._illegal(type(message), message.stream, self._inbound_state(message.stream))
+        if isinstance(message, LargeItem):
+            if inbound.arriving is not None:
+                raise self._within_an_item(LargeItem, inbound)
+            inbound.items_left -= 1
+            if inbound.items_left < 0 or inbound.bytes_left <= 0:
+                raise ProtocolError(f"{self.peer} sent more on {inbound.method!r} than its credit")
+            if message.bytes > self._limits.message_bytes:
+                raise self._too_large(inbound.method, message.bytes)
+            inbound.bytes_left -= message.bytes
+            if inbound.state == "open":
+                inbound.arriving = Arrival(message.bytes)
+            else:
+                self.late_items += 1
+        elif inbound.state == "open":  # else late: nobody keeps it
+            if inbound.arriving is None:
+                raise ProtocolError(f"{self.peer} sent more of an item of {inbound.method!r} than it announced")
+            if inbound.arriving.add(message.data, f"{self.peer} sent an item of {inbound.method!r}"):
+                if not inbound.items:
+                    effects.ready.append(inbound)
+                inbound.received += 1
+                self.items_received += 1
+                inbound.items.append(Raw(inbound.arriving.data))
+                inbound.arriving = None
+
+    def _half_of(self, message: OpenPart | Credit | Cancel) -> Outbound | None:
+        """The half that an opener's message is for; None if it is late."""
+        outbound = self._outbound.get(message.stream)
+        if outbound is None and message.stream > self._last_served:
+            raise self._illegal(type(message), message.stream, "idle")
+        return outbound
 
     def _on_opener(self, message: Credit | Cancel, effects: Effects) -> None:
-        outbound = self._outbound.get(message.stream)
+        outbound = self._half_of(message)
         if outbound is None:
-            if message.stream > self._last_served:
-                raise self._illegal(type(message), message.stream, "idle")
             return
         before = outbound.state
         self._advance(outbound, message.stream, type(message))
         if before == "closed":
             return
         if isinstance(message, Cancel):
+            if outbound.arriving is not None:  # its handler only says that it has ended
+                effects.started.append(Started(outbound, _NIL))
+                outbound.arriving = None
+            self._drop_transfer(outbound)
             effects.interrupted.append(outbound)
             effects.disturbances += 1
             return
@@ -386,10 +387,29 @@ class Session:
             raise ProtocolError(f"{self.peer} granted more credit on {outbound.method!r} than its window")
         effects.ready.append(outbound)
 
+    def statistics(self, bytes_received: int) -> ConnectionStatistics:
+        """What it has done and what is under way."""
+        return ConnectionStatistics(
+            bytes_sent=self.outbox.bytes,
+            bytes_received=bytes_received,
+            frames_sent=self.outbox.frames,
+            frames_received=self.frames_received,
+            items_sent=self.outbox.items,
+            items_received=self.items_received,
+            late_items=self.late_items,
+            streams_opened=self._next_stream - 1,
+            streams_served=self._served,
+            streams_refused=self._refused,
+            open_streams=len(self._inbound),
+            served_streams=len(self._outbound),
+            without_credit=sum(half.items_left <= 0 or half.bytes_left <= 0 for half in self._outbound.values()),
+            waiting_bytes=self.outbox.size,
+        )
+
     @property
     def talkative(self) -> bool:
         """Whether ``take_frame`` has something to give."""
-        return bool(self.outbox.size or self._credit_due or self._pong_due)
+        return bool(self.outbox.pending or self._credit_due or self._pong_due)
 
     def take_frame(self) -> bytes | None:
         """The next frame to write, or None when there is nothing to say."""
@@ -422,12 +442,16 @@ class Session:
         for inbound in self._inbound.values():
             if inbound.state == "open":
                 self._advance(inbound, inbound.id, Cancel)
+                inbound.arriving = None
+                self._drop_transfer(inbound)
                 self._send(Cancel(inbound.id))
             inbound.outcome = lost
         self._credit_due.clear()
         self._closing = lost
         effects.ready += [*self._inbound.values(), *self._outbound.values()]
         for outbound in self._outbound.values():
+            outbound.arriving = None
+            self._drop_transfer(outbound)
             if outbound.state == "open":
                 self._advance(outbound, outbound.id, Cancel)
                 effects.interrupted.append(outbound)
@@ -442,6 +466,21 @@ class Session:
         """
         self._send(Goodbye(reason[:1024]))
 
+    def _transfer(
+        self,
+        owner: Inbound | Outbound,
+        announced: Open | LargeItem,
+        part: type[OpenPart | ItemPart],
+        payload: Payload,
+    ) -> None:
+        owner.transfer = Transfer(owner, encode_message(announced), part, payload)
+        self.outbox.append_transfer(owner.transfer)
+
+    def _drop_transfer(self, owner: Inbound | Outbound) -> None:
+        if owner.transfer is not None:
+            self.outbox.drop(owner.transfer)
+            owner.transfer = None
+
     def _send(self, message: SessionMessage) -> None:
         self.outbox.append(encode_message(message))
 
@@ -454,6 +493,16 @@ class Session:
     def _inbound_state(self, stream: int) -> State:
         return "closed" if stream < self._next_stream else "idle"
 
+    def _within_an_item(self, kind: type[SessionMessage], inbound: Inbound) -> ProtocolError:
+        return ProtocolError(
+            f"{self.peer} sent {kind.__name__} on {inbound.method!r} within an item that came in parts"
+        )
+
+    def _too_large(self, method: str, size: int) -> ProtocolError:
+        return ProtocolError(
+            f"{self.peer} announced {size} bytes for {method!r}; {self._limits.message_bytes} are legal here"
+        )
+
     def _illegal(self, kind: type[SessionMessage], stream: int, state: State) -> ProtocolError:
         return ProtocolError(f"{self.peer} sent {kind.__name__} for stream {stream}, which is {state}")
 
@@ -463,5 +512,6 @@ def _own(payload: Raw) -> Raw:
     return payload.copy() if len(payload) < _VIEW_BYTES else payload
 
 
+_NIL = Raw(b"\xc0")
 # As much as one read from a socket gives.
 _VIEW_BYTES = 2**18

@@ -55,12 +55,14 @@ class Instance(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     :ivar values: its attributes.
     :ivar actions: its attributes that are actions themselves.
+    :ivar functions: its attributes that are functions: module and qualified name.
     """
 
     module: str
     qualname: str
     values: bytes
     actions: dict[str, Reference]
+    functions: dict[str, tuple[str, str]] = {}
 
 
 class ConditionOrder(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -27,7 +27,7 @@ import anyio
 import msgspec
 
 from arun.channel.connection import Connection
-from arun.channel.session import Allowed
+from arun.channel.halves import Allowed
 from arun.channel.sockets import socket_wire
 from arun.errors import MisuseError
 from arun.executors.execution import Execution, kill_everything

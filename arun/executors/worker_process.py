@@ -15,7 +15,7 @@ from typing import Any, Final
 import anyio
 
 from arun.channel import Connection, Stream
-from arun.channel.session import Allowed
+from arun.channel.halves import Allowed
 from arun.channel.sockets import socket_wire
 from arun.errors import ChannelLost, WorkerDied
 from arun.executors.messages import LIMITS, PREPARE, RUN, WINDOW, Answer, Order, Preparation

@@ -10,10 +10,12 @@ import os
 import signal
 import sys
 
+import pytest
 import structlog
 
 from actors.bundles import Placement
 from actors.ray_cluster import RayCluster
+from arun.errors import MisuseError
 from tests.actors.programs import children
 from tests.actors.samples import Diary, Wide
 
@@ -22,6 +24,8 @@ async def main(how: str, diary: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
     async with RayCluster.connect(num_cpus=2) as cluster:
         assert os.environ["RAY_AUTH_MODE"] == "token"
+        with pytest.raises(MisuseError, match="this program started it, and it ends with the block"):
+            await cluster.spawn(Wide, name="detached", lifetime="detached")
         reservation = await cluster.reserve(Placement())
         await cluster.spawn(Diary, diary, group=reservation.groups[0])
         wide = await cluster.spawn(Wide)

@@ -55,6 +55,38 @@ def test_actors_end_with_their_owner_also_when_a_forked_child_holds_their_pipes(
             os.kill(forked, signal.SIGKILL)
 
 
+def test_an_owner_that_ends_before_its_actor_has_heard_of_it_leaves_no_folder(tmp_path: Path) -> None:
+    program = """
+        import asyncio, os, sys
+        from actors.local_cluster import LocalCluster
+        from tests.actors.samples import Counter
+
+        async def main():
+            async with LocalCluster() as cluster:
+                asyncio.create_task(cluster.spawn(Counter))
+                await asyncio.sleep(0)
+                print(*os.listdir(os.environ["TMPDIR"]))
+                sys.stdout.flush()
+                os._exit(0)
+
+        asyncio.run(main())
+    """
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    done = run_program(program, tmp_path, TMPDIR=str(temporary))
+    assert done.stdout.startswith("arun-"), done.stderr  # the process was started, and that is all
+    while list(temporary.iterdir()):
+        pass
+
+
+def test_actors_end_with_their_owner_also_when_they_are_stopped(tmp_path: Path) -> None:
+    with owner_program("tests.actors.owner", "SIGKILL", str(tmp_path / "diary")) as (owner, pids):
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        owner.kill()
+        assert wait_gone(pids, 10) == []
+
+
 @pytest.mark.asyncio
 async def test_an_actor_that_does_not_stop_is_killed_after_the_grace() -> None:
     async with LocalCluster(grace=0.2) as cluster:
@@ -157,7 +189,7 @@ async def test_arguments_that_cannot_be_pickled_are_refused_by_name() -> None:
         await cluster.spawn(Counter, name="c")
 
 
-def run_program(source: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def run_program(source: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program that is not importable by its name."""
     path = tmp_path / "program.py"
     log_to_stderr = (
@@ -166,7 +198,12 @@ def run_program(source: str, tmp_path: Path) -> subprocess.CompletedProcess[str]
     prelude, body = "from __future__ import annotations", textwrap.dedent(source)
     path.write_text(f"{prelude}\n{log_to_stderr}\n{body}")
     return subprocess.run(
-        [sys.executable, str(path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, str(path)],
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
 
 

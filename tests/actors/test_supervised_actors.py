@@ -203,6 +203,17 @@ async def test_rest_for_one_stops_the_later_ones_in_reverse_and_starts_all_in_or
     assert lines(tmp_path / "starts") == ["a", "b", "c", "b", "c"]
 
 
+async def test_one_for_all_starts_all_in_order_after_stopping_the_others_in_reverse(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    supervisor = Supervisor("one_for_all", backoff=AT_ONCE)
+    _, b, c = [await cluster.spawn(Fragile, str(tmp_path), title, restarts=supervisor) for title in "abc"]
+    await kill(b)
+    await restarted(cluster, c)
+    assert lines(tmp_path / "stops") == ["c", "a"]
+    assert lines(tmp_path / "starts") == ["a", "b", "c", "a", "b", "c"]
+
+
 async def test_actors_under_one_supervisor_share_its_budget(cluster: Cluster, tmp_path: Path) -> None:
     supervisor = Supervisor("rest_for_one", intensity=1, backoff=AT_ONCE)
     first = await cluster.spawn(Fragile, str(tmp_path), name="first", restarts=supervisor)

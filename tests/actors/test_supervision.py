@@ -97,9 +97,10 @@ def test_giving_up_says_how_many_restarts_in_what_time():
     )
 
 
-def test_rest_for_one_takes_those_that_were_started_later():
+def test_the_strategy_says_what_goes_with_the_dead_one():
     assert swept("rest_for_one", "abc", "b") == ("b", "c")
     assert swept("one_for_one", "abc", "b") == ("b",)
+    assert swept("one_for_all", "abc", "b") == ("a", "b", "c")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
 from arun.channel.codec import FrameReader, encode_message
+from arun.channel.halves import Allowed, Batch
 from arun.channel.limits import Limits
 from arun.channel.messages import Cancel, Credit, End, Fail, Item, Open, Ping, Pong, SessionMessage
-from arun.channel.session import TRANSITIONS, Allowed, Batch, Session
+from arun.channel.session import TRANSITIONS, Session
 from arun.errors import ChannelLost, ProtocolError, StreamRefused
 
 STREAMS = 3

@@ -13,7 +13,7 @@ from anyio import wait_all_tasks_blocked
 
 from arun.channel import Limits, register_error
 from arun.channel.serving import CHECKPOINT_ITEMS
-from arun.errors import ArunError, MisuseError, PayloadError, RemoteError, RequestError, StreamRefused
+from arun.errors import ArunError, ChannelLost, MisuseError, PayloadError, RemoteError, RequestError, StreamRefused
 
 pytestmark = pytest.mark.anyio
 
@@ -566,3 +566,136 @@ async def test_an_error_that_cannot_be_rebuilt_is_refused_when_registered():
 
     with pytest.raises(MisuseError, match="defaults"):
         register_error(Two)
+
+
+# Large payloads.
+
+
+async def test_a_large_payload_arrives_whole_both_ways(link):
+    async def same(method, payload):
+        yield payload
+        yield "after it"
+        yield payload
+
+    connection = await link(same)
+    value = bytes(range(256)) * 20_000
+    assert [item async for item in connection.open("same", value)] == [value, "after it", value]
+
+
+async def test_small_items_overtake_a_large_one_of_another_stream(link):
+    """On a connection whose peer reads slowly, too: that is what parts are for."""
+
+    async def handler(method, payload):
+        if method == "large":
+            yield b"x" * 30_000_000
+            return
+        while True:
+            yield 1
+            await anyio.lowlevel.checkpoint()
+
+    connection = await link(handler)
+    large = connection.open("large")
+    small = connection.open("small")
+    between = 0
+    arrived = False
+
+    async def wait_for_the_large_one():
+        nonlocal arrived
+        assert len(await anext(large)) == 30_000_000
+        arrived = True
+
+    async with aclosing(small), anyio.create_task_group() as tasks:
+        tasks.start_soon(wait_for_the_large_one)
+        while not arrived:
+            await anext(small)
+            between += 1
+    assert between > 20
+
+
+async def test_large_items_of_several_streams_take_turns(link):
+    async def handler(method, payload):
+        yield b"x" * 5_000_000
+
+    connection = await link(handler)
+    streams = [connection.open("large") for _ in range(4)]
+    order = []
+
+    async def consume(n, stream):
+        order.extend([(n, len(item)) async for item in stream])
+
+    async with anyio.create_task_group() as tasks:
+        for n, stream in enumerate(streams):
+            tasks.start_soon(consume, n, stream)
+    assert sorted(order) == [(n, 5_000_000) for n in range(4)]
+
+
+async def test_cancelling_within_a_large_item_stops_it_and_leaves_the_connection(link):
+    ended = 0
+
+    async def handler(method, payload):
+        nonlocal ended
+        if method == "small":
+            yield 1
+            return
+        try:
+            while True:
+                yield b"x" * 60_000_000
+        finally:
+            ended += 1
+
+    connection = await link(handler)
+    for _ in range(3):
+        stream = connection.open("large")
+        assert await connection.call("small") == 1  # so its first parts are under way
+        await stream.aclose()
+    assert ended == 3
+    assert await connection.call("small") == 1
+    assert not connection.session.talkative
+
+
+async def test_cancelling_within_a_large_request_never_runs_its_handler(link):
+    ran = []
+
+    async def handler(method, payload):
+        ran.append(method)
+        yield 1
+
+    connection = await link(handler)
+    stream = connection.open("large", b"x" * 60_000_000)
+    assert await connection.call("small") == 1
+    await stream.aclose()
+    assert await connection.call("small") == 1
+    assert ran == ["small", "small"]
+
+
+async def test_a_handler_may_fail_after_a_large_item(link):
+    async def handler(method, payload):
+        yield b"x" * 3_000_000
+        raise ValueError("after it")
+
+    connection = await link(handler)
+    stream = connection.open("large")
+    assert len(await anext(stream)) == 3_000_000
+    with pytest.raises(ValueError, match="after it"):
+        await anext(stream)
+
+
+async def test_a_connection_that_ends_within_a_large_payload_ends_its_streams(link):
+    async def handler(method, payload):
+        yield b"x" * 60_000_000
+
+    connection = await link(handler)
+    down = connection.open("down")
+    up = connection.open("up", b"x" * 60_000_000)
+    await anyio.lowlevel.checkpoint()
+    await connection.aclose()
+    for stream in (down, up):
+        with pytest.raises(ChannelLost):
+            await anext(stream)
+
+
+async def test_too_much_structure_is_refused_where_it_is_sent(link):
+    connection = await link(count_to)
+    with pytest.raises(PayloadError, match="more than 4194304 bytes besides its strings"):
+        connection.open("count", [{}] * 5_000_000)
+    assert await connection.call("count", 1) == 0

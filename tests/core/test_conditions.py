@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from arun import Condition, MisuseError, State, default, expr, when
+from arun import ApplicationBuilder, Condition, MisuseError, State, action, default, expr, when
 
 pytestmark = pytest.mark.anyio
 
@@ -121,3 +121,23 @@ async def test_the_second_of_a_pair_is_not_evaluated_without_need() -> None:
     missing = when(missing=1)
     assert not await (when(n=4) & missing).holds(STATE)
     assert await (when(n=3) | missing).holds(STATE)
+
+
+@pytest.mark.parametrize("condition", [when(missing=1), ~when(missing=1), expr("missing > 1")])
+async def test_an_error_names_the_condition_and_its_transition(condition: Condition) -> None:
+    @action(reads=[], writes=["n"])
+    async def step(state: State) -> State:
+        return state.update(n=1)
+
+    builder = ApplicationBuilder().with_actions(step, last=step).with_entrypoint("step")
+    app = builder.with_transitions(("step", "last", condition)).build()
+    with pytest.raises(KeyError, match="state has no key 'missing'") as caught:
+        await app.arun()
+    assert caught.value.__notes__ == [f"in the condition {condition.name} of the transition 'step' -> 'last'"]
+
+
+async def test_burrs_names_for_conditions_work() -> None:
+    assert Condition.default is default
+    assert await Condition.when(n=3).holds(STATE)
+    assert await Condition.expr("n == 3").holds(STATE)
+    assert await Condition.safe_expr("n == 3").holds(STATE)

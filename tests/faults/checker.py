@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -74,7 +75,7 @@ def problems(
     for request in requests.values():
         told += request.judged(strikes, states, promise)
     told += [f"{name} was begun by an engine and never submitted" for name in starts if name not in requests]
-    return [*told, *_over_budget(states, promise.restarts), *_hung(strikes, states, promise)]
+    return [*told, *_over_budget(states, promise.restarts), *_hung(owner, states, promise)]
 
 
 class _Start:
@@ -148,22 +149,24 @@ class _Request:
             if promise.to_the_end:
                 yield f"{self.name} never ended"
             return
+        # Not what the engines began: to one that dies it may be on its way.
+        struck = len({strike.pid for strike in strikes if self.submitted.time <= strike.time <= self.ended.time})
         match self.ended.how:
             case "left":
                 pass
             case "finished":
                 yield from self._complete()
-            case "ReplicaLost" if self.submitted.reroute == "never" and self.starts:
+            case "ReplicaLost" if self.submitted.reroute == "never" and struck:
                 pass
             case "ReplicaLost" if not self.submitted.resumable and self.tokens:
                 if self.submitted.reroute == "restart":
                     yield f"{self.name} failed with its replica, and was to begin anew"
-            case "RequestQuarantined" if len(self.starts) >= promise.quarantine:
+            case "RequestQuarantined" if struck >= promise.quarantine:
                 pass
             case "EngineDead" if _nobody_serves(states, self.ended.time):
                 pass
             case how:
-                yield f"{self.name} ended as {how}, after {len(self.starts)} starts: {self.ended.message}"
+                yield f"{self.name} ended as {how}, after faults of {struck} replicas: {self.ended.message}"
 
     def _complete(self) -> Iterator[str]:
         tokens, wanted = self.tokens, self.submitted
@@ -234,12 +237,13 @@ def _over_budget(states: Iterable[State], supervisor: Supervisor) -> Iterator[st
                 yield f"replica {state.replica} was restarted {len(recent)} times of {supervisor.intensity}"
 
 
-def _hung(strikes: Iterable[Struck], states: Sequence[State], promise: Promise) -> Iterator[str]:
+def _hung(owner: Sequence[OwnerRecord], states: Sequence[State], promise: Promise) -> Iterator[str]:
     """What hangs while somebody waits for it must be found by the watchdog."""
     allowed = promise.watchdog * 1.25 + promise.slack
-    for strike in strikes:
-        if strike.fault in HANGS and strike.busy:
-            found = [each.time for each in states if each.replica == strike.replica and each.time >= strike.time]
-            if not found or min(found) - strike.time > allowed:
-                took = f"{min(found) - strike.time:.1f} s" if found else "for ever"
-                yield f"replica {strike.replica}: {strike.fault}, found after {took}, {allowed:.1f} s are allowed"
+    end = math.inf if promise.to_the_end else owner[-1].time
+    for strike in owner:
+        if isinstance(strike, Struck) and strike.fault in HANGS and strike.busy:
+            seen = [each.time for each in states if each.replica == strike.replica and each.time >= strike.time]
+            took = min(seen, default=end) - strike.time
+            if took > allowed:
+                yield f"replica {strike.replica}: {strike.fault}, found after {took:.1f} s, {allowed:.1f} s are allowed"

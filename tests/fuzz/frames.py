@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from arun.channel.codec import FRAME_BYTES, FrameReader, decoder_for, encode_message, largest_frame
+from arun.channel.codec import FRAME_BYTES, SESSION_FRAME_BYTES, FrameReader, decoder_for, encode_message
+from arun.channel.halves import Allowed, Arrival, Batch, Effects, Inbound, Outbound
 from arun.channel.limits import Limits
 from arun.channel.messages import (
     Cancel,
@@ -32,14 +33,17 @@ from arun.channel.messages import (
     Goodbye,
     Hello,
     Item,
+    ItemPart,
     Items,
+    LargeItem,
     Open,
+    OpenPart,
     Ping,
     Pong,
     SessionMessage,
     Welcome,
 )
-from arun.channel.session import Allowed, Batch, Effects, Inbound, Outbound, Session
+from arun.channel.session import Session
 from arun.errors import ChannelLost, PayloadError, ProtocolError, StreamRefused
 
 if TYPE_CHECKING:
@@ -52,7 +56,7 @@ LIMITS = Limits(streams=STREAMS, message_bytes=2**20, window_bytes=300)
 BLOCK = 2_000
 UNIVERSE_STEPS = 30
 MUTANTS = 6  # of each frame
-FRAME_LIMIT = largest_frame(LIMITS.message_bytes)
+FRAME_LIMIT = SESSION_FRAME_BYTES
 HANDSHAKE_BYTES = 4096
 RECEIVE_BYTES = 2**16  # that a socket gives at a time
 
@@ -181,7 +185,7 @@ class Universe:
 
     def _open(self, window: int) -> None:
         try:
-            inbound = self.session.open("method", b"\xc0", window)
+            inbound = self.session.open("method", b"\xc0" if window > 1 else bytes(70_000), window)
         except StreamRefused:
             if len(self.session._inbound) != STREAMS:
                 raise Failure("open() was refused with streams to spare") from None
@@ -203,7 +207,8 @@ class Universe:
 
     def _send(self, which: int, size: int) -> None:
         for outbound in self.serving[which : which + 1]:
-            self.session.send(outbound, bytes(size))
+            if outbound.transfer is None:
+                self.session.send(outbound, bytes(size))
 
     def _finish(self, which: int, fail: bool) -> None:
         for outbound in self.serving[which : which + 1]:
@@ -265,6 +270,12 @@ class Universe:
             if outbound.state not in MAY_BECOME[states.get(outbound, "open")]:
                 raise Failure(f"stream {outbound.id} was {states[outbound]} and is {outbound.state}")
             states[outbound] = outbound.state
+        for half in (*session._outbound.values(), *self.opened):
+            if half.arriving is not None:
+                if not len(half.arriving.data) < half.arriving.size <= LIMITS.message_bytes:
+                    raise Failure(f"stream {half.id} waits for {half.arriving.size} bytes")
+                if half.state != "open":
+                    raise Failure(f"stream {half.id} is {half.state} and collects parts")
         for inbound in self.opened:
             if not 0 <= inbound.items_left <= inbound.window:
                 raise Failure(f"stream {inbound.id} gave credit for {inbound.items_left} items of {inbound.window}")
@@ -373,6 +384,9 @@ _WILD = _pool(
     *(Open(n, "m", items, items, _NIL) for n in _IDS for items in (1, 2**31 - 1)),
     *(Item(n, payload) for n in _IDS for payload in _PAYLOADS),
     *(Items(n, payload) for n in _IDS for payload in (*_PAYLOADS, *_BATCHES)),
+    *(Open(n, "m", 1, 1, _NIL, size) for n in _IDS for size in (1, 100, 2**20, 2**31 - 1)),
+    *(LargeItem(n, size) for n in _IDS for size in (1, 100, 2**20, 2**31 - 1)),
+    *(kind(n, memoryview(bytes(size))) for n in _IDS for kind in (ItemPart, OpenPart) for size in (0, 1, 100)),
     *(Credit(n, items, size) for n in _IDS for items in (1, 2, 2**31 - 1) for size in (1, 50, 2**31 - 1)),
     *(kind(n) for n in _IDS for kind in (End, Cancel)),
     *(Fail(n, "k", "m" * length, "t") for n in _IDS for length in (0, 300)),
@@ -385,8 +399,8 @@ _WILD = _pool(
     *([kind, number, 1, 1] for kind in (4, 6) for number in (0, -1, 2**63, 2**64 - 1, 1.5, True, None, "1")),
     *([6, 1, number, 1] for number in (0, -1, 2**31, 2**64 - 1, 1.0, False, b"")),
     # One element too many, one too few.
-    *([kind, 1, 1, 1, 1, 1, 1] for kind in range(14)),
-    *([kind] for kind in range(-1, 14)),
+    *([kind, 1, 1, 1, 1, 1, 1] for kind in range(17)),
+    *([kind] for kind in range(-1, 17)),
 )
 # Where msgpack hides its surprises: lengths, nesting, extensions, signs, floats that are no numbers, bad UTF-8.
 _BITES = [
@@ -458,6 +472,12 @@ class _Draw:
         what = random()
         if what < 0.55 and session._inbound:
             inbound = _any(session._inbound, random())
+            if inbound.arriving is not None:
+                if what < 0.5:
+                    return encode_message(ItemPart(inbound.id, _part(inbound.arriving, random())))
+                return encode_message(Fail(inbound.id, "k", "m", "t"))
+            if inbound.items_left > 0 and inbound.bytes_left > 0 and what < 0.06:
+                return encode_message(LargeItem(inbound.id, 1 + int(random() * 200)))
             if inbound.items_left > 1 and what < 0.2:
                 return encode_message(Items(inbound.id, _BATCHES[2]))
             if inbound.items_left > 0 and what < 0.5:
@@ -465,6 +485,8 @@ class _Draw:
             return encode_message(End(inbound.id) if what < 0.53 else Fail(inbound.id, "k", "m", "t"))
         if what < 0.75 and session._outbound:
             outbound = _any(session._outbound, random())
+            if outbound.arriving is not None and what < 0.72:
+                return encode_message(OpenPart(outbound.id, _part(outbound.arriving, random())))
             owed, bytes_owed = outbound.window - outbound.items_left, outbound.window_bytes - outbound.bytes_left
             if owed > 0 and bytes_owed > 0 and outbound.state == "open" and what < 0.72:
                 return encode_message(Credit(outbound.id, 1 + int(random() * owed), 1 + int(random() * bytes_owed)))
@@ -475,7 +497,9 @@ class _Draw:
         if what < 0.95 and len(session._outbound) < STREAMS:
             window = 1 + int(random() * 4)
             self._opens += 1
-            return encode_message(Open(session._last_served + self._opens, "m", window, 1 + int(random() * 300), _NIL))
+            large = 0 if random() < 0.8 else 1 + int(random() * 200)
+            opened = Open(session._last_served + self._opens, "m", window, 1 + int(random() * 300), _NIL, large)
+            return encode_message(opened)
         return encode_message(Ping(7)) if what < 0.999 else encode_message(Goodbye("enough"))
 
     def _user(self, what: float) -> Op:
@@ -488,7 +512,7 @@ class _Draw:
         if what < 0.5:
             return "cancel", which
         if what < 0.7:
-            return "send", which, int(random() * 100)
+            return "send", which, int(random() * 100) if random() < 0.98 else 70_000
         if what < 0.9:
             return "finish", int(random() * 2), random() < 0.5
         return ("write",) if what < 0.995 else ("close",)
@@ -522,6 +546,12 @@ class _Draw:
             if not body:
                 return b"\x90"
         return body
+
+
+def _part(arriving: Arrival, share: float) -> memoryview:
+    """Some of what is missing, or all of it."""
+    missing = arriving.size - len(arriving.data)
+    return memoryview(bytes(missing if share < 0.5 else 1 + int(share * (missing - 1))))
 
 
 def _framed(body: bytes, length: int | None = None) -> bytes:

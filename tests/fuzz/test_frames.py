@@ -46,10 +46,11 @@ def test_a_million_mutated_frames_break_nothing_and_grow_nothing():
     for name in ("stranger refused", "goodbye"):
         assert counts[name] > 100, counts
     for report in reports:
-        (first_bytes, first_blocks), *_, (last_bytes, last_blocks) = report["memory"]
-        # Nothing is kept. The bytes come in arenas of 1 MiB, so they may move by one.
+        (_, first_blocks), *_, (_, last_blocks) = report["memory"]
         assert last_blocks - first_blocks < 500, report
-        assert last_bytes - first_bytes < 2 * 2**20, report
+        # Resident bytes come and go by arenas of 1 MiB; what was kept would lift all of the later figures.
+        early, late = report["memory"][:2], report["memory"][2:]
+        assert min(size for size, _ in late) - max(size for size, _ in early) < 2**20, report
 
 
 def _report(process: subprocess.Popen[str]) -> Any:
@@ -91,7 +92,7 @@ PLANTED = {
 def test_a_planted_bug_is_found_and_its_program_replays_it(bug, monkeypatch):
     PLANTED[bug](monkeypatch)
     with pytest.raises(frames.Failure) as found:
-        frames.fuzz(SEED, 40_000)
+        frames.fuzz(SEED, 200_000)
     program = str(found.value).partition("replays it:\n")[2]
     with pytest.raises(frames.Failure):
         exec(program, {})

@@ -252,6 +252,39 @@ async def test_a_generator_that_swallows_generator_exit_is_named_with_its_line()
     assert isinstance(caught.value.__cause__.__context__, ConnectionError)
 
 
+async def test_a_source_that_swallows_generator_exit_is_told_though_its_reducer_has_ended() -> None:
+    over: list[bool] = []
+
+    class Stubborn(MapStates):
+        reads, writes = (), ("n",)
+
+        def action(self, state: State, inputs: Any) -> Any:
+            return count
+
+        async def states(self, state: State, context: Any, inputs: Any) -> AsyncIterator[State]:
+            while True:
+                try:
+                    yield state  # here
+                except BaseException:
+                    if over:
+                        raise
+
+        async def reduce(self, state: State, states: AsyncIterator[State]) -> State:
+            async for done in states:
+                return done
+            raise AssertionError
+
+    @action(reads=[], writes=["n"])
+    async def count(state: State) -> State:
+        return state.update(n=1)
+
+    with pytest.raises(MisuseError, match=r"states at .* yielded when it was told to end") as caught:
+        await app_of(Stubborn()).arun()
+    over.append(True)
+    test = test_a_source_that_swallows_generator_exit_is_told_though_its_reducer_has_ended
+    assert place(test) in str(caught.value)
+
+
 def test_excepts_that_let_the_generator_end_are_let_through() -> None:
     async def fine(state: State) -> AsyncIterator[Any]:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -27,6 +28,7 @@ from arun import (
     action,
     fan_out,
 )
+from arun.channel import memory_pair
 from tests.guards.programs import app_of, place, raised_at
 
 pytestmark = pytest.mark.anyio
@@ -87,6 +89,29 @@ async def test_results_read_twice() -> None:
     with pytest.raises(MisuseError, match=r"read to their end already.*keep what you need") as caught:
         await app_of(parallel(reduce=again)).arun()
     assert raised_at(caught.value) == place(test_results_read_twice)
+
+
+async def test_a_fan_out_read_twice() -> None:
+    async with Runtime():
+        outcomes = fan_out([number, number])
+        assert len([one async for one in outcomes]) == 2
+        with pytest.raises(MisuseError, match=r"read to their end already.*keep what you need") as caught:
+            [one async for one in outcomes]  # here
+        assert raised_at(caught.value) == place(test_a_fan_out_read_twice)
+        closed = fan_out([number])
+        await closed.aclose()
+        assert not [one async for one in closed]
+
+
+async def test_a_plain_loop_over_results() -> None:
+    async def plain(states: AsyncIterator[Any]) -> int:
+        return sum(1 for _ in states)  # type: ignore[attr-defined]  # here
+
+    with pytest.raises(MisuseError, match=r"the results of Parallel .*write `async for done in ...`") as caught:
+        await app_of(parallel(reduce=plain)).arun()
+    assert raised_at(caught.value) == place(test_a_plain_loop_over_results)
+    with pytest.raises(MisuseError, match=r"the results of fan_out\(\) .*write `async for done in ...`"):
+        list(fan_out([number]))
 
 
 @pytest.mark.parametrize("error", [StopAsyncIteration, StopIteration])
@@ -214,11 +239,13 @@ async def test_a_capacity_that_a_caller_already_holds() -> None:
 
 
 async def test_a_reducer_that_never_reads() -> None:
-    async def idle(states: AsyncIterator[Any]) -> int:
-        return 0
+    class Idle(type(parallel())):  # type: ignore[misc]  # made by a function
+        async def reduce(self, state: State, states: AsyncIterator[Any]) -> State:  # here
+            return state.update(y=0)
 
-    with pytest.raises(MisuseError, match="'Parallel' ended without reading its results"):
-        await app_of(parallel(reduce=idle)).arun()
+    with pytest.raises(MisuseError, match=r"Idle\.reduce at .* ended without reading its results") as caught:
+        await app_of(Idle()).arun()
+    assert place(test_a_reducer_that_never_reads) in str(caught.value)
 
 
 async def test_awaiting_a_failed_subtask_tells_its_error() -> None:
@@ -300,6 +327,29 @@ async def test_a_handle_awaited_on_another_event_loop() -> None:
 
     await app_of(parallel(tasks)).arun()
     assert "was started on another event loop" in str(errors[0])
+
+
+async def test_a_channel_used_on_another_event_loop() -> None:
+    async def two(method: str, payload: Any) -> AsyncIterator[int]:
+        yield 1
+        await anyio.sleep_forever()
+        yield 2
+
+    async with Runtime():
+        client, server = memory_pair(handler_b=two)
+        stream = client.open("two")
+        assert await anext(stream) == 1
+
+        async def opened() -> Any:
+            return client.open("two")
+
+        for use in (stream.__anext__, opened, functools.partial(client.call, "two")):
+            error = elsewhere(use)
+            assert isinstance(error, MisuseError)
+            assert "the connection to memory was made on another event loop, the only one that can use it" in str(error)
+        await stream.aclose()
+        await client.aclose()
+        await server.aclose()
 
 
 # -- twice --------------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from typing import Any, cast
 
 import msgspec
 
-from arun.channel.codec import FrameReader, largest_frame
+from arun.channel.codec import SESSION_FRAME_BYTES, FrameReader
+from arun.channel.halves import Allowed, Batch, Effects, Inbound, Lost, Outbound
 from arun.channel.limits import Limits
 from arun.channel.messages import Credit, End, Fail, Goodbye, Item, Items, Open, SessionMessage
-from arun.channel.session import Allowed, Batch, Effects, Inbound, Lost, Outbound, Session
+from arun.channel.session import Session
 from arun.errors import ChannelLost, ProtocolError, StreamRefused
 from tests.simulation.pipe import Pipe
 from tests.simulation.world import Violation, World
@@ -257,7 +258,7 @@ class Side:
         self.world, self.name, self.limits = world, name, limits
         self.streams_allowed = peers_limits.streams
         self.session = Session(peer="peer", limits=limits, allowed=Allowed(peers_limits.streams, 2**20))
-        self.reader: FrameReader[SessionMessage] = FrameReader("peer", SessionMessage, largest_frame(2**20))
+        self.reader: FrameReader[SessionMessage] = FrameReader("peer", SessionMessage, SESSION_FRAME_BYTES)
         self.out = out
         self.delay = delay
         self.peer: Side

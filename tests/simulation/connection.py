@@ -16,8 +16,8 @@ import anyio
 import msgspec
 
 from arun.channel.connection import Connection
+from arun.channel.halves import Allowed
 from arun.channel.limits import Limits
-from arun.channel.session import Allowed
 from arun.channel.wire import Carried
 from arun.errors import ChannelLost, RemoteError, StreamRefused
 from arun.runtime import Runtime

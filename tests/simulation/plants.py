@@ -33,7 +33,8 @@ _CHANNEL = (
         "credit for a stream (its slot) lost on cancel",
         "channel",
         _SESSION,
-        "        self._advance(outbound, outbound.id, type(message))\n        self._send(message)\n",
+        "        self._advance(outbound, outbound.id, type(message))\n        self._drop_transfer(outbound)\n"
+        "        self._send(message)\n",
         "        cancelled = outbound.state == 'cancelling'\n"
         "        self._advance(outbound, outbound.id, type(message))\n        self._send(message)\n"
         "        if cancelled:\n            return\n",
@@ -57,8 +58,8 @@ _CHANNEL = (
         "cancel without closing the handler",
         "channel",
         _SESSION,
-        "            effects.interrupted.append(outbound)\n            effects.disturbances += 1\n            return\n",
-        "            effects.disturbances += 1\n            return\n",
+        "            effects.interrupted.append(outbound)\n            effects.disturbances += 1\n",
+        "            effects.disturbances += 1\n",
     ),
     Plant(
         "wake-up lost on last credit",

@@ -12,10 +12,11 @@ import anyio
 import msgspec
 
 from arun.channel import connect_tcp, serve_tcp
-from arun.channel.codec import FrameReader, Outbox, encode_message
+from arun.channel.codec import FrameReader, encode_message
 from arun.channel.handshake import Secret
 from arun.channel.limits import Limits
 from arun.channel.messages import Challenge, Goodbye, Hello, SessionMessage, Welcome
+from arun.channel.outbox import Outbox
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -10,7 +10,7 @@ from anyio.lowlevel import checkpoint
 from arun.channel import Limits
 from arun.channel.codec import FRAME_BYTES, FRAME_MESSAGES, encode_message
 from arun.channel.limits import Budget
-from arun.channel.messages import Cancel, Credit, End, Fail, Item, Open, Ping, Pong
+from arun.channel.messages import Cancel, Credit, End, Fail, Item, ItemPart, LargeItem, Open, OpenPart, Ping, Pong
 from tests.channel.attack.peers import NIL, RawPeer, frame, resident, site
 
 pytestmark = pytest.mark.anyio
@@ -209,6 +209,21 @@ def claims(count: int, length: int = 40) -> bytes:
     return (len(body) + length).to_bytes(4, "big") + body + bytes(length)
 
 
+def cancels(count: int) -> bytes:
+    """A frame of so many messages that cost work."""
+    body = b"\xdd" + count.to_bytes(4, "big") + encode_message(Cancel(1)) * count
+    return len(body).to_bytes(4, "big") + body
+
+
+def in_parts(payload: bytes, size: int = 2**19) -> bytes:
+    """A large payload of a request, as it should be sent."""
+    parts = [payload[at : at + size] for at in range(0, len(payload), size)]
+    return b"".join(
+        frame(message)
+        for message in (Open(1, "run", 1, 1, NIL, len(payload)), *(OpenPart(1, memoryview(part)) for part in parts))
+    )
+
+
 @pytest.mark.parametrize(
     ("said", "reason"),
     [
@@ -217,15 +232,9 @@ def claims(count: int, length: int = 40) -> bytes:
         pytest.param(b"\0\0\0\0", "frame of 0 bytes", id="an empty frame"),
         pytest.param(b"\0\0\0\x01\x90", "frame of 1 bytes", id="a frame of no messages"),
         pytest.param(b"\0\0\0\x03\xdc\0\0", "frame of 0 messages", id="a longer frame of no messages"),
+        pytest.param(cancels(10**6), "a frame of 3000005 bytes; 2 to 1048581", id="a million Cancels"),
         pytest.param(
-            (3_000_005).to_bytes(4, "big") + b"\xdd" + (10**6).to_bytes(4, "big") + encode_message(Cancel(1)) * 10**6,
-            "frame of 1000000 messages; 1 to 4096",
-            id="a million Cancels",
-        ),
-        pytest.param(
-            (2**21 + 3).to_bytes(4, "big") + b"\xdc" + (2).to_bytes(2, "big") + bytes(2**21),
-            "a frame of several messages has at most",
-            id="two messages of 2 MiB",
+            cancels(300_000), "frame of 300000 messages; 1 to 4096", id="as many Cancels as a frame has bytes"
         ),
         pytest.param(frame([5, 1, DEEP]), "is not valid", id="nested 200,000 deep"),
         pytest.param(frame(*OPENED, [6, 1, -1, 1]), "Expected `int` >= 1", id="negative credit"),
@@ -234,6 +243,33 @@ def claims(count: int, length: int = 40) -> bytes:
         pytest.param(
             frame(*OPENED, Credit(1, 1, 1)), "more credit on 'run' than its window", id="more than the window"
         ),
+        pytest.param(frame(Open(1, "run", 1, 1, NIL, 2**27)), "134217728 bytes for 'run'; 67108864", id="too large"),
+        pytest.param(
+            frame(Open(1, "run", 1, 1, NIL, 5), OpenPart(1, memoryview(b"123456"))),
+            "does not fit",
+            id="a part too long",
+        ),
+        pytest.param(frame(Open(1, "run", 1, 1, NIL, 5), OpenPart(1, memoryview(b""))), "not fit", id="an empty part"),
+        pytest.param(frame(*OPENED, OpenPart(1, memoryview(b"1"))), "than it announced", id="a part for nothing"),
+        pytest.param(frame(OpenPart(1, memoryview(b"1"))), "which is idle", id="a part of nothing"),
+        pytest.param(frame(ItemPart(1, memoryview(b"1"))), "which is idle", id="a part of an item of nothing"),
+        pytest.param(frame(LargeItem(1, 1)), "which is idle", id="a large item for nothing"),
+        pytest.param(
+            in_parts(b"\xdd" + (5 * 2**20).to_bytes(4, "big") + b"\x80" * (5 * 2**20)),
+            "4194304 bytes besides",
+            id="5 MiB of empty maps",
+        ),
+        pytest.param(
+            in_parts(b"\xdd" + (2**21).to_bytes(4, "big") + b"\xa2xy" * 2**21),
+            "4194304 bytes besides",
+            id="2 million texts",
+        ),
+        pytest.param(
+            in_parts(b"\xdd" + (2**21).to_bytes(4, "big") + b"\xc4\0" * 2**21),
+            "4194304 bytes besides",
+            id="no bytes, 2 million times",
+        ),
+        pytest.param(frame(Open(1, "run", 1, 1, NIL, 0, "00-zz")), "is not valid", id="a trace that is none"),
         pytest.param(frame([9, 1, 1]), "Expected `array` of", id="a surplus element"),
         pytest.param(frame([9]), "Expected `array` of", id="an element missing"),
         pytest.param(frame([99, 1]), "Invalid value 99", id="an unknown kind"),

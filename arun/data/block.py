@@ -1,0 +1,171 @@
+"""Blocks: what flows between the stages of a dataset, and how rows become one.
+
+A block is an Arrow record batch. Whoever has been handed one owns it, and lets go of it when he hands it on, so memory
+is bound by the blocks that are in flight.
+
+While a job is checkpointed, every row knows the row of the source that it came from, its *origin*: an int64 made of
+the fragment's number and the row's offset in it. Origins travel beside the batch, out of sight of users' functions.
+All rows of one origin stay in one block, and an origin whose rows were filtered out is in ``dropped`` of the block
+that it would have been in; so whatever has been done with a block has been done with all of its origins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
+
+import msgspec
+import pyarrow as pa
+
+from arun.data.schemas import unify as schemas_of
+from arun.errors import DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ("Block", "Row", "Shaper", "origin_of", "place_of", "unify")
+
+#: A row as users' functions see it.
+Row: TypeAlias = dict[str, Any]
+
+#: Rows of one fragment that origins can tell apart, as a power of two; the rest of 63 bits numbers the fragments.
+_OFFSET_BITS: Final = 40
+
+
+class Block(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """A record batch on its way.
+
+    :ivar batch: the rows.
+    :ivar origins: of each row, where a checkpoint is kept; else None.
+    :ivar dropped: origins of which no row is left, where a checkpoint is kept.
+    """
+
+    batch: pa.RecordBatch
+    origins: Sequence[int] | None = None
+    dropped: Sequence[int] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return cast("int", self.batch.num_rows)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return cast("int", self.batch.nbytes)
+
+    def slice(self, offset: int, rows: int | None = None) -> Block:
+        """Some of its rows; nothing is copied. What was dropped goes with the first ones."""
+        batch = self.batch.slice(offset) if rows is None else self.batch.slice(offset, rows)
+        if self.origins is None:
+            return Block(batch)
+        return Block(batch, self.origins[offset : offset + cast("int", batch.num_rows)], () if offset else self.dropped)
+
+    def whole(self, rows: int) -> int:
+        """So many of its first rows, and those that have the same origin as the last one of them."""
+        if self.origins is not None:
+            while 0 < rows < len(self.origins) and self.origins[rows] == self.origins[rows - 1]:
+                rows += 1
+        return rows
+
+
+def origin_of(fragment: int, offset: int) -> int:
+    """The origin of a row.
+
+    :param fragment: number of its fragment in its source, from 0.
+    :param offset: of the row in the fragment, from 0.
+    """
+    return fragment << _OFFSET_BITS | offset
+
+
+def place_of(origin: int) -> tuple[int, int]:
+    """The fragment's number and the row's offset that an origin is made of."""
+    return origin >> _OFFSET_BITS, origin & (1 << _OFFSET_BITS) - 1
+
+
+def unify(schemas: Iterable[pa.Schema]) -> pa.Schema:
+    """The schema that the data of all of these fits into, without loss.
+
+    :raises DataError: there is none; names the column.
+    """
+    named = ((f"block {number}", schema) for number, schema in enumerate(schemas))
+    return schemas_of(named, remedy="give schema=... where the rows are made")
+
+
+class Shaper:
+    """Makes record batches of one step's rows, all of one schema as far as the rows allow it.
+
+    Types are those of the values. What has been seen once is kept: a column that is missing is null, one that holds
+    only nulls takes the type that it had before, and integers become floats where floats have been.
+
+    :param step: whose rows they are, for errors.
+    :param schema: what they must have; None takes it from the rows.
+    """
+
+    __slots__ = ("_given", "_step", "_types")
+
+    def __init__(self, step: str, schema: pa.Schema | None = None) -> None:
+        self._step = step
+        self._given = schema is not None
+        self._types: dict[str, pa.DataType] = (
+            {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
+        )
+
+    def batch(self, rows: Sequence[Row]) -> pa.RecordBatch:
+        """:raises DataError: the values of a column do not fit together; names the step and the column."""
+        columns = self._columns(rows)
+        if not columns:  # rows without columns are still rows
+            return pa.RecordBatch.from_struct_array(pa.array([{}] * len(rows), type=pa.struct([])))
+        arrays = [self._array(name, values) for name, values in columns.items()]
+        return pa.RecordBatch.from_arrays(arrays, names=list(columns))
+
+    def _columns(self, rows: Sequence[Row]) -> dict[str, list[Any]]:
+        known = self._types
+        names: list[str] = list(known or (rows[0] if rows else ()))
+        if set(map(len, rows)) == {len(names)}:
+            try:
+                return {name: [row[name] for row in rows] for name in names}
+            except KeyError:  # as many columns, but others
+                pass
+        names = list(dict.fromkeys(chain(known, chain.from_iterable(rows))))
+        if self._given and len(names) > len(known):
+            raise DataError(
+                f"{self._step} gave a row with the column {names[len(known)]!r}, which schema= does not have; it has "
+                f"{', '.join(known)}"
+            )
+        return {name: [row.get(name) for row in rows] for name in names}
+
+    def _array(self, name: str, values: list[Any]) -> pa.Array:
+        known = self._types.get(name)
+        try:
+            if self._given:
+                return _as_given(values, cast("pa.DataType", known))
+            array = pa.array(values)
+            if array.type == known:
+                return array
+            # Never pa.array(values, type=known): it makes 2 of 2.5, and drops the unknown fields of a struct.
+            agreed = array.type if known is None else _promote(known, array.type)
+            array = array if array.type == agreed else array.cast(agreed)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError) as exc:
+            raise DataError(
+                f"the column {name!r} that {self._step} gave can't be an Arrow column"
+                f"{'' if known is None else f', so far of type {known}'}: {exc}; give values of one type, or say which "
+                "with schema=..."
+            ) from exc
+        self._types[name] = agreed
+        return array
+
+
+def _as_given(values: list[Any], given: pa.DataType) -> pa.Array:
+    try:
+        return pa.array(values).cast(given)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        if pa.types.is_integer(given):  # pa.array() would cut off fractions
+            raise
+        return pa.array(values, type=given)
+
+
+def _promote(known: pa.DataType, new: pa.DataType) -> pa.DataType:
+    schemas = [pa.schema([("", known)]), pa.schema([("", new)])]
+    return pa.unify_schemas(schemas, promote_options="permissive").types[0]

@@ -1,0 +1,1 @@
+"""The local executor: runs the stages of a plan, streaming."""

@@ -1,0 +1,162 @@
+"""Operators: what the nodes of a plan do, as ``blocks in -> blocks out``."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import anyio
+import pyarrow as pa
+
+from arun.data.all_to_all import scan_of
+from arun.data.barriers import Limits, Relation
+from arun.data.block import Block
+from arun.data.execution.batchwise import batchwise
+from arun.data.execution.iterate import iterate
+from arun.data.execution.program import Program
+from arun.data.execution.read import read, through
+from arun.data.execution.rowwise import rowwise
+from arun.data.execution.statistics import StageStatistics, StepStatistics
+from arun.data.known import known_schema
+from arun.data.logical import AllToAll, Iterate, Node, OneToOne, Read, Union, Write, Zip
+from arun.data.segments import segments
+from arun.data.steps import BatchFunction, RowFunction
+from arun.errors import MisuseError
+from arun.hosting import GRACE, close
+from arun.threads import run_in_thread
+
+if TYPE_CHECKING:
+    from arun.data.execution.execution import Execution
+
+__all__ = ("operate",)
+
+Blocks: TypeAlias = AsyncIterator[Block]
+
+
+def operate(
+    node: Node, reader: Callable[[int], Blocks], execution: Execution, statistics: StageStatistics
+) -> AsyncGenerator[Block]:
+    """The blocks of a node.
+
+    :param reader: gives what reads the node of this id, which another stage runs.
+    """
+
+    def below(one: Node) -> Blocks:
+        inline = isinstance(node, OneToOne | AllToAll) and node.inline
+        return operate(one, reader, execution, statistics) if inline else reader(one.id)
+
+    match node:
+        case Read():
+            return read(node.source, None, execution)
+        case Iterate():
+            return iterate(node, execution)
+        case OneToOne():
+            return _steps(node, below, execution, statistics)
+        case AllToAll():
+            return _barrier(node, below, execution)
+        case Union():
+            return _union([below(one) for one in node.inputs])
+        case Zip():
+            return _zip([below(one) for one in node.inputs])
+        case Write():
+            raise AssertionError("a sink is no stage")
+
+
+def _steps(
+    node: OneToOne, below: Callable[[Node], Blocks], execution: Execution, statistics: StageStatistics
+) -> AsyncGenerator[Block]:
+    counters = {id(step): StepStatistics(step.label) for step in node.steps}
+    statistics.steps.extend(counters.values())
+    upstream: Blocks | None = None
+    for segment in segments(node.steps):
+        counts = [counters[id(step)] for step in segment.steps]
+        if segment.kind == "plain":
+            program = Program(segment.steps, execution.options.block_rows, counts)
+            if upstream is None and node.inline and isinstance(node.input, Read):
+                upstream = read(node.input.source, program, execution)
+            else:
+                upstream = through(upstream or below(node.input), program)
+        elif segment.kind == "rows":
+            steps = [step for step in segment.steps if isinstance(step, RowFunction)]
+            upstream = rowwise(upstream or below(node.input), steps, counts, execution)
+        else:
+            functions = [step for step in segment.steps if isinstance(step, BatchFunction | RowFunction)]
+            upstream = batchwise(upstream or below(node.input), functions, counts, execution)
+    return cast("AsyncGenerator[Block]", upstream)
+
+
+def _barrier(node: AllToAll, below: Callable[[Node], Blocks], execution: Execution) -> AsyncGenerator[Block]:
+    inputs = [(one, _batches(below(one))) for one in node.inputs]
+    options = execution.options
+
+    async def run() -> AsyncGenerator[Block]:
+        given: AsyncGenerator[pa.RecordBatch] | None = None
+        try:
+            relations = [await run_in_thread(partial(_relation, node, one, batches)) for one, batches in inputs]
+            given = node.barrier.run(relations, Limits(memory=options.memory_limit, folder=options.folder))
+            async for batch in given:
+                yield Block(batch)
+        finally:
+            with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
+                if given is not None:
+                    await close(given)
+                for _, batches in inputs:
+                    await close(batches)
+
+    return run()
+
+
+def _relation(node: AllToAll, below: Node, batches: AsyncGenerator[pa.RecordBatch]) -> Relation:
+    """What a barrier reads of an input. May block: sources look into their files."""
+    if node.inline and node.barrier.traits.scans and isinstance(below, Read):
+        scan = scan_of(below.source)
+        if scan is not None:
+            return scan
+    return Relation.of_blocks(batches, known_schema(below))
+
+
+async def _batches(blocks: Blocks) -> AsyncGenerator[pa.RecordBatch]:
+    try:
+        async for block in blocks:
+            yield block.batch
+    finally:
+        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
+            await close(blocks)
+
+
+async def _union(inputs: Sequence[Blocks]) -> AsyncGenerator[Block]:
+    for blocks in inputs:
+        async for block in blocks:
+            yield block
+
+
+async def _zip(inputs: Sequence[Blocks]) -> AsyncGenerator[Block]:
+    waiting: list[Block | None] = [None] * len(inputs)
+    while True:  # noqa: ASYNC913 - it reads its inputs
+        for number, blocks in enumerate(inputs):
+            while (block := waiting[number]) is None or not block.rows:
+                following = await anext(blocks, None)
+                if following is None:
+                    break
+                waiting[number] = following
+        here = [block for block in waiting if block is not None]
+        ended = [block is None or not block.rows for block in waiting]
+        if any(ended) and not all(ended):
+            raise MisuseError("zip(): one side has more rows than another")
+        if len(here) == len(inputs):
+            rows = min(block.rows for block in here)
+            columns = [column for block in here for column in block.batch.slice(0, rows).columns]
+            yield Block(pa.RecordBatch.from_arrays(columns, names=_zipped_names(here)))
+            waiting = [block.slice(rows) for block in here]
+        if any(ended):
+            return
+
+
+def _zipped_names(blocks: Sequence[Block]) -> list[str]:
+    """Names of all columns; one that is taken gets a number."""
+    names: dict[str, None] = {}
+    for number, block in enumerate(blocks):
+        for name in block.batch.schema.names:
+            names[name if name not in names else f"{name}_{number}"] = None
+    return list(names)

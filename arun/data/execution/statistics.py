@@ -1,0 +1,59 @@
+"""What a run counts of its stages and steps."""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = ("StageStatistics", "StepStatistics")
+
+
+class StepStatistics(msgspec.Struct, gc=False):
+    """One step of a stage.
+
+    :ivar name: as in the plan.
+    :ivar rows_in: given to it.
+    :ivar rows_out: that it gave.
+    :ivar failed: rows that were left out or marked by ``on_error``.
+    :ivar seconds: spent in it; of steps that run row by row, over all rows.
+    :ivar in_flight: rows, or batches, at work now, where they run row by row.
+    :ivar peak_in_flight: most of them at a time.
+    """
+
+    name: str
+    rows_in: int = 0
+    rows_out: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    in_flight: int = 0
+    peak_in_flight: int = 0
+
+    def begin(self) -> None:
+        """One more is at work."""
+        self.in_flight += 1
+        self.peak_in_flight = max(self.peak_in_flight, self.in_flight)
+
+
+class StageStatistics(msgspec.Struct):
+    """One stage of a run.
+
+    :ivar number: as in ``explain()``.
+    :ivar rows: that it has given.
+    :ivar size: bytes that it has given.
+    :ivar blocks: that it has given.
+    :ivar waited_in: seconds that it waited for its inputs.
+    :ivar waited_out: seconds that it waited for whoever takes its blocks.
+    :ivar peak_blocks: most blocks that have waited for whoever takes them.
+    :ivar spilled: blocks that waited on disk.
+    :ivar steps: what it does.
+    """
+
+    number: int
+    name: str
+    rows: int = 0
+    size: int = 0
+    blocks: int = 0
+    waited_in: float = 0.0
+    waited_out: float = 0.0
+    peak_blocks: int = 0
+    spilled: int = 0
+    steps: list[StepStatistics] = []

@@ -1,0 +1,202 @@
+"""CSV: a fragment is a file, as a line end within quotes can't be told from one between rows in the middle of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Final, Self
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pv
+
+from arun.data.files.paths import File, Listing, Paths
+from arun.data.files.selection import chosen, without_first
+from arun.data.schemas import conform, unify
+from arun.data.source import Fragment
+from arun.errors import DataError
+
+__all__ = ("CsvEncoder", "CsvFormat", "CsvSource", "csv_source")
+
+_SUFFIXES: Final = (".csv", ".tsv")
+_SAMPLE_BYTES: Final = 4 << 20  # of a file, that its types are taken from
+_BLOCK_BYTES: Final = 1 << 20
+
+
+def csv_source(
+    paths: Paths,
+    columns: Sequence[str] | None = None,
+    *,
+    delimiter: str = ",",
+    names: Sequence[str] | None = None,
+    types: Mapping[str, pa.DataType] | None = None,
+    null_values: Sequence[str] = ("",),
+    filesystem: Any = None,
+) -> CsvSource:
+    """Rows of CSV files in UTF-8.
+
+    Types are taken from the first 4 MiB of each file, and a later value of another type is an error.
+
+    :param paths: files, folders, globs or URLs; see :mod:`arun.data.files.paths`.
+    :param columns: these only, in this order; None: all.
+    :param names: of the columns, where the files have no header.
+    :param types: of columns that must not be guessed.
+    :param null_values: what stands for null where it is not within quotes.
+    :param filesystem: of pyarrow or fsspec, where the paths are no URLs.
+    """
+    listing = Listing(paths, _SUFFIXES, filesystem)
+    how = CsvOptions(delimiter, None if names is None else list(names), dict(types or {}), list(null_values))
+    columns = None if columns is None else tuple(columns)
+    return CsvSource(name=f"csv {listing}", tables=_Tables(listing, how), columns=columns)
+
+
+class CsvOptions(msgspec.Struct, frozen=True):
+    """How the files are written."""
+
+    delimiter: str
+    names: list[str] | None
+    types: dict[str, Any]
+    null_values: list[str]
+
+
+class CsvSource(msgspec.Struct, frozen=True, kw_only=True):
+    """CSV files; made by :func:`csv_source`."""
+
+    resumable: ClassVar[bool] = True
+    name: str
+    tables: _Tables
+    columns: tuple[str, ...] | None = None
+
+    def schema(self) -> pa.Schema:
+        """The columns.
+
+        :raises DataError: the files' columns don't fit together, or a column was asked for that none has.
+        """
+        return chosen(self.tables.schema, self.columns, self.name)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """The files."""
+        for index, file in enumerate(self.tables.listing.files):
+            yield Fragment(key=file.key, size=None if file.is_compressed else file.size, place=index)
+
+    def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
+        """The rows of a file."""
+        file, schema = self.tables.listing.files[fragment.place], self.schema()
+        batches = self.tables.read(file, list(schema.names))
+        return without_first((conform(batch, schema, name=file.path) for batch in batches), skip)
+
+    def count(self) -> None:
+        """Only reading tells."""
+
+    def select(self, columns: Sequence[str]) -> Self:
+        """The same with these columns only."""
+        return msgspec.structs.replace(self, columns=tuple(columns))
+
+    def where(self, predicate: pc.Expression) -> None:
+        """CSV must be parsed to be looked at."""
+
+
+class _Tables:
+    """The files and their columns, looked at once when they are first needed."""
+
+    def __init__(self, listing: Listing, how: CsvOptions) -> None:
+        self.listing = listing
+        self._how = how
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        schemas = ((file.path, self._head(file)) for file in self.listing.files)
+        return unify(schemas, remedy="give types=")
+
+    def read(self, file: File, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        """The rows of a file, with these columns at least."""
+        types = {field.name: field.type for field in self.schema}
+        try:
+            with self._open(file, types, columns, use_threads=True) as reader:
+                yield from reader
+        except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
+            raise DataError(f"{file.path}: {self._where(file, types) or exc}; types= names the types") from exc
+
+    def _where(self, file: File, types: dict[str, pa.DataType]) -> str | None:
+        """The error once more, with the number of its row, which pyarrow tells when one thread reads."""
+        try:
+            with self._open(file, types, [], use_threads=False) as reader:
+                for _ in reader:
+                    pass
+        except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
+            return str(exc)
+        return None
+
+    def _head(self, file: File) -> pa.Schema:
+        try:
+            with self._open(file, self._how.types, [], use_threads=False, block_size=_SAMPLE_BYTES) as reader:
+                return reader.schema
+        except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
+            raise DataError(f"{file.path}: {exc}") from exc
+
+    def _open(
+        self,
+        file: File,
+        types: dict[str, pa.DataType],
+        columns: list[str],
+        *,
+        use_threads: bool,
+        block_size: int = _BLOCK_BYTES,
+    ) -> Any:
+        how = self._how
+        return pv.open_csv(
+            file.stream(),
+            pv.ReadOptions(use_threads=use_threads, block_size=block_size, column_names=how.names),
+            pv.ParseOptions(delimiter=how.delimiter, newlines_in_values=True),
+            pv.ConvertOptions(
+                column_types=types,
+                include_columns=columns,
+                include_missing_columns=True,
+                null_values=how.null_values,
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+            ),
+        )
+
+
+class CsvFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """How CSV is written: with a header, null as nothing, an empty string as ``""``.
+
+    :ivar delimiter: between values.
+    """
+
+    delimiter: str = ","
+
+    suffix = ".csv"
+    word = "csv"
+
+    def encoder(self, stream: Any, schema: pa.Schema) -> CsvEncoder:
+        """Begin a file.
+
+        :raises DataError: a column's type has no form in CSV.
+        """
+        for field in schema:
+            if pa.types.is_nested(field.type):
+                raise DataError(f"the column {field.name!r} is {field.type}, which CSV can't hold; JSON lines can")
+        return CsvEncoder(pv.CSVWriter(stream, schema, write_options=pv.WriteOptions(delimiter=self.delimiter)), schema)
+
+
+class CsvEncoder:
+    """Writes one CSV file."""
+
+    pending = 0
+
+    def __init__(self, writer: Any, schema: pa.Schema) -> None:
+        self._writer = writer
+        self._only = schema.names[0] if len(schema.names) == 1 else None
+
+    def write(self, block: pa.RecordBatch) -> None:
+        """Append a block."""
+        if self._only is not None and block.column(0).null_count:
+            raise DataError(f"the column {self._only!r} holds null, which in a CSV of one column is an empty line")
+        self._writer.write_batch(block)
+
+    def close(self) -> None:
+        """End the file."""
+        self._writer.close()

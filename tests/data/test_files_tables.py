@@ -1,0 +1,83 @@
+"""CSV and Arrow IPC in."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from arun.data.files import csv_source, ipc_sink, ipc_source
+from arun.errors import DataError
+from tests.data.reading import read, rows, write
+
+
+def file(folder: Path, content: str, name: str = "x.csv") -> Path:
+    path = folder / name
+    path.write_text(content)
+    return path
+
+
+def test_csv_types_are_taken_from_the_values(tmp_path: Path) -> None:
+    path = file(tmp_path, 'n,x,s\n1,1.5,"a\nb"\n2,,NA\n')
+    assert rows(csv_source(path)) == [{"n": 1, "x": 1.5, "s": "a\nb"}, {"n": 2, "x": None, "s": "NA"}]
+    assert rows(csv_source(path, ["s"]).select(["s"])) == [{"s": "a\nb"}, {"s": "NA"}]
+    assert read(csv_source(path, [])).shape == (2, 0)
+
+
+def test_csv_types_names_delimiter_and_nulls_can_be_given(tmp_path: Path) -> None:
+    path = file(tmp_path, "007;NA\n008;x\n", "x.tsv")
+    source = csv_source(path, delimiter=";", names=["id", "s"], types={"id": pa.string()}, null_values=["NA"])
+    assert rows(source) == [{"id": "007", "s": None}, {"id": "008", "s": "x"}]
+
+
+def test_an_empty_string_within_quotes_is_no_null(tmp_path: Path) -> None:
+    assert rows(csv_source(file(tmp_path, 'a,b\n"",1\n,2\n'))) == [{"a": "", "b": 1}, {"a": None, "b": 2}]
+
+
+def test_csv_files_with_other_columns_are_read_as_one(tmp_path: Path) -> None:
+    file(tmp_path, "a,b\n1,x\n", "1.csv")
+    file(tmp_path, "c,a\ny,1.5\n", "2.csv")
+    assert rows(csv_source(tmp_path)) == [{"a": 1.0, "b": "x", "c": None}, {"a": 1.5, "b": None, "c": "y"}]
+
+
+def test_a_csv_value_of_another_type_is_named_with_its_row(tmp_path: Path) -> None:
+    path = file(tmp_path, "a,b\n" + "1,2\n" * 2_000_000 + "1,x\n")
+    with pytest.raises(DataError, match=r"x\.csv: In CSV column #1: Row #2000002: .* invalid value 'x'; types="):
+        read(csv_source(path))
+
+
+def test_a_csv_row_with_too_few_values_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"x\.csv: CSV parse error: Row #3: Expected 2 columns, got 1: 3"):
+        read(csv_source(file(tmp_path, "a,b\n1,2\n3\n")))
+
+
+def test_two_csv_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"x\.csv has two columns 'a'; rename one"):
+        csv_source(file(tmp_path, "a,a\n1,2\n")).schema()
+
+
+def test_a_compressed_csv_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"a\n1\n"))
+    assert rows(csv_source(tmp_path)) == [{"a": 1}]
+
+
+def test_ipc_is_read_as_file_and_as_stream(tmp_path: Path) -> None:
+    batch = pa.record_batch({"a": [1, 2, 3], "b": ["x", "y", None]})
+    write(ipc_sink(tmp_path / "1.arrow"), batch, batch)
+    with pa.ipc.new_stream(str(tmp_path / "2.arrows"), batch.schema) as stream:
+        stream.write_batch(batch)
+    assert ipc_source(tmp_path / "1.arrow").count() == 6
+    source = ipc_source(tmp_path)
+    assert source.count() is None
+    assert read(source) == pa.Table.from_batches([batch] * 3)
+    assert read(source.select(["b"])).column_names == ["b"]
+    assert read(source.select([])).num_rows == 9
+    first, _ = source.fragments()
+    assert [block.num_rows for block in source.read(first, skip=4)] == [2]
+
+
+def test_a_file_that_is_no_ipc_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"x\.arrow can't be read as Arrow IPC"):
+        ipc_source(file(tmp_path, "hello, world", "x.arrow")).schema()

@@ -1,0 +1,361 @@
+"""What each operation of a dataset does to rows."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from arun import MisuseError
+from arun.data import Dataset, from_arrow, from_iterable, from_rows, read_csv, read_ipc, read_jsonl, read_parquet
+from arun.errors import DataError
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("runtime", "nothing_left")]
+Row = dict[str, Any]
+
+
+def numbers(n: int) -> Dataset:
+    return from_rows([{"n": i} for i in range(n)])
+
+
+async def rows_of(dataset: Dataset) -> list[Row]:
+    return [row async for row in dataset.rows()]
+
+
+def double(row: Row) -> Row:
+    return {"n": row["n"] * 2}
+
+
+async def double_async(row: Row) -> Row:
+    return double(row)
+
+
+def twice(row: Row) -> Iterator[Row]:
+    yield row
+    yield row
+
+
+async def twice_async(row: Row) -> AsyncIterator[Row]:
+    yield row
+    yield row
+
+
+@pytest.mark.parametrize("function", [double, double_async])
+async def test_map_gives_a_row_for_each_row(function: Any) -> None:
+    assert await rows_of(numbers(3).map(function)) == [{"n": 0}, {"n": 2}, {"n": 4}]
+
+
+@pytest.mark.parametrize("function", [twice, twice_async])
+async def test_map_of_a_generator_gives_all_that_it_yields(function: Any) -> None:
+    assert await rows_of(numbers(2).map(function)) == [{"n": 0}, {"n": 0}, {"n": 1}, {"n": 1}]
+
+
+async def test_flat_map_takes_a_function_that_returns_rows() -> None:
+    assert await rows_of(numbers(3).flat_map(lambda row: [row] * row["n"])) == [{"n": 1}, {"n": 2}, {"n": 2}]
+
+
+async def test_filter_takes_a_function_a_coroutine_function_or_an_expression() -> None:
+    async def large(row: Row) -> bool:
+        return row["n"] > 1
+
+    expected = [{"n": 2}, {"n": 3}]
+    assert await rows_of(numbers(4).filter(lambda row: row["n"] > 1)) == expected
+    assert await rows_of(numbers(4).filter(large)) == expected
+    assert await rows_of(numbers(4).filter(pc.field("n") > 1)) == expected
+
+
+async def test_with_column_adds_or_replaces_a_column() -> None:
+    table = await numbers(2).with_column("m", lambda row: row["n"] + 1).with_column("n", pc.field("n") * 10).collect()
+    assert table.to_pylist() == [{"n": 0, "m": 1}, {"n": 10, "m": 2}]
+
+
+async def test_columns_are_selected_dropped_and_renamed() -> None:
+    dataset = from_rows([{"a": 1, "b": 2, "c": 3}])
+    assert await rows_of(dataset.select("c", "a")) == [{"c": 3, "a": 1}]
+    assert await rows_of(dataset.drop("b")) == [{"a": 1, "c": 3}]
+    assert await rows_of(dataset.rename({"a": "x"})) == [{"x": 1, "b": 2, "c": 3}]
+
+
+@pytest.mark.parametrize("step", ["select", "drop", "rename"])
+@pytest.mark.parametrize("after_a_function", [False, True])
+async def test_a_column_that_is_not_there_is_named_with_those_that_are(step: str, after_a_function: bool) -> None:
+    dataset = numbers(2).map(double) if after_a_function else numbers(2)
+    dataset = dataset.rename({"x": "y"}) if step == "rename" else getattr(dataset, step)("x")
+    with pytest.raises(DataError, match=r"x.*; the columns are n"):
+        await dataset.collect()
+
+
+async def test_map_batches_takes_and_gives_arrow_numpy_or_pandas() -> None:
+    def arrow(batch: pa.RecordBatch) -> pa.RecordBatch:
+        return batch.set_column(0, "n", pc.add(batch["n"], 1))
+
+    def numpy(batch: dict[str, Any]) -> dict[str, Any]:
+        return {"n": batch["n"] + 1}
+
+    def pandas(frame: Any) -> Any:
+        return frame + 1
+
+    expected = [{"n": 1}, {"n": 2}]
+    assert await rows_of(numbers(2).map_batches(arrow)) == expected
+    assert await rows_of(numbers(2).map_batches(numpy, format="numpy")) == expected
+    assert await rows_of(numbers(2).map_batches(pandas, format="pandas")) == expected
+
+
+async def test_map_batches_takes_generators_and_async_functions() -> None:
+    def halves(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+        yield batch.slice(1)
+        yield batch.slice(0, 1)
+
+    async def same(batch: pa.RecordBatch) -> pa.Table:
+        return pa.Table.from_batches([batch])
+
+    async def halves_async(batch: pa.RecordBatch) -> AsyncIterator[pa.RecordBatch]:
+        for half in halves(batch):
+            yield half
+
+    swapped = [{"n": 1}, {"n": 0}]
+    assert await rows_of(numbers(2).map_batches(halves)) == swapped
+    assert await rows_of(numbers(2).map_batches(same)) == [{"n": 0}, {"n": 1}]
+    assert await rows_of(numbers(2).map_batches(halves_async)) == swapped
+
+
+async def test_a_batch_size_is_kept_to_whatever_the_blocks_are() -> None:
+    sizes: list[int] = []
+
+    def note(batch: pa.RecordBatch) -> pa.RecordBatch:
+        sizes.append(batch.num_rows)
+        return batch
+
+    blocks = from_iterable(lambda: (pa.table({"n": list(range(size))}) for size in (1, 5, 2, 3)))
+    assert await blocks.map_batches(note, batch_size=4).count() == 11
+    assert sizes == [4, 4, 3]
+
+
+async def test_a_tensor_becomes_a_column_of_lists_of_fixed_length() -> None:
+    import numpy as np
+
+    dataset = numbers(2).map_batches(lambda batch: {"v": np.ones((2, 3, 2))}, format="numpy")
+    table = await dataset.collect()
+    assert table.schema.field("v").type == pa.list_(pa.list_(pa.float64(), 2), 3)
+    assert table.num_rows == 2
+
+
+async def test_limit_keeps_the_first_rows() -> None:
+    assert await rows_of(numbers(5).limit(2)) == [{"n": 0}, {"n": 1}]
+    assert await rows_of(numbers(5).limit(0)) == []
+    assert await rows_of(numbers(2).limit(9)) == [{"n": 0}, {"n": 1}]
+
+
+async def test_union_gives_one_dataset_after_the_other() -> None:
+    assert await rows_of(numbers(2).union(numbers(1), numbers(1))) == [{"n": 0}, {"n": 1}, {"n": 0}, {"n": 0}]
+
+
+async def test_zip_puts_columns_side_by_side_whatever_the_blocks_are() -> None:
+    left = from_iterable(lambda: [pa.table({"a": [0, 1, 2]}), pa.table({"a": [3]})])
+    right = from_iterable(lambda: [pa.table({"b": [0]}), pa.table({"b": [1, 2, 3]})])
+    assert await rows_of(left.zip(right)) == [{"a": i, "b": i} for i in range(4)]
+
+
+async def test_zip_numbers_a_name_that_is_taken() -> None:
+    assert await rows_of(numbers(1).zip(numbers(1))) == [{"n": 0, "n_1": 0}]
+
+
+async def test_zip_refuses_sides_of_different_length() -> None:
+    with pytest.raises(MisuseError, match=r"zip\(\): .* more rows"):
+        await numbers(2).zip(numbers(3)).collect()
+
+
+async def test_datasets_begin_with_rows_tables_and_iterables() -> None:
+    async def trickle() -> AsyncIterator[Row]:
+        yield {"n": 0}
+        yield {"n": 1}
+
+    expected = [{"n": 0}, {"n": 1}]
+    assert await rows_of(from_rows(expected)) == expected
+    assert await rows_of(from_arrow(pa.table({"n": [0, 1]}))) == expected
+    assert await rows_of(from_iterable(expected)) == expected
+    assert await rows_of(from_iterable(trickle)) == expected
+    assert await rows_of(from_iterable(iter(expected))) == expected
+    assert await rows_of(from_iterable([pa.record_batch({"n": [0]}), {"n": 1}])) == expected
+
+
+async def test_an_iterator_is_read_once_and_a_function_for_every_run() -> None:
+    once = from_iterable({"n": i} for i in range(2))
+    assert await once.count() == 2
+    with pytest.raises(MisuseError, match="is an iterator and was read by an earlier run"):
+        await once.count()
+    again = from_iterable(lambda: ({"n": i} for i in range(2)))
+    assert [await again.count(), await again.count()] == [2, 2]
+
+
+async def test_an_endless_iterable_is_read_as_far_as_is_needed() -> None:
+    async def endless() -> AsyncIterator[Row]:
+        n = 0
+        while True:
+            yield {"n": n}
+            n += 1
+
+    assert await from_iterable(endless).map(double).take(2) == [{"n": 0}, {"n": 2}]
+
+
+async def test_a_dataset_is_read_as_blocks_rows_and_a_table() -> None:
+    assert [block.num_rows async for block in numbers(3)] == [3]
+    assert await rows_of(numbers(1)) == [{"n": 0}]
+    assert (await numbers(2).collect()).to_pylist() == [{"n": 0}, {"n": 1}]
+    assert await numbers(5).take(2) == [{"n": 0}, {"n": 1}]
+
+
+async def test_nothing_in_gives_nothing_out() -> None:
+    assert await rows_of(from_rows([]).map(double).filter(lambda row: True)) == []
+    assert (await from_rows([]).collect()).num_rows == 0
+
+
+async def test_a_table_without_rows_has_its_columns_still() -> None:
+    table = await numbers(3).filter(lambda row: False).collect()
+    assert (table.num_rows, table.column_names) == (0, ["n"])
+
+
+async def test_count_asks_nobody_who_need_not_be_asked() -> None:
+    def never(row: Row) -> Row:
+        raise AssertionError
+
+    assert await numbers(5).map(never).select("n").limit(3).union(numbers(2)).count() == 5
+    assert await numbers(5).filter(pc.field("n") > 2).count() == 2
+
+
+async def test_schema_is_known_or_found_in_the_first_block() -> None:
+    assert await from_arrow(pa.table({"a": [1], "b": ["x"]})).rename({"a": "c"}).drop("b").schema() == pa.schema([
+        ("c", pa.int64())
+    ])
+    assert await numbers(3).map(lambda row: {"f": row["n"] / 2}).schema() == pa.schema([("f", pa.float64())])
+    assert await from_rows([]).schema() is None
+
+
+async def test_columns_that_come_later_are_null_before() -> None:
+    dataset = numbers(3).map(lambda row: row if row["n"] < 2 else {**row, "late": "x"})
+    assert [row.get("late") for row in await rows_of(dataset)] == [None, None, "x"]
+
+
+async def test_types_become_as_wide_as_the_values_need() -> None:
+    blocks = from_iterable(lambda: ({"v": value} for value in [None, 1, 2.5]))
+    table = await blocks.map(lambda row: row).collect()
+    assert table["v"].to_pylist() == [None, 1.0, 2.5]
+
+
+async def test_values_that_do_not_fit_together_are_refused_by_column_and_step() -> None:
+    with pytest.raises(DataError, match=r"column 'v' that map\(.*\) gave.*schema="):
+        await numbers(2).map(lambda row: {"v": row["n"] or "x"}).collect()
+
+
+async def test_a_schema_says_what_rows_become() -> None:
+    schema = pa.schema([("n", pa.int8()), ("m", pa.string())])
+    table = await numbers(2).map(lambda row: row, schema=schema).collect()
+    assert table.schema == schema
+    assert table.to_pylist() == [{"n": 0, "m": None}, {"n": 1, "m": None}]
+    with pytest.raises(DataError, match="the column 'x', which schema= does not have"):
+        await numbers(2).map(lambda row: {"x": 1}, schema=schema).collect()
+
+
+def test_what_is_no_function_is_refused_where_it_is_said() -> None:
+    async def later(row: Row) -> Row:
+        return row
+
+    with pytest.raises(MisuseError, match=r"map\(\) was given"):
+        numbers(1).map(3)  # type: ignore[arg-type]  # what is tested
+    with pytest.raises(MisuseError, match=r"map\(\) was given"):
+        numbers(1).map(later({}))  # type: ignore[arg-type]  # what is tested
+    with pytest.raises(MisuseError, match="is a generator"):
+        numbers(1).filter(twice)
+    with pytest.raises(MisuseError, match="concurrency=0"):
+        numbers(1).map(double, concurrency=0)
+    with pytest.raises(MisuseError, match="on_error='ignore'"):
+        numbers(1).map(double, on_error="ignore")  # type: ignore[arg-type]  # what is tested
+
+
+def test_iterating_without_async_is_refused_with_the_right_spelling() -> None:
+    with pytest.raises(MisuseError, match="async for"):
+        list(numbers(1))
+
+
+async def test_sort_orders_by_columns_and_directions() -> None:
+    rows = [{"a": a, "b": b} for a, b in [(1, "x"), (2, "y"), (1, "z"), (None, "w")]]
+    dataset = from_rows(rows)
+    assert [row["b"] for row in await rows_of(dataset.sort("a", "b", descending=[False, True]))] == ["z", "x", "y", "w"]
+    assert [row["b"] for row in await rows_of(dataset.sort("a", nulls="first"))] == ["w", "x", "z", "y"]
+
+
+async def test_groups_are_aggregated() -> None:
+    rows = [{"k": "a", "v": 1}, {"k": "b", "v": 5}, {"k": "a", "v": 3}]
+    grouped = from_rows(rows).group_by("k").aggregate(rows="count", total=("sum", "v"), top=("max", "v"))
+    assert await rows_of(grouped.sort("k")) == [
+        {"k": "a", "rows": 2, "total": 4, "top": 3},
+        {"k": "b", "rows": 1, "total": 5, "top": 5},
+    ]
+
+
+async def test_distinct_gives_each_row_once() -> None:
+    rows = [{"a": 1, "b": 1}, {"a": 1, "b": 2}, {"a": 1, "b": 1}]
+    assert await rows_of(from_rows(rows).distinct().sort("b")) == [{"a": 1, "b": 1}, {"a": 1, "b": 2}]
+    assert await rows_of(from_rows(rows).distinct("a")) == [{"a": 1, "b": 1}]
+
+
+async def test_join_puts_rows_with_equal_keys_together() -> None:
+    left = from_rows([{"k": 1, "v": "l"}, {"k": 2, "v": "m"}])
+    right = from_rows([{"k": 1, "v": "r"}, {"k": 3, "v": "s"}])
+    assert await rows_of(left.join(right, "k")) == [{"k": 1, "v": "l", "v_right": "r"}]
+    assert await left.join(right, on="k", how="outer").count() == 3
+    assert await rows_of(left.join(right, on="k", how="anti")) == [{"k": 2, "v": "m"}]
+
+
+async def test_a_shuffle_of_one_seed_is_one_order() -> None:
+    first = [row["n"] for row in await rows_of(numbers(50).random_shuffle(seed=1))]
+    assert sorted(first) == list(range(50)) != first
+    assert [row["n"] for row in await rows_of(numbers(50).random_shuffle(seed=1))] == first
+    kept = numbers(50).random_shuffle(seed=1).filter(pc.field("n") < 25)
+    assert [row["n"] for row in await rows_of(kept)] == [n for n in first if n < 25]
+
+
+async def test_repartition_cuts_the_same_rows_anew() -> None:
+    assert [block.num_rows async for block in numbers(10).repartition(4)] == [2, 3, 2, 3]
+    assert [block.num_rows async for block in numbers(10).repartition(rows=4)] == [4, 4, 2]
+
+
+async def test_batches_for_trainers_are_of_one_size() -> None:
+    batches = [batch async for batch in numbers(7).iter_batches(format="numpy", batch_size=3)]
+    assert [batch["n"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    kept = [len(batch) async for batch in numbers(7).iter_batches(format="pandas", batch_size=3, drop_last=True)]
+    assert kept == [3, 3]
+
+
+async def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    rows = [{"n": 0, "s": "x"}, {"n": 1, "s": None}]
+    dataset = from_rows(rows)
+    for write, read in (
+        (dataset.write_parquet, read_parquet),
+        (dataset.write_jsonl, read_jsonl),
+        (dataset.write_csv, read_csv),
+        (dataset.write_ipc, read_ipc),
+    ):
+        folder = tmp_path / write.__name__
+        report = await write(folder).arun()
+        assert (report.rows, [part.rows for part in report.parts]) == (2, [2])
+        assert await rows_of(read(folder)) == rows
+
+
+async def test_a_filter_and_a_choice_of_columns_reach_the_file(tmp_path: Path) -> None:
+    await from_rows([{"n": i, "m": -i} for i in range(10)]).write_parquet(tmp_path / "a.parquet").arun()
+    dataset = read_parquet(tmp_path / "a.parquet").filter(pc.field("n") > 7).select("m")
+    assert await rows_of(dataset) == [{"m": -8}, {"m": -9}]
+    assert "select" not in dataset.explain().partition("physical:")[2]
+    assert await read_parquet(tmp_path / "a.parquet").sort("n", descending=True).limit(1).select("n").take() == [
+        {"n": 9}
+    ]
+
+
+def test_nothing_comes_after_a_sink(tmp_path: Path) -> None:
+    with pytest.raises(MisuseError, match=r"is a sink: run it with `await dataset.arun\(\)`"):
+        numbers(1).write_jsonl(tmp_path / "a.jsonl").map(double)
