@@ -259,7 +259,8 @@ class RayCluster(Cluster):
             with anyio.fail_after(seconds):
                 for group in groups:
                     native: Any = group.native
-                    await native.ready()
+                    # In a thread, because Ray sends the code for it to its head node first.
+                    await (await anyio.to_thread.run_sync(native.ready))
                     group.nodes = await anyio.to_thread.run_sync(_nodes, native)
         except TimeoutError:
             now = placement.explain(await self.resources())
