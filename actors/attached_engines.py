@@ -66,8 +66,8 @@ class AttachedEngines:
         self,
         cluster: Cluster,
         pool: str | None,
-        order: PoolOrder | None = None,
-        tell: Callable[[ReplicaProgress], object] = lambda progress: None,
+        order: PoolOrder | None,
+        tell: Callable[[ReplicaProgress], object],
     ) -> None:
         if pool is None:
             raise MisuseError("lifetime='detached' needs name=...: without a name nobody could attach to the pool")
