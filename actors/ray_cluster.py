@@ -230,7 +230,8 @@ class RayCluster(Cluster):
             raise
 
     async def _attach(self, actor: Any, card: Card) -> object:
-        handle = await self._roster.attach(pickling.loads(card.spec), detached.Attachment(actor, card))
+        attachment = detached.Attachment(actor, card, self._roster.forget)
+        handle = await self._roster.attach(pickling.loads(card.spec), attachment)
         self._attached.add(card.name)
         return handle
 

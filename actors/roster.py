@@ -130,6 +130,11 @@ class Roster:
             for team in self._teams:
                 await team.settled()
 
+    def forget(self, member: Member) -> None:
+        """Give its name away: it lives elsewhere, and has ended there."""
+        if self._members.get(member.spec.name) is member:
+            del self._members[member.spec.name]
+
     def get(self, name: str, cls: type | None = None) -> ActorHandle:
         """The handle of the actor with that name.
 
