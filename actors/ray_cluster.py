@@ -15,7 +15,6 @@ import anyio
 import anyio.to_thread
 
 from actors import detached, pickling
-from actors.actor import link_of
 from actors.bundles import Group, Placement, Reservation
 from actors.cluster import Cluster, ClusterResources, DetachedOrder, Isolation, NodeResources
 from actors.finish import finish
@@ -67,7 +66,6 @@ class RayCluster(Cluster):
         self._placement_timeout = placement_timeout
         self._session = _RaySession(address, options)
         self._opening: Background[None] | None = None
-        self._attached: set[str] = set()
 
     @classmethod
     def connect(
@@ -145,16 +143,18 @@ class RayCluster(Cluster):
         return await anyio.to_thread.run_sync(_resources)
 
     async def stop(self, actor: object) -> None:
-        name = actor if isinstance(actor, str) else link_of(actor).name
-        found = None
-        if name in self._attached or (isinstance(actor, str) and not self._roster.has(name)):
-            self._require_open()
-            found = await self._found(name)
-        if found is None or self._roster.has(name):
+        if isinstance(actor, str) and not self._roster.has(actor):
+            name: str | None = actor
+        else:
+            name = self._roster.attached_name(actor)
+        if name is None:
             await super().stop(actor)
-        if found is not None:
-            self._attached.discard(name)
-            await finish(Runtime.current().start(detached.end, found, name, self._grace, name=f"end of actor {name}"))
+            return
+        self._require_open()
+        found = await self._found(name)
+        if self._roster.has(name):
+            await super().stop(name)
+        await finish(Runtime.current().start(detached.end, found, name, self._grace, name=f"end of actor {name}"))
 
     def check_detachable(self) -> None:
         self._require_open()
@@ -231,9 +231,7 @@ class RayCluster(Cluster):
 
     async def _attach(self, actor: Any, card: Card) -> object:
         attachment = detached.Attachment(actor, card, self._roster.forget)
-        handle = await self._roster.attach(pickling.loads(card.spec), attachment)
-        self._attached.add(card.name)
-        return handle
+        return await self._roster.attach(pickling.loads(card.spec), attachment)
 
     async def _found(self, name: str) -> Any:
         """Ray's handle of the detached actor of that name.
