@@ -14,7 +14,8 @@ import msgspec
 
 from actors.call_chain import CHAIN, Chain, Turn, enter, refuse_cycle
 from actors.turns import Turns
-from arun.errors import MailboxFull, MisuseError
+from arun.channel.extensions import unpack
+from arun.errors import MailboxFull, MisuseError, PayloadError
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
@@ -210,7 +211,9 @@ class _Callee:
         self.function: Callable[..., Any] = getattr(instance, method.name)
         self.streaming = method.streaming
         self._method = method
-        self._decoders = {name: msgspec.msgpack.Decoder(kind) for name, kind in method.argument_types.items()}
+        self._decoders = {
+            name: msgspec.msgpack.Decoder(kind, ext_hook=unpack) for name, kind in method.argument_types.items()
+        }
         # Arguments by name alone, as nearly every signature takes them, need no matching.
         self._by_name = all(p.kind in _NAMEABLE for p in method.signature.parameters.values())
 
@@ -225,7 +228,7 @@ class _Callee:
         for name, raw in named.items():
             try:
                 values[name] = self._decoders[name].decode(raw)
-            except msgspec.ValidationError as exc:
+            except (msgspec.ValidationError, PayloadError) as exc:
                 raise MisuseError(f"{self._method.label}: its argument {name} is wrong: {exc}") from exc
         if self._by_name:
             return (), values, chain

@@ -22,7 +22,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 # `make soak` runs the same properties with the other profile.
 settings.register_profile(
-    "brief", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "brief", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.register_profile(
     "soak", settings.get_profile("brief"), max_examples=3000, suppress_health_check=list(HealthCheck), database=None

@@ -14,14 +14,21 @@ from arun.channel.limits import Limits
 from arun.channel.memory import memory_pair
 from arun.channel.serving import Handler
 from arun.channel.sockets import Server, connect_tcp, connect_unix, serve_tcp, serve_unix
+from arun.channel.statistics import ConnectionStatistics, StreamStatistics
 from arun.channel.stream import Stream
+from arun.channel.tls import TLSConfig
+from arun.channel.tracing import TRACEPARENT, traceparent
 
 __all__ = (
+    "TRACEPARENT",
     "Connection",
+    "ConnectionStatistics",
     "Handler",
     "Limits",
     "Server",
     "Stream",
+    "StreamStatistics",
+    "TLSConfig",
     "connect_tcp",
     "connect_unix",
     "decode_payload",
@@ -30,4 +37,5 @@ __all__ = (
     "register_type",
     "serve_tcp",
     "serve_unix",
+    "traceparent",
 )

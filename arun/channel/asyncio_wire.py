@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ class AsyncioWire(asyncio.Protocol):
         # After it.
         self._scheduled = self._paused = self._finishing = False
         self._resting = False  # reads nothing, because the peer sends too much that costs work
+        self._encrypted = False
         self._finished = asyncio.Event()
         self._lost = asyncio.Event()
 
@@ -72,7 +74,7 @@ class AsyncioWire(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self._ended(anyio.EndOfStream())
-        return True  # the other direction stays open
+        return not self._encrypted  # the other direction stays open, where there are two
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended(exc or anyio.EndOfStream())
@@ -135,15 +137,21 @@ class AsyncioWire(asyncio.Protocol):
         names = {SocketAttribute.raw_socket: "socket", SocketAttribute.remote_address: "peername"}
         return self._transport.get_extra_info(names[attribute], default)
 
-    async def start_tls(self, context: Any, *, server_side: bool, server_hostname: str | None = None) -> None:
-        """Encrypt from here on."""
-        self._transport = await self._loop.start_tls(
-            self._transport, self, context, server_side=server_side, server_hostname=server_hostname
-        )
-        self._transport.set_write_buffer_limits(high=0)
+    async def start_tls(self, context: ssl.SSLContext, server_hostname: str | None = None) -> None:
+        self._encrypted = True
+        try:
+            self._transport = await self._loop.start_tls(
+                self._transport, self, context, server_side=server_hostname is None, server_hostname=server_hostname
+            )
+        except BaseException:
+            self._transport.abort()
+            self.connection_lost(None)  # asyncio does not tell that of a connection that is not made yet
+            raise
+        # Nothing may lie in it, as above; TLS's transport takes high=0 for always.
+        self._transport.set_write_buffer_limits(high=1, low=0)
 
     def pause(self) -> None:
-        """Leave in the kernel what arrives, until the next ``receive``."""
+        """Leave in the kernel what arrives, until the next ``receive`` or ``start_tls``."""
         self._transport.pause_reading()
 
     def _start(self) -> None:

@@ -17,6 +17,7 @@ from arun.channel.messages import End, Fail, SessionMessage
 from arun.channel.serving import Handler, Interrupt, serve
 from arun.channel.session import Session
 from arun.channel.stream import Stream, ending
+from arun.channel.tracing import traceparent
 from arun.errors import MisuseError, PayloadError, ProtocolError
 from arun.logs import get_logger
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from msgspec import Raw
 
     from arun.channel.limits import Limits
+    from arun.channel.statistics import ConnectionStatistics
     from arun.channel.wire import Wire
     from arun.runtime import Background, Runtime
 
@@ -69,6 +71,7 @@ class Connection:
         self._limits = limits
         self._reader = reader or FrameReader(peer, SessionMessage, SESSION_FRAME_BYTES)
         self._on_closed = on_closed
+        self._bytes_received = 0
         self._waiters: dict[Inbound | Outbound, list[Callable[[], None]]] = {}
         self._interrupts: dict[Outbound, Interrupt] = {}
         self._handlers: dict[Outbound, asyncio.Task[None] | Background[None]] = {}
@@ -96,6 +99,10 @@ class Connection:
     def closed(self) -> bool:
         """Whether the connection has ended or is ending: ``open`` would raise ChannelLost."""
         return self._reason is not None
+
+    def statistics(self) -> ConnectionStatistics:
+        """What the connection has done so far and what is under way."""
+        return self.session.statistics(self._bytes_received)
 
     def open(self, method: str, payload: object = None, *, item_type: Any = Any, window: int = 256) -> Stream[Any]:
         """Start a run of the peer's handler and return its items as they come.
@@ -245,6 +252,7 @@ class Connection:
         if self._discarding:
             return None
         reader, session = self._reader, self.session
+        self._bytes_received += len(data)
         frames = 0
         try:
             reader.feed(data)
@@ -330,7 +338,7 @@ class Connection:
                 f"got {len(method)} characters and a window of {window}"
             )
         encoded = encode_payload(payload, f"payload of {method!r}", self.session.allowed.message_bytes)
-        inbound = self.session.open(method, encoded, window)
+        inbound = self.session.open(method, encoded, window, traceparent())
         self._wire.wake()
         return inbound
 

@@ -89,6 +89,7 @@ class Inbound:
         "items_used",
         "method",
         "outcome",
+        "received",
         "state",
         "transfer",
         "window",
@@ -108,6 +109,7 @@ class Inbound:
         # What the peer may still send, and what was consumed but not granted again.
         self.items_left, self.bytes_left = window, window_bytes
         self.items_used, self.bytes_used = 0, 0
+        self.received = 0
 
 
 class Outbound:

@@ -23,6 +23,8 @@ class Limits(Struct, frozen=True, kw_only=True):
     :ivar send_buffer: bytes waiting to be written above which local handlers wait.
     :ivar handshake_timeout: seconds that connecting and authenticating may take.
     :ivar half_open: connections of a server that may be unauthenticated at once; others are closed.
+    :ivar silence: seconds, at least 1, after which a peer over TCP is lost whose machine does not answer any more, or
+        which takes nothing of what is sent to it. The kernel answers, so a process may be busy for longer.
     :ivar goodbye_timeout: seconds that ``aclose()`` waits for the peer's handlers to clean up.
     :raises MisuseError: a value is out of its range.
     """
@@ -34,6 +36,7 @@ class Limits(Struct, frozen=True, kw_only=True):
     send_buffer: int = 2**20
     handshake_timeout: float = 5.0
     half_open: int = 64
+    silence: float = 30.0
     goodbye_timeout: float = 5.0
 
     def __post_init__(self) -> None:
@@ -53,6 +56,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "send_buffer": (1, 2**30 - 1),
     "handshake_timeout": (0.0, float("inf")),
     "half_open": (1, 2**31 - 1),
+    "silence": (1.0, 86_400.0),
     "goodbye_timeout": (0.0, float("inf")),
 }
 

@@ -69,11 +69,12 @@ class Transfer:
     :ivar left: bytes that are in no frame yet.
     """
 
-    __slots__ = ("_at", "_pieces", "_prefix", "announced", "left", "owner")
+    __slots__ = ("_at", "_pieces", "_prefix", "announced", "is_item", "left", "owner")
 
     def __init__(self, owner: Any, announced: bytes, part: type[ItemPart | OpenPart], payload: Payload) -> None:
         self.owner = owner
         self.announced = announced
+        self.is_item = part is ItemPart
         self.left = len(payload)
         self._prefix = encode_message(part(owner.id, memoryview(b"")))[:-2]  # without the head of no bytes
         pieces = payload.pieces if isinstance(payload, Scattered) else [payload]
@@ -108,10 +109,24 @@ class Outbox:
         held by its stream, and which nobody else has to wait for.
     :ivar appended: messages ever appended, parts apart.
     :ivar taken: messages ever packed into a frame, parts apart.
+    :ivar items: ever packed into a frame.
+    :ivar frames: ever packed.
+    :ivar bytes: of those.
     :ivar through: owners of transfers that the last frame was the end of.
     """
 
-    __slots__ = ("_messages", "_part_is_next", "_transfers", "appended", "size", "taken", "through")
+    __slots__ = (
+        "_messages",
+        "_part_is_next",
+        "_transfers",
+        "appended",
+        "bytes",
+        "frames",
+        "items",
+        "size",
+        "taken",
+        "through",
+    )
 
     def __init__(self) -> None:
         self._messages: deque[bytes | Run | Transfer] = deque()
@@ -121,6 +136,7 @@ class Outbox:
         self.size = 0
         self.appended = 0
         self.taken = 0
+        self.items = self.frames = self.bytes = 0
         self.through: list[Any] = []
 
     @property
@@ -195,6 +211,7 @@ class Outbox:
             if kind is bytes:
                 parts.append(message)  # type: ignore[arg-type]  # bytes
             elif kind is Run:
+                self.items += len(message.payloads)  # type: ignore[union-attr]  # a Run
                 message.add_to(parts)  # type: ignore[union-attr]  # a Run
             else:
                 parts.append(message.announced)  # type: ignore[union-attr]  # a Transfer
@@ -204,7 +221,7 @@ class Outbox:
         self.taken += count
         parts[1] = array_header(count)
         parts[0] = sum(map(len, parts)).to_bytes(LENGTH_BYTES, "big")
-        return b"".join(parts)
+        return self._counted(b"".join(parts))
 
     def _take_part(self) -> bytes:
         transfer = self._transfers.popleft()
@@ -213,9 +230,15 @@ class Outbox:
             self._transfers.append(transfer)
         else:
             transfer.owner.transfer = None
+            self.items += transfer.is_item
             self.through.append(transfer.owner)
         size = 1 + sum(map(len, parts))
-        return b"".join((size.to_bytes(LENGTH_BYTES, "big"), array_header(1), *parts))
+        return self._counted(b"".join((size.to_bytes(LENGTH_BYTES, "big"), array_header(1), *parts)))
+
+    def _counted(self, frame: bytes) -> bytes:
+        self.frames += 1
+        self.bytes += len(frame)
+        return frame
 
 
 def item_prefix(stream: int) -> bytes:

@@ -13,6 +13,7 @@ from msgspec import Raw
 from arun.channel.codec import encode_payload
 from arun.channel.failures import describe
 from arun.channel.messages import End, Fail
+from arun.channel.tracing import enter_trace
 from arun.errors import ArunError
 from arun.logs import get_logger
 
@@ -91,6 +92,7 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
     iterator: AsyncIterator[object] | None = None
     try:
         if outbound.state == "open":  # else cancelled before this task ran
+            enter_trace(outbound.traceparent)
             with connection.interruptible(outbound):
                 answer = handler(outbound.method, payload)
                 if isinstance(answer, Awaitable):

@@ -60,6 +60,7 @@ from arun.channel.messages import (
     SessionMessage,
 )
 from arun.channel.outbox import INLINE_BYTES, Outbox, Transfer
+from arun.channel.statistics import ConnectionStatistics
 from arun.errors import ProtocolError, StreamRefused
 
 if TYPE_CHECKING:
@@ -104,7 +105,12 @@ class Session:
         "_next_stream",
         "_outbound",
         "_pong_due",
+        "_refused",
+        "_served",
         "allowed",
+        "frames_received",
+        "items_received",
+        "late_items",
         "outbox",
         "peer",
     )
@@ -123,6 +129,8 @@ class Session:
         self._credit_due: dict[int, Inbound] = {}
         self._pong_due: int | None = None
         self._closing: Lost | None = None
+        self._refused = self._served = 0
+        self.frames_received = self.items_received = self.late_items = 0
         #: what a frame has done that is not through, or broke the protocol
         self._breached: Effects | None = None
 
@@ -144,6 +152,7 @@ class Session:
         if self._closing is not None:
             raise self._closing.error()
         if len(self._inbound) >= self.allowed.streams:
+            self._refused += 1
             raise StreamRefused(
                 f"{self.peer} serves {self.allowed.streams} streams at once and all are open or still cleaning up; "
                 f"end some before opening {method!r}, or raise Limits(streams=...) there"
@@ -226,6 +235,7 @@ class Session:
         :raises ProtocolError: the peer broke the protocol; nothing of the connection can be trusted.
         """
         effects = self._breached = Effects()
+        self.frames_received += 1
         for message in messages:
             if type(message) is Item:
                 self._on_items(message, 1, 0, message.payload, effects)
@@ -250,7 +260,10 @@ class Session:
         size = len(raw) - head
         inbound.bytes_left -= size
         if inbound.state != "open":
+            self.late_items += count
             return
+        inbound.received += count
+        self.items_received += count
         if not inbound.items:
             effects.ready.append(inbound)
         raw = _own(raw)
@@ -293,6 +306,7 @@ class Session:
         if message.stream <= self._last_served:
             raise self._illegal(Open, message.stream, "closed")
         self._last_served = message.stream
+        self._served += 1
         if self._closing is not None:
             return
         if len(self._outbound) >= self._limits.streams:
@@ -306,7 +320,7 @@ class Session:
             effects.started.append(Started(outbound, _own(message.payload)))
 
     def _on_open_part(self, message: OpenPart, effects: Effects) -> None:
-        outbound = self._served(message)
+        outbound = self._half_of(message)
         if outbound is None:
             return
         self._advance(outbound, message.stream, OpenPart)
@@ -331,16 +345,20 @@ class Session:
             inbound.bytes_left -= message.bytes
             if inbound.state == "open":
                 inbound.arriving = Arrival(message.bytes)
+            else:
+                self.late_items += 1
         elif inbound.state == "open":  # else late: nobody keeps it
             if inbound.arriving is None:
                 raise ProtocolError(f"{self.peer} sent more of an item of {inbound.method!r} than it announced")
             if inbound.arriving.add(message.data, f"{self.peer} sent an item of {inbound.method!r}"):
                 if not inbound.items:
                     effects.ready.append(inbound)
+                inbound.received += 1
+                self.items_received += 1
                 inbound.items.append(Raw(inbound.arriving.data))
                 inbound.arriving = None
 
-    def _served(self, message: OpenPart | Credit | Cancel) -> Outbound | None:
+    def _half_of(self, message: OpenPart | Credit | Cancel) -> Outbound | None:
         """The half that an opener's message is for; None if it is late."""
         outbound = self._outbound.get(message.stream)
         if outbound is None and message.stream > self._last_served:
@@ -348,7 +366,7 @@ class Session:
         return outbound
 
     def _on_opener(self, message: Credit | Cancel, effects: Effects) -> None:
-        outbound = self._served(message)
+        outbound = self._half_of(message)
         if outbound is None:
             return
         before = outbound.state
@@ -368,6 +386,25 @@ class Session:
         if outbound.items_left > outbound.window or outbound.bytes_left > outbound.window_bytes:
             raise ProtocolError(f"{self.peer} granted more credit on {outbound.method!r} than its window")
         effects.ready.append(outbound)
+
+    def statistics(self, bytes_received: int) -> ConnectionStatistics:
+        """What it has done and what is under way."""
+        return ConnectionStatistics(
+            bytes_sent=self.outbox.bytes,
+            bytes_received=bytes_received,
+            frames_sent=self.outbox.frames,
+            frames_received=self.frames_received,
+            items_sent=self.outbox.items,
+            items_received=self.items_received,
+            late_items=self.late_items,
+            streams_opened=self._next_stream - 1,
+            streams_served=self._served,
+            streams_refused=self._refused,
+            open_streams=len(self._inbound),
+            served_streams=len(self._outbound),
+            without_credit=sum(half.items_left <= 0 or half.bytes_left <= 0 for half in self._outbound.values()),
+            waiting_bytes=self.outbox.size,
+        )
 
     @property
     def talkative(self) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import socket
+import ssl
 import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from arun.channel.serving import Handler
+    from arun.channel.tls import TLSConfig
 
 __all__ = ("Server", "connect_tcp", "connect_unix", "serve_tcp", "serve_unix")
 
@@ -44,28 +47,49 @@ _UNIX_PATH_BYTES = 107
 
 
 async def connect_tcp(
-    host: str, port: int, *, token: bytes, handler: Handler | None = None, limits: Limits = _DEFAULT_LIMITS
+    host: str,
+    port: int,
+    *,
+    token: bytes,
+    tls: TLSConfig | None = None,
+    handler: Handler | None = None,
+    limits: Limits = _DEFAULT_LIMITS,
 ) -> Connection:
     """Connect to a server of :func:`serve_tcp` and authenticate.
 
     :param token: the secret that the server was given.
+    :param tls: needed where the server has one.
     :param handler: serves the streams that the server opens; without one they are refused.
     :param limits: what this side allows the server.
     :raises ChannelLost: nobody listens there, or it hung up or stayed silent, as for a wrong token.
-    :raises ProtocolError: what listens there doesn't know the token, or is no channel server.
+    :raises ProtocolError: what listens there doesn't know the token, has another certificate than it should, or is no
+        channel server.
     """
+    context = None if tls is None else tls.client_context()
 
     async def dial() -> Wire:
+        wire: Wire
         if _on_asyncio():
             loop = asyncio.get_running_loop()
+            made = functools.partial(AsyncioWire, None if context is None else AsyncioWire.pause)
             # uvloop, which Ray's actors and many web servers run on, knows no happy eyeballs.
             several: Any = {"happy_eyeballs_delay": 0.25} if isinstance(loop, asyncio.BaseEventLoop) else {}
-            return (await loop.create_connection(AsyncioWire, host, port, **several))[1]
-        return StreamWire(await anyio.connect_tcp(host, port))
+            wire = (await loop.create_connection(made, host, port, **several))[1]
+        else:
+            wire = StreamWire(await anyio.connect_tcp(host, port))
+        try:
+            _notice_loss(wire, limits)
+            if tls is not None and context is not None:
+                await wire.start_tls(context, server_hostname=tls.hostname or host)
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await wire.aclose()
+            raise
+        return wire
 
     secret = Secret(token)
     del token  # tracebacks may show local variables
-    return await _connect(dial, _tcp_name(host, port), secret, handler, limits)
+    return await _connect(dial, _tcp_name(host, port), secret, handler, limits, tls=tls is not None)
 
 
 async def connect_unix(
@@ -82,17 +106,24 @@ async def connect_unix(
 
     secret = Secret(token)
     del token  # as above
-    return await _connect(dial, name, secret, handler, limits)
+    return await _connect(dial, name, secret, handler, limits, tls=True)  # a Unix socket needs none
 
 
 async def serve_tcp(
-    handler: Handler, *, token: bytes, host: str = "127.0.0.1", port: int = 0, limits: Limits = _DEFAULT_LIMITS
+    handler: Handler,
+    *,
+    token: bytes,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    tls: TLSConfig | None = None,
+    limits: Limits = _DEFAULT_LIMITS,
 ) -> Server:
     """Serve a handler to clients that know the token.
 
     :param token: the shared secret, for example ``secrets.token_bytes(32)``.
     :param host: one address of this machine; wildcard addresses are refused.
     :param port: 0 takes a free one; ``Server.address`` tells which.
+    :param tls: encrypts, with this certificate; clients that come without are dropped.
     :raises PortInUse: somebody else has the port.
     """
     if host in {"", "*", "0.0.0.0", "::"}:
@@ -100,6 +131,7 @@ async def serve_tcp(
             f"host {host!r} would offer the channel on every network of this machine; "
             "name one address, such as 127.0.0.1 or the node's own"
         )
+    context = None if tls is None else tls.server_context()
     secret, runtime = Secret(token), Runtime.current()
     del token  # tracebacks may show local variables
     try:
@@ -112,7 +144,7 @@ async def serve_tcp(
             "stop that, pass another port, or port=0 for a free one"
         ) from exc
     address = (host, listener.extra(SocketAttribute.local_port))
-    return Server(listener, address, handler, secret, limits, runtime)
+    return Server(listener, address, handler, secret, limits, runtime, context)
 
 
 async def serve_unix(
@@ -149,6 +181,7 @@ class Server:
         secret: Secret,
         limits: Limits,
         runtime: Runtime,
+        context: ssl.SSLContext | None = None,
     ) -> None:
         self.address = address
         self._name = address if isinstance(address, str) else _tcp_name(*address)
@@ -157,6 +190,7 @@ class Server:
         self._secret = secret
         self._guests: dict[bytes, _Guest] = {}
         self._limits = limits
+        self._context = context
         self._half_open = 0
         # Strangers' failures since the last that was logged, and until when none is.
         self._unlogged, self._quiet_until = 0, 0.0
@@ -235,6 +269,8 @@ class Server:
                 authenticating.pop(wire, None)
 
         def made(wire: AsyncioWire) -> None:
+            if self._context is not None:
+                wire.pause()
             authenticating[wire] = loop.create_task(accept(wire), name=f"handshake of {self._name}")
 
         servers: list[asyncio.Server] = []
@@ -272,6 +308,10 @@ class Server:
         self._half_open += 1
         try:
             with anyio.fail_after(self._limits.handshake_timeout):
+                if not isinstance(self.address, str):
+                    _notice_loss(wire, self._limits)
+                if self._context is not None:
+                    await wire.start_tls(self._context)
                 agreed = await authenticate_client(wire, self._known(), peer, self._limits)
         except (ProtocolError, anyio.EndOfStream, anyio.BrokenResourceError, OSError) as exc:
             self._warn("authentication.failed", peer=peer, error=repr(exc))
@@ -337,7 +377,13 @@ async def socket_wire(sock: socket.socket) -> Wire:
 
 
 async def _connect(
-    dial: Callable[[], Awaitable[Wire]], peer: str, secret: Secret, handler: Handler | None, limits: Limits
+    dial: Callable[[], Awaitable[Wire]],
+    peer: str,
+    secret: Secret,
+    handler: Handler | None,
+    limits: Limits,
+    *,
+    tls: bool,
 ) -> Connection:
     runtime = Runtime.current()  # refused here, before there is a socket to close
     wire: Wire | None = None
@@ -349,7 +395,7 @@ async def _connect(
         if wire is not None:
             with anyio.CancelScope(shield=True):
                 await wire.aclose()
-        explained = _explain(exc, peer, limits)
+        explained = _explain(exc, peer, limits, tls)
         if explained is None:
             raise
         raise explained from exc  # noqa: ASYNC104 - only errors are explained, a cancellation is not
@@ -364,14 +410,27 @@ async def _connect(
     )
 
 
-def _explain(exc: BaseException, peer: str, limits: Limits) -> ChannelLost | None:
+def _without(tls: bool) -> str:
+    return "" if tls else ". If it has TLS, give this side a TLSConfig, too"
+
+
+def _explain(exc: BaseException, peer: str, limits: Limits, tls: bool) -> ChannelLost | ProtocolError | None:
     match exc:
         case TimeoutError():
-            return ChannelLost(f"{peer} did not answer within {limits.handshake_timeout} s (Limits.handshake_timeout)")
+            return ChannelLost(
+                f"{peer} did not answer within {limits.handshake_timeout} s (Limits.handshake_timeout){_without(tls)}"
+            )
+        case ssl.SSLCertVerificationError():
+            return ProtocolError(
+                f"{peer} has a certificate that is not to be trusted: {exc.verify_message}. It must be valid now, "
+                "signed by TLSConfig(authority=...), and for the host connected to or TLSConfig(hostname=...)"
+            )
+        case ssl.SSLError():
+            return ProtocolError(f"{peer} does not speak TLS as it should, or not at all: {exc.reason or exc}")
         case anyio.EndOfStream() | anyio.BrokenResourceError():
             return ChannelLost(
                 f"{peer} hung up during authentication: it has another token, too many clients are "
-                "authenticating at once, or it ended; its log tells which"
+                f"authenticating at once, or it ended; its log tells which{_without(tls)}"
             )
         case OSError():
             return ChannelLost(f"can't connect to {peer}: {exc}; is the server running there?")
@@ -392,6 +451,21 @@ async def _refuse_taken_path(path: str) -> None:
         return
     await stream.aclose()
     raise PortInUse(f"another process listens on {path}; stop it, or pass another path")
+
+
+def _notice_loss(wire: Wire, limits: Limits) -> None:
+    """Let the kernel find out whether the other machine is there. It answers for a process that is busy."""
+    raw: socket.socket = wire.extra(SocketAttribute.raw_socket)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    seconds = limits.silence
+    for name, value in (
+        ("TCP_KEEPIDLE", max(1, int(seconds / 3))),
+        ("TCP_KEEPINTVL", max(1, int(seconds / 6))),
+        ("TCP_KEEPCNT", 4),
+        ("TCP_USER_TIMEOUT", int(seconds * 1000)),
+    ):
+        if hasattr(socket, name):  # not every system has all of them
+            raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _tcp_name(host: object, port: object) -> str:

@@ -10,6 +10,7 @@ from arun.channel.failures import rebuild
 from arun.channel.halves import Batch, Inbound, Lost
 from arun.channel.messages import Fail
 from arun.channel.serving import CHECKPOINT_ITEMS
+from arun.channel.statistics import StreamStatistics
 from arun.errors import PayloadError
 from arun.timed import Timed
 
@@ -113,6 +114,18 @@ class Stream(Generic[T]):
         :param seconds: until the next item has come; after that a TimeoutError is raised, and the stream goes on.
         """
         return Timed(self, seconds)
+
+    def statistics(self) -> StreamStatistics:
+        """What has come so far, what of it is unread, and how much more may come."""
+        inbound = self._inbound
+        unread = [(it.count, it.size) if isinstance(it, Batch) else (1, len(it)) for it in inbound.items]
+        return StreamStatistics(
+            items_received=inbound.received,
+            unread_items=len(self._decoded) + sum(count for count, _ in unread),
+            unread_bytes=sum(size for _, size in unread),
+            credit_items=inbound.items_left,
+            credit_bytes=max(0, inbound.bytes_left),
+        )
 
     def cancel(self) -> None:
         """Tell the peer to close its handler, without waiting for that. Unread items are dropped."""

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
 import pyarrow.compute as pc
 
 from arun.data import consumers
+from arun.data.all_to_all import Distinct, Join, RandomShuffle, Repartition, Sort
+from arun.data.barriers import How
+from arun.data.batches import BatchFormat as TrainFormat
 from arun.data.block import Row
-from arun.data.declare import BatchOptions, RowOptions, at_least, batch_function, names, row_function
+from arun.data.checkpoint.running import run_with_checkpoint
+from arun.data.cache import Cache
+from arun.data.declare import BatchOptions, RowOptions, SinkOptions, at_least, batch_function, names, row_function
 from arun.data.execution.execution import Consumer
 from arun.data.explain import as_mermaid, as_text
+from arun.data.files import batch_sink, csv_sink, ipc_sink, jsonl_sink, parquet_sink
+from arun.data.grouped import Grouped
+from arun.data.interchange import to_huggingface, to_pandas, to_ray
+from arun.data.items import Items
 from arun.data.known import known_count, known_schema
-from arun.data.logical import Node, OneToOne, Plan, Union, Write, Zip
+from arun.data.logical import AllToAll, Barrier, Iterate, Node, OneToOne, Plan, Union, Write, Zip
 from arun.data.options import RunOptions
 from arun.data.physical import lower
 from arun.data.running import Report, Statistics, plan_of, run_plan
 from arun.data.sink import Sink
+from arun.data.split import Splits
 from arun.data.steps import Drop, Expression, Limit, Rename, Select, Step, Where
-from arun.data.stream import BlockStream, RowStream
+from arun.data.stream import BatchStream, BlockStream, RowStream
 from arun.errors import MisuseError
 from arun.threads import run_in_thread
 
@@ -128,6 +140,82 @@ class Dataset:
         """The first rows; what is not needed for them is not computed."""
         return self._then(Limit(at_least("limit", "rows", rows, 0)))
 
+    # -- all-to-all ------------------------------------------------------------------------------------------
+
+    def sort(
+        self,
+        *by: str,
+        descending: bool | Sequence[bool] = False,
+        nulls: Literal["first", "last"] = "last",
+    ) -> Dataset:
+        """All rows in order; equal ones in the order in which they came. On DuckDB; spills to disk.
+
+        :param by: columns, the most significant first.
+        :param descending: for all of them, or one for each.
+        :param nulls: where null goes, in either direction. NaN is above every other number.
+        """
+        directions = descending if isinstance(descending, bool) else tuple(descending)
+        if not isinstance(directions, bool) and len(directions) != len(by):
+            raise MisuseError(
+                f"sort() by {len(by)} columns in {len(directions)} directions; give one for each, or for all"
+            )
+        return self._all_to_all(Sort(names("sort", by), directions, nulls))
+
+    def group_by(self, *keys: str) -> Grouped:
+        """The rows with equal keys as groups, to be aggregated: ``group_by("lang").aggregate(rows="count")``.
+
+        :param keys: columns; none of them: all rows are one group.
+        """
+        return Grouped(self, keys)
+
+    def distinct(self, *by: str) -> Dataset:
+        """Each row once, in no particular order. On DuckDB; spills to disk.
+
+        :param by: columns in which rows have to differ; of equal ones the first to come stays. By default all.
+        """
+        return self._all_to_all(Distinct(names("distinct", by) if by else None))
+
+    def join(
+        self,
+        other: Dataset,
+        on: str | Sequence[str] | Mapping[str, str] = (),
+        how: How = "inner",
+        *,
+        suffix: str = "_right",
+    ) -> Dataset:
+        """Rows of this one with the rows of another that have equal keys, in no particular order. On DuckDB; spills.
+
+        A null key equals nothing. The columns are those of this one, then those of the other without its keys.
+
+        :param on: columns of both; or a mapping from one of this to one of the other. None for a cross join.
+        :param how: "inner", "left", "right", "outer", "cross"; "semi" and "anti" give the rows with or without a match.
+        :param suffix: what a column of the other gets whose name is taken.
+        """
+        keys = on if isinstance(on, str | Mapping) else tuple(on)
+        if bool(keys) == (how == "cross"):
+            raise MisuseError(
+                f"join(how={how!r}) takes {'no columns' if keys else 'the columns to join on'}: on={on!r}"
+            )
+        return Dataset(AllToAll(Join(keys, how, suffix), (self._readable(), other._readable())))
+
+    def random_shuffle(self, *, seed: int | None = None) -> Dataset:
+        """All rows in a random order, each order as likely as any other. Spills to disk.
+
+        :param seed: the same one gives the same rows the same order; None for another one in every run.
+        """
+        return self._all_to_all(RandomShuffle(seed))
+
+    def repartition(self, count: int | None = None, *, rows: int | None = None) -> Dataset:
+        """The same rows in the same order, in other blocks.
+
+        :param count: number of blocks, whose rows differ by one at most. All rows have to be there before the first.
+        :param rows: in each block but the last; the rows stream.
+        """
+        if (count is None) == (rows is None):
+            raise MisuseError("repartition() takes a count of blocks or the rows of each; give one of them")
+        at_least("repartition", "rows" if count is None else "count", cast("int", rows if count is None else count), 1)
+        return self._all_to_all(Repartition(count, rows))
+
     # -- several datasets ----------------------------------------------------------------------------------
 
     def union(self, *others: Dataset) -> Dataset:
@@ -138,7 +226,110 @@ class Dataset:
         """The columns of this one and of others of as many rows, side by side; a name that is taken gets a number."""
         return Dataset(Zip(tuple(one._readable() for one in (self, *others))))
 
+    # -- shared ---------------------------------------------------------------------------------------------
+
+    def split(
+        self,
+        consumers: int,
+        *,
+        equal: bool = False,
+        by: str | Sequence[str] = (),
+        options: RunOptions | None = None,
+    ) -> tuple[Dataset, ...]:
+        """Datasets that share one run of this one, for tasks that read them side by side, each at its own speed.
+
+        The next block goes to whoever asks for it. It is done when its reader asks for the next one; if the reader
+        leaves before that, another one gets it, so every row is seen at least once, and the end comes when all blocks
+        are done. That holds for who iterates over a split, also through steps that run in one stage; what waits between
+        stages after the split counts as done. Each reader's n-th iteration shares the n-th run.
+
+        :param equal: all get as many rows, settled beforehand; the less than ``consumers`` that are over at the end are
+            left out. What a reader has not fetched yet waits in memory or on disk.
+        :param by: columns; rows that have the same values in them go to the same reader, settled as with ``equal``.
+        :param options: of the shared run.
+        """
+        settings = options or RunOptions()
+        self._readable()
+        splits = Splits(
+            lambda: self.astream(settings),
+            consumers,
+            equal=equal,
+            by=by,
+            memory=settings.memory_limit,
+            folder=settings.folder,
+        )
+        return tuple(Dataset(Iterate(Items(part))) for part in splits.parts())
+
+    def cache(self, *, memory: int | None = None, options: RunOptions | None = None) -> Dataset:
+        """The same rows, computed by the first run and kept for the next ones; runs at the same time share them.
+
+        Kept for as long as a dataset refers to them. A first run that does not come to its end leaves nothing.
+
+        :param memory: bytes to keep in memory, the rest is on disk; by default the memory limit of the options. 0: all
+            of it is on disk.
+        :param options: of the run that computes them.
+        """
+        settings = options or RunOptions()
+        label = self._readable().label
+        kept = Cache(
+            lambda: self.astream(settings),
+            memory=settings.memory_limit if memory is None else at_least("cache", "memory", memory, 0),
+            folder=settings.folder,
+            name=label,
+        )
+        return Dataset(Iterate(Items(kept)))
+
     # -- sinks ----------------------------------------------------------------------------------------------
+
+    def write_parquet(
+        self,
+        path: str | PathLike[str],
+        *,
+        row_group_bytes: int = 32 << 20,
+        compression: str = "zstd",
+        **to: Unpack[SinkOptions],
+    ) -> Dataset:
+        """A dataset that writes Parquet files when it is run.
+
+        :param path: a file that ends in ``.parquet``, or a folder for parts; a URL of either.
+        :param row_group_bytes: of Arrow memory that make one row group.
+        :param compression: "zstd", "snappy", "gzip", "lz4", "brotli" or "none".
+        :param to: see :class:`SinkOptions`.
+        """
+        return self.write(parquet_sink(path, row_group_bytes=row_group_bytes, compression=compression, **to))
+
+    def write_jsonl(self, path: str | PathLike[str], **to: Unpack[SinkOptions]) -> Dataset:
+        """A dataset that writes one JSON object a line when it is run.
+
+        :param path: a file, compressed if it ends in ``.gz``, ``.zst`` and so on, or a folder for parts; or a URL.
+        :param to: see :class:`SinkOptions`.
+        """
+        return self.write(jsonl_sink(path, **to))
+
+    def write_csv(self, path: str | PathLike[str], *, delimiter: str = ",", **to: Unpack[SinkOptions]) -> Dataset:
+        """A dataset that writes CSV with a header when it is run; paths as for :meth:`write_jsonl`.
+
+        :param to: see :class:`SinkOptions`.
+        """
+        return self.write(csv_sink(path, delimiter=delimiter, **to))
+
+    def write_ipc(self, path: str | PathLike[str], *, compression: str = "none", **to: Unpack[SinkOptions]) -> Dataset:
+        """A dataset that writes Arrow IPC files (Feather 2) when it is run.
+
+        :param path: a file that ends in ``.arrow``, or a folder for parts; a URL of either.
+        :param compression: "zstd", "lz4" or "none".
+        :param to: see :class:`SinkOptions`.
+        """
+        return self.write(ipc_sink(path, compression=compression, **to))
+
+    def write_openai_batch(self, path: str | PathLike[str], **to: Unpack[SinkOptions]) -> Dataset:
+        """A dataset that writes results as OpenAI's batch API gives them, when it is run.
+
+        Of the columns ``custom_id`` must be there; ``body`` and ``error`` are JSON as text, or structs.
+
+        :param to: see :class:`SinkOptions`.
+        """
+        return self.write(batch_sink(path, **to))
 
     def write(self, sink: Sink) -> Dataset:
         """A dataset that, when it is run, writes these rows.
@@ -149,20 +340,30 @@ class Dataset:
 
     # -- running --------------------------------------------------------------------------------------------
 
-    async def arun(self, options: RunOptions | None = None) -> Report:
+    async def arun(self, options: RunOptions | None = None, *, checkpoint: str | PathLike[str] | None = None) -> Report:
         """Run it to its end: write to its sink, or, without one, compute the rows and let go of them.
 
         In the caller's task, so its timeouts and cancellation reach everything.
 
+        :param checkpoint: a folder on a local disk that keeps what is finished. If the process is killed, the same call
+            goes on: every row is in the output once, and only rows that had not reached the sink are computed again.
+            For plans from files to files, of steps that take one row or batch at a time; ``explain()`` tells.
+        :raises MisuseError: the plan can't have a checkpoint; names the step.
+        :raises CheckpointError: the checkpoint is of another plan or input, or another process uses it.
         :raises Exception: the first error of a function, a source or the sink, with a note that names step and row.
         """
-        return (await run(self, options=options))[0]
+        if checkpoint is None:
+            return (await run(self, options=options))[0]
+        report = await run_with_checkpoint(self.node, Path(checkpoint), options or RunOptions())
+        self._statistics = report.statistics
+        return report
 
     def astream(self, options: RunOptions | None = None) -> BlockStream:
         """Run it, and iterate over its blocks, ``pyarrow.RecordBatch``, as they come."""
         self._readable()
         settings = options or RunOptions()
-        return BlockStream(lambda consumer: self._run(self.node, consumer, settings), settings)
+        on_demand = any(isinstance(node, Iterate) and node.items.on_demand for node in Plan([self.node]).nodes)
+        return BlockStream(lambda consumer: self._run(self.node, consumer, settings), settings, on_demand=on_demand)
 
     def __aiter__(self) -> BlockStream:
         return self.astream()
@@ -174,6 +375,34 @@ class Dataset:
     async def collect(self, options: RunOptions | None = None) -> pa.Table:
         """Run it, and return all rows as a ``pyarrow.Table``."""
         return await self._run(self._readable(), consumers.to_table, options)
+
+    async def to_pandas(self, options: RunOptions | None = None) -> Any:
+        """Run it, and return all rows as a ``pandas.DataFrame``."""
+        return await run_in_thread(partial(to_pandas, await self.collect(options)))
+
+    async def to_huggingface(self, options: RunOptions | None = None) -> Any:
+        """Run it, and return all rows as a ``datasets.Dataset`` over the same memory."""
+        return await run_in_thread(partial(to_huggingface, await self.collect(options)))
+
+    async def to_ray(self, options: RunOptions | None = None) -> Any:
+        """Run it, and return all rows as a ``ray.data.Dataset``, in Ray's object store."""
+        return await run_in_thread(partial(to_ray, await self.collect(options)))
+
+    def iter_batches(
+        self,
+        *,
+        format: TrainFormat = "arrow",
+        batch_size: int | None = 256,
+        drop_last: bool = False,
+        options: RunOptions | None = None,
+    ) -> BatchStream:
+        """Run it, and iterate over batches for a trainer: ``async for batch in dataset.iter_batches(format="torch")``.
+
+        :param format: record batches; dicts of NumPy arrays or of PyTorch tensors; or data frames.
+        :param batch_size: rows of each but the last; None: blocks as they come.
+        :param drop_last: leave the last batch out where it is smaller.
+        """
+        return BatchStream(self.astream(options), format, batch_size, drop_last=drop_last)
 
     async def take(self, rows: int = 20, options: RunOptions | None = None) -> list[Row]:
         """The first rows, as dicts. Reads and computes no more than it must for them."""
@@ -228,6 +457,9 @@ class Dataset:
                 "it, or from what was written"
             )
         return self.node
+
+    def _all_to_all(self, barrier: Barrier) -> Dataset:
+        return Dataset(AllToAll(barrier, (self._readable(),)))
 
     def _no_options(self, operation: str, options: RowOptions) -> None:
         if options:

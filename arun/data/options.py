@@ -31,6 +31,11 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     memory_limit: int = 512 << 20
     spill_folder: Path | None = None
 
+    @property
+    def folder(self) -> str | None:
+        """Where to spill to, as a string."""
+        return None if self.spill_folder is None else str(self.spill_folder)
+
     def __post_init__(self) -> None:
         for name in ("block_rows", "queue_blocks", "queue_bytes", "memory_limit"):
             if getattr(self, name) < 1:

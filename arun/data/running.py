@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from arun.data import consumers
+from arun.data.checkpoint.progress import Progress
 from arun.data.execution.execution import Consumer, Execution
 from arun.data.execution.statistics import StageStatistics
 from arun.data.logical import Node, Plan
@@ -65,13 +66,14 @@ def plan_of(roots: Sequence[Node], options: RunOptions) -> Plan:
 
 
 async def run_plan(
-    plan: PhysicalPlan, consume: Sequence[Consumer | None], options: RunOptions
+    plan: PhysicalPlan, consume: Sequence[Consumer | None], options: RunOptions, progress: Progress | None = None
 ) -> tuple[list[Any], Statistics]:
     """Run a physical plan.
 
     :param consume: for each root, what reads it; None where it has a sink, which then does.
+    :param progress: what need not be done again, where a checkpoint is kept.
     """
-    execution = Execution(plan, options)
+    execution = Execution(plan, options, progress=progress)
     began = time.perf_counter()
     consumed: list[Consumer] = []
     for own, sink in zip(consume, plan.sinks, strict=True):

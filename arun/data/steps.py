@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 
+from arun.data.batches import BatchFormat
 from arun.data.block import Row
 from arun.signatures import Kind, kind_of, name_of
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from arun.executors import Executor
 
 __all__ = (
-    "BatchFormat",
     "BatchFunction",
     "Drop",
     "Expression",
@@ -47,7 +47,6 @@ __all__ = (
 )
 
 OnError: TypeAlias = Literal["fail", "skip", "collect"]
-BatchFormat: TypeAlias = Literal["arrow", "numpy", "pandas"]
 
 
 class RowFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -108,7 +107,8 @@ class RowFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 class BatchFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A user's function of one batch.
 
-    :ivar format: of what it is given and gives; a record batch, a dict of numpy arrays, or a pandas DataFrame.
+    :ivar format: of what it is given and gives; a record batch, a dict of NumPy arrays or PyTorch tensors, or a pandas
+        DataFrame.
     :ivar batch_size: rows of each batch but the last; None takes blocks as they come.
     :ivar concurrency: most batches at a time; None is one.
     :ivar keeps_rows: whether it gives as many rows as it is given, in their order.

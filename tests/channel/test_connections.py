@@ -485,6 +485,49 @@ async def test_tcp_connections_have_no_delay(runtime):
     await server.aclose()
 
 
+async def test_both_ends_of_a_tcp_connection_notice_a_machine_that_is_gone(runtime):
+    limits = Limits(silence=12)
+    server = await serve_tcp(echo, token=TOKEN, limits=limits)
+    connection = await connect_tcp(*server.address, token=TOKEN, limits=limits)
+    for wire in (connection._wire, *(other._wire for other in server._connections)):
+        raw = wire.extra(anyio.abc.SocketAttribute.raw_socket)
+        assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        idle, every, times, unanswered = (
+            raw.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (
+                socket.TCP_KEEPIDLE,
+                socket.TCP_KEEPINTVL,
+                socket.TCP_KEEPCNT,
+                socket.TCP_USER_TIMEOUT,
+            )
+        )
+        assert idle + every * times == 12
+        assert unanswered == 12_000
+    await connection.aclose()
+    await server.aclose()
+
+
+async def test_a_peer_that_takes_nothing_for_too_long_is_cut_off(runtime):
+    async def pour(method, payload):
+        while True:
+            yield b"x" * 100_000
+
+    server = await serve_tcp(pour, token=TOKEN, limits=Limits(silence=1))
+    raw = RawPeer(await anyio.connect_tcp(*server.address))
+    await raw.authenticate()
+    await raw.receive(Welcome)
+    await raw.stream.send(frame(Open(1, "pour", 2**31 - 1, 2**31 - 1, msgspec.Raw(b"\xc0"))))
+    with capture_logs() as logs:
+        while not server.connections:
+            await anyio.lowlevel.checkpoint()
+        [held] = server._connections
+        await held.wait_closed()
+    [closed] = [entry for entry in logs if entry["event"] == "connection.closed"]
+    assert "TimeoutError" in closed["reason"]
+    await anyio.aclose_forcefully(raw.stream)
+    await server.aclose()
+
+
 async def test_a_unix_socket_is_private_and_removed(runtime, tmp_path):
     path = tmp_path / "a.sock"
     server = await serve_unix(echo, path=path, token=TOKEN)

@@ -11,7 +11,7 @@ import pytest
 
 from arun import MisuseError
 from arun.data import Dataset, from_arrow, from_iterable, from_rows
-from arun.errors import SchemaError
+from arun.errors import DataError
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("runtime", "nothing_left")]
 Row = dict[str, Any]
@@ -84,7 +84,7 @@ async def test_columns_are_selected_dropped_and_renamed() -> None:
 async def test_a_column_that_is_not_there_is_named_with_those_that_are(step: str, after_a_function: bool) -> None:
     dataset = numbers(2).map(double) if after_a_function else numbers(2)
     dataset = dataset.rename({"x": "y"}) if step == "rename" else getattr(dataset, step)("x")
-    with pytest.raises(SchemaError, match=r"no column .*x.*; the columns are n"):
+    with pytest.raises(DataError, match=r"no column .*x.*; the columns are n"):
         await dataset.collect()
 
 
@@ -246,7 +246,7 @@ async def test_types_become_as_wide_as_the_values_need() -> None:
 
 
 async def test_values_that_do_not_fit_together_are_refused_by_column_and_step() -> None:
-    with pytest.raises(SchemaError, match=r"column 'v' that map\(.*\) gave.*schema="):
+    with pytest.raises(DataError, match=r"column 'v' that map\(.*\) gave.*schema="):
         await numbers(2).map(lambda row: {"v": row["n"] or "x"}).collect()
 
 
@@ -255,7 +255,7 @@ async def test_a_schema_says_what_rows_become() -> None:
     table = await numbers(2).map(lambda row: row, schema=schema).collect()
     assert table.schema == schema
     assert table.to_pylist() == [{"n": 0, "m": None}, {"n": 1, "m": None}]
-    with pytest.raises(SchemaError, match="the column 'x', which schema= does not have"):
+    with pytest.raises(DataError, match="the column 'x', which schema= does not have"):
         await numbers(2).map(lambda row: {"x": 1}, schema=schema).collect()
 
 

@@ -15,7 +15,7 @@ import msgspec
 from tests.actors.programs import ENVIRONMENT, ROOT, wait_gone
 from tests.faults.checker import problems
 from tests.faults.history import engine_records, owner_records
-from tests.faults.nemesis import descendants
+from tests.faults.nemesis import marked
 from tests.faults.rounds import Setting
 
 __all__ = ("ORPHAN_SECONDS", "kill_owner", "start", "wait_for")
@@ -70,10 +70,11 @@ def kill_owner(setting: Setting, seed: int, *, after: int) -> list[str]:
                     break
             else:
                 return [f"the program ended by itself: {owner.stderr.read()}"]
-            owned = descendants(owner.pid)
+            owned = marked(Path(folder))
             os.kill(owner.pid, signal.SIGKILL)
-        left = wait_gone(list(owned), ORPHAN_SECONDS)
-        found = [f"{ORPHAN_SECONDS} s after its owner was killed there is {pid} {owned[pid]}" for pid in left]
+        wait_gone(list(owned), ORPHAN_SECONDS)
+        left = marked(Path(folder))  # also those that were started meanwhile
+        found = [f"{ORPHAN_SECONDS} s after its owner was killed there is {pid} {left[pid]}" for pid in left]
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         files = set(os.listdir(Path(folder, "tmp"))) - {"ray"}

@@ -32,12 +32,15 @@ async def batchwise(
     """What a function makes of the batches of blocks."""
 
     batches = blocks if step.batch_size is None else rebatched(blocks, step.batch_size)
+    dropped: list[int] = []
 
     async def source() -> AsyncGenerator[Block]:
         try:
             async for block in batches:
                 if block.rows:
                     yield block
+                else:
+                    dropped.extend(block.dropped)
         finally:
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
                 await close(batches)
@@ -63,6 +66,8 @@ async def batchwise(
             handles.reverse()
             while handles:
                 yield handles.pop().outcome_now.value  # type: ignore[union-attr]  # errors are not handed on
+        if dropped:
+            yield Block(pa.RecordBatch.from_arrays([], names=[]), [], dropped)
     finally:
         with anyio.CancelScope(shield=True):
             await close(done)
@@ -90,6 +95,8 @@ async def rebatched(blocks: AsyncIterator[Block], size: int) -> AsyncGenerator[B
     rows = 0
     try:
         async for block in blocks:
+            if not block.rows and block.dropped:
+                yield block
             while block.rows:
                 some = block.slice(0, size - rows) if block.rows > size - rows else block
                 block = block.slice(some.rows)

@@ -21,12 +21,14 @@ import anyio
 from anyio.abc import TaskGroup
 
 from arun.data.block import Block
+from arun.data.checkpoint.progress import Progress
 from arun.data.execution.boundary import Boundary, Reader
 from arun.data.execution.operators import operate
 from arun.data.execution.output import Output
 from arun.data.execution.statistics import StageStatistics
 from arun.data.options import RunOptions
 from arun.data.physical import PhysicalPlan, Stage
+from arun.data.spill import SpillingQueue
 from arun.hosting import GRACE, close, drive
 
 __all__ = ("Consumer", "Execution")
@@ -39,16 +41,17 @@ class Execution:
     """One run of a physical plan.
 
     :param plan: what to run.
-    :param traced: whether rows know their origins; see :mod:`arun.data.block`.
+    :param progress: where a checkpoint is kept: what need not be done again. Rows then know their origins; see
+        :mod:`arun.data.block`.
     :ivar group: has the tasks of stages and of what they start.
     :ivar statistics: of each stage, by its number.
     """
 
     group: TaskGroup
 
-    def __init__(self, plan: PhysicalPlan, options: RunOptions, *, traced: bool = False) -> None:
+    def __init__(self, plan: PhysicalPlan, options: RunOptions, *, progress: Progress | None = None) -> None:
         self.options = options
-        self.traced = traced
+        self.progress = progress
         self.statistics = [StageStatistics(stage.number, stage.name) for stage in plan.stages]
         self._plan = plan
         self._boundaries: dict[int, Boundary] = {}
@@ -106,8 +109,10 @@ class Execution:
             await self._leave(stage)
 
         options = self.options
+        folder = options.folder
+        spill = SpillingQueue(memory=options.queue_bytes, folder=folder) if stage.apart else None
         self._boundaries[stage.number] = Boundary(
-            options.queue_blocks, options.queue_bytes, statistics, start, abandon, apart=stage.apart
+            options.queue_blocks, options.queue_bytes, statistics, start, abandon, spill=spill
         )
 
     def _head(self, root: Stage) -> AsyncIterator[Block]:

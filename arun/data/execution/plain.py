@@ -15,7 +15,7 @@ from arun.data.execution.batch_functions import call_on_batch
 from arun.data.execution.frame import Frame
 from arun.data.execution.statistics import StepStatistics
 from arun.data.steps import BatchFunction, Drop, Expression, Limit, Rename, RowFunction, Select, Step, Where
-from arun.errors import MisuseError, SchemaError
+from arun.errors import DataError, MisuseError
 from arun.guards import close_unused, shown
 from arun.logs import get_logger
 
@@ -120,9 +120,9 @@ def _evaluate(batch: pa.RecordBatch, expression: Any) -> pa.Array:
     return values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
 
 
-def _refused(step: Step, names: list[str], exc: Exception) -> SchemaError:
+def _refused(step: Step, names: list[str], exc: Exception) -> DataError:
     what = f"no column {exc.args[0]}" if isinstance(exc, KeyError) else str(exc)
-    return SchemaError(f"{step.label}: {what}; the columns are {', '.join(names) or 'none'}")
+    return DataError(f"{step.label}: {what}; the columns are {', '.join(names) or 'none'}")
 
 
 # -- rows ----------------------------------------------------------------------------------------------------

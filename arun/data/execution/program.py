@@ -56,10 +56,11 @@ class Program:
     def run(self, block: Block) -> Iterator[Block]:
         """The blocks that come of one, computed as they are asked for."""
         if not block.rows:
-            yield self._run_piece(block)
+            # One that only tells what was dropped has no columns that a step could look at.
+            yield self._run_piece(block) if block.batch.num_columns or not block.dropped else block
         offset = 0
         while offset < block.rows and not self.finished:
-            size = self._size(block.rows - offset)
+            size = block.whole(offset + self._size(block.rows - offset)) - offset
             piece = block if size == block.rows else block.slice(offset, size)
             offset += size
             began = time.perf_counter()

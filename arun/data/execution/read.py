@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import pyarrow as pa
 
 from arun.data.block import Block, origin_of
+from arun.data.checkpoint.progress import Progress
 from arun.data.execution.program import PERIOD, Program
 from arun.data.source import Fragment, Source
 from arun.hosting import GRACE, close
 from arun.threads import run_in_thread
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from arun.data.execution.execution import Execution
 
 __all__ = ("close_in_thread", "read", "through")
@@ -28,7 +27,7 @@ async def read(source: Source, program: Program | None, execution: Execution) ->
 
     Reading and computing share a thread: a block never waits for a second hop.
     """
-    reading = _Reading(source, program, traced=execution.traced)
+    reading = _Reading(source, program, execution.progress)
     label = f"read {source.name}"
     try:
         while not reading.ended:
@@ -44,18 +43,21 @@ async def read(source: Source, program: Program | None, execution: Execution) ->
 class _Reading:
     """Where a source has been read to. Used by one thread at a time.
 
+    :param progress: of an earlier run, where a checkpoint is kept: what is finished is left out.
     :ivar ended: whether there is nothing more.
     """
 
-    def __init__(self, source: Source, program: Program | None, *, traced: bool) -> None:
+    def __init__(self, source: Source, program: Program | None, progress: Progress | None) -> None:
         self.ended = False
         self._source = source
         self._program = program
-        self._traced = traced
-        self._fragments: Iterator[Fragment] | None = None
-        self._numbers = itertools.count()
+        self._progress = progress
+        #: number, fragment, and rows to skip
+        self._fragments: Iterator[tuple[int, Fragment, int]] | None = None
         self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._origin = 0
+        #: the fragment that is open, and how far it has been read
+        self._number = -1
+        self._offset = 0
         self._made: Iterator[Block] = iter(())
 
     @property
@@ -85,20 +87,40 @@ class _Reading:
         close_in_thread(self._fragments)
 
     def _read_next(self) -> None:
+        progress = self._progress
         if self._fragments is None:
-            self._fragments = iter(self._source.fragments())
+            self._fragments = _all(self._source) if progress is None else progress.unfinished()
         for batch in self._batches:
-            block = Block(batch)
-            if self._traced:
-                block = Block(batch, range(self._origin, self._origin + batch.num_rows))
-                self._origin += batch.num_rows
-            self._made = iter((block,)) if self._program is None else self._program.run(block)
+            block = Block(batch) if progress is None else self._unfinished(batch, progress)
+            if block is not None:
+                self._made = iter((block,)) if self._program is None else self._program.run(block)
             return
-        for fragment in self._fragments:
-            self._origin = origin_of(next(self._numbers), 0)
-            self._batches = self._source.read(fragment)
+        if progress is not None and self._number >= 0:
+            progress.end(self._number, self._offset)
+        for number, fragment, skip in self._fragments:
+            self._number, self._offset = number, skip
+            self._batches = self._source.read(fragment, skip=skip)
             return
         self.ended = True
+
+    def _unfinished(self, batch: pa.RecordBatch, progress: Progress) -> Block | None:
+        number, start, rows = self._number, self._offset, batch.num_rows
+        self._offset += rows
+        left = progress.left(number, start, rows)
+        if len(left) == 1:
+            first, end = left[0]
+            origins = range(origin_of(number, first), origin_of(number, end))
+            return Block(batch.slice(first - start, end - first), origins)
+        offsets = [offset for first, end in left for offset in range(first, end)]
+        if not offsets:
+            return None
+        taken = batch.take(pa.array([offset - start for offset in offsets]))
+        return Block(taken, [origin_of(number, offset) for offset in offsets])
+
+
+def _all(source: Source) -> Iterator[tuple[int, Fragment, int]]:
+    for number, fragment in enumerate(source.fragments()):
+        yield number, fragment, 0
 
 
 def close_in_thread(iterator: Any) -> None:

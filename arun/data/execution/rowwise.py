@@ -7,6 +7,7 @@ one, so a slow row never holds up others; only where order is kept are those aft
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -89,6 +90,9 @@ class _Rows:
         self._taken = 0
         self._early: dict[int, Handle[list[Row]]] = {}
         self._room: anyio.Event | None = None
+        #: of origins that have several rows: how many are still at work, and what has come of the others
+        self._at_work: dict[int, int] = {}
+        self._held: dict[int, list[Row]] = {}
 
     async def specs(self) -> AsyncGenerator[_Spec]:
         """One for each row."""
@@ -96,6 +100,7 @@ class _Rows:
         try:
             async for block in self._blocks:
                 self.dropped.extend(block.dropped)
+                self._count(block.origins)
                 for offset in range(0, block.rows, size):
                     piece = block.slice(offset, size)
                     origins: Sequence[int | None] = piece.origins or [None] * piece.rows
@@ -132,8 +137,10 @@ class _Rows:
         traced = False
         for handle in handles:
             result: list[Row] = handle.outcome_now.value  # type: ignore[union-attr]  # errors are not handed on
-            rows += result
             origin = handle.spec.origin
+            if origin in self._at_work and not self._is_last(origin, result):
+                continue
+            rows += result
             if origin is not None:
                 traced = True
                 if result:
@@ -144,6 +151,21 @@ class _Rows:
             return None
         dropped, self.dropped = self.dropped, []
         return Block(shaper.batch(rows), origins if traced else None, dropped)
+
+    def _count(self, origins: Sequence[int] | None) -> None:
+        if origins is not None and not isinstance(origins, range):
+            self._at_work.update((origin, rows) for origin, rows in Counter(origins).items() if rows > 1)
+
+    def _is_last(self, origin: int, result: list[Row]) -> bool:
+        """Whether all rows of an origin have ended; then ``result`` is what has come of all of them."""
+        held = self._held.setdefault(origin, [])
+        held += result
+        self._at_work[origin] -= 1
+        if self._at_work[origin]:
+            return False
+        del self._at_work[origin]
+        result[:] = self._held.pop(origin)
+        return True
 
     async def _wait_for_window(self) -> None:
         # What came early waits in memory: no more than two windows of it.

@@ -43,7 +43,7 @@ class StageStatistics(msgspec.Struct):
     :ivar waited_in: seconds that it waited for its inputs.
     :ivar waited_out: seconds that it waited for whoever takes its blocks.
     :ivar peak_blocks: most blocks that have waited for whoever takes them.
-    :ivar spilled: bytes that waited on disk.
+    :ivar spilled: blocks that waited on disk.
     :ivar steps: what it does.
     """
 
