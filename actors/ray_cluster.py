@@ -50,7 +50,8 @@ class RayCluster(Cluster):
     >>> async with RayCluster.connect() as cluster:
     ...     counter = await cluster.spawn(Counter, start=3)
 
-    Make it with :meth:`connect`. Actors end with this process, since Ray ends a dead driver's actors.
+    Make it with :meth:`connect`. Actors end with this process, since Ray ends a dead driver's actors; detached ones do
+    not. These have one namespace for all programs on that Ray, so a name is taken once.
     """
 
     def __init__(
