@@ -390,6 +390,11 @@ class EnginePool:
         await self._opened().drain(replica)
 
     @property
+    def detached(self) -> bool:
+        """Whether other processes may attach to it by its name."""
+        return isinstance(self._engines, AttachedEngines)
+
+    @property
     def started(self) -> bool:
         """Whether :meth:`start` was called."""
         return self._state != "new"

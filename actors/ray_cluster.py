@@ -157,6 +157,10 @@ class RayCluster(Cluster):
             await super().stop(name)
         await finish(Runtime.current().start(detached.end, found, name, self._grace, name=f"end of actor {name}"))
 
+    def is_detached(self, actor: object) -> bool:
+        """Whether a handle is of a detached actor, which other processes may attach to by its name."""
+        return link_of(actor).name in self._attached
+
     def check_detachable(self) -> None:
         self._require_open()
         if self._session.started_ray:

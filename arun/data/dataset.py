@@ -15,8 +15,8 @@ from arun.data.all_to_all import Distinct, Join, RandomShuffle, Repartition, Sor
 from arun.data.barriers import How
 from arun.data.batches import BatchFormat as TrainFormat
 from arun.data.block import Row
-from arun.data.checkpoint.running import run_with_checkpoint
 from arun.data.cache import Cache
+from arun.data.checkpoint.running import run_with_checkpoint
 from arun.data.declare import BatchOptions, RowOptions, SinkOptions, at_least, batch_function, names, row_function
 from arun.data.execution.execution import Consumer
 from arun.data.explain import as_mermaid, as_text

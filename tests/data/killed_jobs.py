@@ -90,7 +90,9 @@ class Universe:
     def finished(self) -> set[int]:
         """The rows of the source that the journal holds, as their numbers."""
         job = self.folder / "job"
-        spans = [span for path in job.glob("*.done") for span in msgspec.json.decode(path.read_bytes(), type=_Done).finished]
+        spans = [
+            span for path in job.glob("*.done") for span in msgspec.json.decode(path.read_bytes(), type=_Done).finished
+        ]
         for path in job.glob("*.arrows"):
             spans += [span for _, entry, _ in _read(path) for span in entry.finished]
         if self.kind == "parquet":
