@@ -159,7 +159,7 @@ class RayCluster(Cluster):
 
     def is_detached(self, actor: object) -> bool:
         """Whether a handle is of a detached actor, which other processes may attach to by its name."""
-        return link_of(actor).name in self._attached
+        return self._roster.attached_name(actor) is not None
 
     def check_detachable(self) -> None:
         self._require_open()
