@@ -15,7 +15,6 @@ import anyio
 import anyio.to_thread
 
 from actors import detached, pickling
-from actors.actor import link_of
 from actors.bundles import Group, Placement, Reservation
 from actors.cluster import Cluster, ClusterResources, DetachedOrder, Isolation, NodeResources
 from actors.finish import finish
@@ -52,7 +51,8 @@ class RayCluster(Cluster):
     >>> async with RayCluster.connect() as cluster:
     ...     counter = await cluster.spawn(Counter, start=3)
 
-    Make it with :meth:`connect`. Actors end with this process, since Ray ends a dead driver's actors.
+    Make it with :meth:`connect`. Actors end with this process, since Ray ends a dead driver's actors; detached ones do
+    not. These have one namespace for all programs on that Ray, so a name is taken once.
     """
 
     def __init__(
@@ -68,7 +68,6 @@ class RayCluster(Cluster):
         self._placement_timeout = placement_timeout
         self._session = _RaySession(address, options)
         self._opening: Background[None] | None = None
-        self._attached: set[str] = set()
 
     @classmethod
     def connect(
@@ -146,20 +145,22 @@ class RayCluster(Cluster):
         return await anyio.to_thread.run_sync(_resources)
 
     async def stop(self, actor: object) -> None:
-        name = actor if isinstance(actor, str) else link_of(actor).name
-        found = None
-        if name in self._attached or (isinstance(actor, str) and not self._roster.has(name)):
-            self._require_open()
-            found = await self._found(name)
-        if found is None or self._roster.has(name):
+        if isinstance(actor, str) and not self._roster.has(actor):
+            name: str | None = actor
+        else:
+            name = self._roster.attached_name(actor)
+        if name is None:
             await super().stop(actor)
-        if found is not None:
-            self._attached.discard(name)
-            await finish(Runtime.current().start(detached.end, found, name, self._grace, name=f"end of actor {name}"))
+            return
+        self._require_open()
+        found = await self._found(name)
+        if self._roster.has(name):
+            await super().stop(name)
+        await finish(Runtime.current().start(detached.end, found, name, self._grace, name=f"end of actor {name}"))
 
     def is_detached(self, actor: object) -> bool:
         """Whether a handle is of a detached actor, which other processes may attach to by its name."""
-        return link_of(actor).name in self._attached
+        return self._roster.attached_name(actor) is not None
 
     def check_detachable(self) -> None:
         self._require_open()
@@ -235,9 +236,8 @@ class RayCluster(Cluster):
             raise
 
     async def _attach(self, actor: Any, card: Card) -> object:
-        handle = await self._roster.attach(pickling.loads(card.spec), detached.Attachment(actor, card))
-        self._attached.add(card.name)
-        return handle
+        attachment = detached.Attachment(actor, card, self._roster.forget)
+        return await self._roster.attach(pickling.loads(card.spec), attachment)
 
     async def _found(self, name: str) -> Any:
         """Ray's handle of the detached actor of that name.
