@@ -1,9 +1,9 @@
 """Jobs with a checkpoint that are killed, again and again, at moments that a seed has drawn; run as a program.
 
-Each universe draws a plan, a source, a sink and its moments. An attempt is a process of its own, which kills itself with
-SIGKILL when the moment has come: at its n-th call of a step, its n-th operation on a file, or before or after it commits
-its n-th part. When an attempt survives, the output must be exact, and no attempt may have computed what was finished
-before it.
+Each universe draws a plan, a source, a sink and its moments. An attempt is a process of its own, which kills itself
+with SIGKILL when the moment has come: at its n-th call of a step, its n-th operation on a file, or before or after it
+commits its n-th part. When an attempt survives, the output must be exact, and no attempt may have computed what was
+finished before it.
 
     python -m tests.data.killed_jobs FOLDER SEED UNIVERSES
 """
@@ -181,7 +181,7 @@ def attempt(universe: Universe, moment: Moment) -> bool:
         options = RunOptions(block_rows=universe.block_rows)
         try:
             asyncio.run(universe.plan(moment).arun(options, checkpoint=universe.folder / "job"))
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the parent must not run on as this child
             sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]  # there is one
             os._exit(1)
         os._exit(0)

@@ -263,16 +263,19 @@ class _Segment:
         self._file.close()
 
 
-def _read(path: Path) -> Iterator[tuple[pa.RecordBatch, _Entry, int]]:
-    """The blocks of a segment, and where each ends, up to a torn one."""
+def _read(path: Path, *, rows: bool = True) -> Iterator[tuple[pa.RecordBatch, _Entry, int]]:
+    """The blocks of a segment, and where each ends, up to a torn one.
+
+    :param rows: whether they are wanted; only what lies beside them is read otherwise, as the file is mapped.
+    """
     if not path.stat().st_size:
         return
-    with pa.memory_map(str(path)) as mapped:
+    with pa.OSFile(str(path)) if rows else pa.memory_map(str(path)) as opened:
         try:
-            reader = pa.ipc.open_stream(mapped)
+            reader = pa.ipc.open_stream(opened)
             while True:
                 batch, metadata = reader.read_next_batch_with_custom_metadata()
-                yield batch, msgspec.json.decode(metadata[_ENTRY], type=_Entry), mapped.tell()
+                yield batch, msgspec.json.decode(metadata[_ENTRY], type=_Entry), opened.tell()
         except (StopIteration, pa.ArrowInvalid, OSError):
             return
 
@@ -281,7 +284,7 @@ def _repaired(path: Path, entries: list[_Entry]) -> list[pa.Schema]:
     """Cut a torn block off, so that nobody ever takes it for a whole one; adds the entries of those that are whole."""
     end = 0
     schemas: list[pa.Schema] = []
-    for batch, entry, position in _read(path):
+    for batch, entry, position in _read(path, rows=False):
         entries.append(entry)
         schemas = [batch.schema]
         end = position

@@ -30,11 +30,6 @@ class Progress:
         }
         self._ended: deque[tuple[int, int]] = deque()
 
-    @property
-    def rows(self) -> int:
-        """How many are finished."""
-        return sum(offsets.count for offsets in self._finished.values())
-
     def finish(self, ranges: Iterable[Sequence[int]]) -> None:
         """These rows are finished."""
         for fragment, start, end in ranges:
@@ -74,10 +69,6 @@ class _Offsets:
     def __init__(self) -> None:
         self._starts: list[int] = []
         self._ends: list[int] = []
-
-    @property
-    def count(self) -> int:
-        return sum(self._ends) - sum(self._starts)
 
     @property
     def first_gap(self) -> int:
