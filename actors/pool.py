@@ -11,12 +11,13 @@ it works as a fixture and in an ``AsyncExitStack``.
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import anyio
 
 from actors.answers import Completion, Embedding, Reset
 from actors.attached_engines import AttachedEngines, PoolOrder
+from actors.attached_pools import attached_pool
 from actors.batches import calls
 from actors.engines import DeltaStream, PoolSettings
 from actors.finish import finish
@@ -430,7 +431,9 @@ class EnginePool:
     ) -> None:
         await self.aclose()
 
-    def __reduce__(self) -> NoReturn:
+    def __reduce__(self) -> Any:
+        if isinstance(self._engines, AttachedEngines):
+            return attached_pool, (self.name,)
         raise MisuseError(
             f"pool {self.name!r} can't be pickled: it holds connections to its engines. Give it to the application "
             "as a resource, and let another process open a pool of its own, or attach to a detached one by its name"

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from arun.data import consumers
 from arun.data.all_to_all import Distinct, Join, RandomShuffle, Repartition, Sort
+from arun.data.backends import Backend, backend_of
 from arun.data.barriers import How
 from arun.data.batches import BatchFormat as TrainFormat
 from arun.data.block import Row
@@ -339,14 +340,8 @@ class Dataset:
         """
         settings = options or RunOptions()
         self._readable()
-        splits = Splits(
-            lambda: self.astream(settings),
-            consumers,
-            equal=equal,
-            by=by,
-            memory=settings.memory_limit,
-            folder=settings.folder,
-        )
+        blocks = partial(self.astream, settings)
+        splits = Splits(blocks, consumers, equal=equal, by=by, memory=settings.memory_limit, folder=settings.folder)
         return tuple(Dataset(Iterate(Items(part))) for part in splits.parts())
 
     def cache(self, *, memory: int | None = None, options: RunOptions | None = None) -> Dataset:
@@ -359,13 +354,9 @@ class Dataset:
         :param options: of the run that computes them.
         """
         settings = options or RunOptions()
-        label = self._readable().label
-        kept = Cache(
-            lambda: self.astream(settings),
-            memory=settings.memory_limit if memory is None else at_least("cache", "memory", memory, 0),
-            folder=settings.folder,
-            name=label,
-        )
+        limit = settings.memory_limit if memory is None else at_least("cache", "memory", memory, 0)
+        name, blocks = self._readable().label, partial(self.astream, settings)
+        kept = Cache(blocks, memory=limit, folder=settings.folder, name=name)
         return Dataset(Iterate(Items(kept)))
 
     # -- sinks ----------------------------------------------------------------------------------------------
@@ -429,7 +420,13 @@ class Dataset:
 
     # -- running --------------------------------------------------------------------------------------------
 
-    async def arun(self, options: RunOptions | None = None, *, checkpoint: str | PathLike[str] | None = None) -> Report:
+    async def arun(
+        self,
+        options: RunOptions | None = None,
+        *,
+        checkpoint: str | PathLike[str] | None = None,
+        engine: str | Backend = "local",
+    ) -> Report:
         """Run it to its end: write to its sink, or, without one, compute the rows and let go of them.
 
         In the caller's task, so its timeouts and cancellation reach everything.
@@ -437,12 +434,16 @@ class Dataset:
         :param checkpoint: a folder on a local disk that keeps what is finished. If the process is killed, the same call
             goes on: every row is in the output once, and only rows that had not reached the sink are computed again.
             For plans from files to files, of steps that take one row or batch at a time; ``explain()`` tells.
+        :param engine: "local", or "ray": on Ray Data, see :mod:`actors.dataset`.
         :raises MisuseError: the plan can't have a checkpoint; names the step.
         :raises CheckpointError: the checkpoint is of another plan or input, or another process uses it.
         :raises Exception: the first error of a function, a source or the sink, with a note that names step and row.
+        :raises MisuseError: the engine can't run one of its steps; raised before anything runs.
         """
         if checkpoint is None:
-            return (await run(self, options=options))[0]
+            return (await run(self, options=options, engine=engine))[0]
+        if engine != "local":
+            raise MisuseError("a checkpoint is kept by engine='local' only; leave one of the two out")
         report = await run_with_checkpoint(self.node, Path(checkpoint), options or RunOptions())
         self._statistics = report.statistics
         return report
@@ -515,13 +516,23 @@ class Dataset:
 
     # -- looking at it ----------------------------------------------------------------------------------------
 
-    def explain(self, options: RunOptions | None = None, *, format: Literal["text", "mermaid"] = "text") -> str:
+    def explain(
+        self,
+        options: RunOptions | None = None,
+        *,
+        format: Literal["text", "mermaid"] = "text",
+        engine: str | Backend = "local",
+    ) -> str:
         """What would run: the plan as it was asked for, what the rules make of it, and its stages. Runs nothing.
 
         :param format: "text", or "mermaid": the stages as a flowchart.
+        :param engine: where it would run; of another than "local": what that makes of each node, or why it can't.
         """
         logical = Plan([self.node])
         optimised = plan_of(logical.roots, options or RunOptions())
+        elsewhere = backend_of(engine)
+        if elsewhere is not None:
+            return "\n".join(elsewhere.explain(optimised))
         physical = lower(optimised)
         return as_mermaid(physical) if format == "mermaid" else as_text(logical, optimised, physical)
 
@@ -566,7 +577,7 @@ class Dataset:
         return result
 
 
-async def run(*datasets: Dataset, options: RunOptions | None = None) -> list[Report]:
+async def run(*datasets: Dataset, options: RunOptions | None = None, engine: str | Backend = "local") -> list[Report]:
     """Run several datasets as one: what they share runs once.
 
     >>> rows = read_jsonl("in.jsonl").map(parse)
@@ -575,7 +586,11 @@ async def run(*datasets: Dataset, options: RunOptions | None = None) -> list[Rep
     :raises Exception: the first error of any of them; the others are cancelled.
     """
     settings = options or RunOptions()
-    physical = lower(plan_of([dataset.node for dataset in datasets], settings))
+    plan = plan_of([dataset.node for dataset in datasets], settings)
+    elsewhere = backend_of(engine)
+    if elsewhere is not None:
+        return list(await elsewhere.run(plan, settings))
+    physical = lower(plan)
     results, statistics = await run_plan(physical, [None] * len(datasets), settings)
     reports: list[Report] = []
     for dataset, result in zip(datasets, results, strict=True):

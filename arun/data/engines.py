@@ -21,24 +21,27 @@ PromptOf: TypeAlias = str | Callable[[Row], Any]
 class Engine(Protocol):
     """What answers prompts: an :class:`~actors.EnginePool`, or anything of that shape."""
 
-    def complete(self, prompt: Any, **options: Any) -> Awaitable[Any]:
-        """A completion: ``text``, ``finish_reason``, and ``usage`` with its numbers of tokens."""
+    @property
+    def complete(self) -> Callable[..., Awaitable[Any]]:
+        """Given a prompt and options, a completion: ``text``, ``finish_reason``, ``usage`` with numbers of tokens."""
         ...
 
 
 class Embedder(Protocol):
     """What embeds texts: an :class:`~actors.EnginePool` of such an engine, or anything of that shape."""
 
-    def embed(self, prompt: Any, **options: Any) -> Awaitable[Any]:
-        """An embedding: ``data``, little-endian float32, and ``prompt_tokens``."""
+    @property
+    def embed(self) -> Callable[..., Awaitable[Any]]:
+        """Given a prompt and options, an embedding: ``data``, little-endian float32, and ``prompt_tokens``."""
         ...
 
 
 class Cluster(Protocol):
     """What starts actors: a cluster of :mod:`actors`."""
 
-    def spawn(self, cls: type[Any], /, *args: Any, **kwargs: Any) -> Awaitable[Any]:
-        """Start one, and return its handle."""
+    @property
+    def spawn(self) -> Callable[..., Awaitable[Any]]:
+        """Given a class and its arguments, start one, and return its handle."""
         ...
 
     def stop(self, actor: object) -> Awaitable[None]:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import arun
 
-from . import channel, fanout, memory, pool, steps
+from . import channel, data, fanout, inference, memory, pool, steps
 from .harness import Options, Row, table
 
-ROWS = {**steps.ROWS, **fanout.ROWS, **memory.ROWS, **channel.ROWS, **pool.ROWS}
+ROWS = {**steps.ROWS, **fanout.ROWS, **memory.ROWS, **channel.ROWS, **pool.ROWS, **data.ROWS, **inference.ROWS}
 
 
 def main() -> None:

@@ -28,12 +28,12 @@ from arun import Ok
 
 from .harness import Check, Options, Row
 
-__all__ = ("ROWS",)
+__all__ = ("BATCH_TOKENS", "MODEL_LEN", "ROWS", "prompt", "ray_data_llm")
 
 _CONCURRENT = 64
-_MODEL_LEN = 1024
+MODEL_LEN = 1024
 _TOKENS = 128
-_BATCH_TOKENS = 64
+BATCH_TOKENS = 64
 
 
 def tokens(options: Options) -> list[Row]:
@@ -97,7 +97,7 @@ def _measured(what: str, *numbers: int) -> dict[str, dict[str, float]]:
 
 async def _tokens(rounds: int, singles: int) -> dict[str, dict[str, float]]:
     model = str(tiny_model())
-    spec = EngineSpec(model=model, max_model_len=_MODEL_LEN)
+    spec = EngineSpec(model=model, max_model_len=MODEL_LEN)
     async with RayCluster.connect(num_cpus=2) as cluster, cluster.engines(spec) as pool:
         with _async_llm(model) as direct:
             contestants: dict[str, _Ask] = {"direct": direct, "pool": _through(pool)}
@@ -110,7 +110,7 @@ async def _tokens(rounds: int, singles: int) -> dict[str, dict[str, float]]:
                         found[name].setdefault(figure, []).append(value)
             for number in range(-1, singles * rounds):
                 for name, ask in contestants.items():
-                    taken_to_first = (await _answer(ask, _prompt(number), 1))[1]
+                    taken_to_first = (await _answer(ask, prompt(number), 1))[1]
                     if number >= 0:
                         found[name].setdefault("first", []).append(taken_to_first)
     return {
@@ -131,7 +131,7 @@ async def _round(ask: _Ask, number: int) -> dict[str, float]:
     async def consume(consumer: int) -> None:
         nonlocal count
         for turn in range(4):
-            got, first = await _answer(ask, _prompt(number * 1000 + consumer * 10 + turn), _TOKENS)
+            got, first = await _answer(ask, prompt(number * 1000 + consumer * 10 + turn), _TOKENS)
             count += got
             if turn == 0:
                 firsts.append(first)
@@ -169,7 +169,7 @@ def _async_llm(model: str) -> Any:
         async_llm: Any = importlib.import_module("vllm.v1.engine.async_llm").AsyncLLM
         args = vllm.AsyncEngineArgs(
             model=model,
-            max_model_len=_MODEL_LEN,
+            max_model_len=MODEL_LEN,
             enforce_eager=True,
             disable_log_stats=True,
         )
@@ -188,15 +188,15 @@ def _async_llm(model: str) -> Any:
             llm.shutdown()
 
 
-def _prompt(seed: int, words: int = 20) -> str:
+def prompt(seed: int, words: int = 20) -> str:
     chance = random.Random(seed)
     return " ".join(chance.choice(("runtime", "actor", "stream", "token", "credit", "reader")) for _ in range(words))
 
 
 async def _batch(_: int, count: int) -> dict[str, dict[str, float]]:
     model = str(tiny_model())
-    prompts = [_prompt(number, words=5 + number * 7919 % 150) for number in range(count)]
-    spec = EngineSpec(model=model, max_model_len=_MODEL_LEN)
+    prompts = [prompt(number, words=5 + number * 7919 % 150) for number in range(count)]
+    spec = EngineSpec(model=model, max_model_len=MODEL_LEN)
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="arun-bench-") as sockets:
         set_environment(model, sockets=sockets)  # before Ray starts, whose workers inherit it
@@ -205,29 +205,28 @@ async def _batch(_: int, count: int) -> dict[str, dict[str, float]]:
             async with cluster.engines(spec) as pool:
                 await pool.complete("warm", max_tokens=8)
                 began, times = time.perf_counter(), []
-                async for outcome in pool.map(prompts, max_tokens=_BATCH_TOKENS, temperature=0, ignore_eos=True):
+                async for outcome in pool.map(prompts, max_tokens=BATCH_TOKENS, temperature=0, ignore_eos=True):
                     assert isinstance(outcome, Ok), outcome
                     times.append(time.perf_counter() - began)
                 assert len(times) == count
                 found["pool"] = {"all": times[-1], "first": times[0]}
-                print(found, file=sys.stderr, flush=True)
-            found["peer"] = await asyncio.to_thread(_ray_data, model, prompts)
+            found["peer"] = await asyncio.to_thread(ray_data_llm, model, prompts)
     return found
 
 
-def _ray_data(model: str, prompts: list[str]) -> dict[str, float]:
+def ray_data_llm(model: str, prompts: list[str]) -> dict[str, float]:
     ray_data: Any = importlib.import_module("ray.data")
     llm: Any = importlib.import_module("ray.data.llm")
     ray_data.DataContext.get_current().enable_progress_bars = False
     config = llm.vLLMEngineProcessorConfig(
         model_source=model,
-        engine_kwargs={"max_model_len": _MODEL_LEN, "enforce_eager": True},
+        engine_kwargs={"max_model_len": MODEL_LEN, "enforce_eager": True},
         placement_group_config={"bundles": [{"CPU": 1}]},  # else it wants a GPU
         concurrency=1,
         log_engine_metrics=False,
         chat_template_stage=False,
     )
-    params = {"max_tokens": _BATCH_TOKENS, "temperature": 0, "ignore_eos": True}
+    params = {"max_tokens": BATCH_TOKENS, "temperature": 0, "ignore_eos": True}
     processor = llm.build_processor(
         config,
         preprocess=lambda row: {"prompt": row["item"], "sampling_params": params},
