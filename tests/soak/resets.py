@@ -1,4 +1,4 @@
-"""Rapid reset: one client opens and cancels as fast as it may, another one calls, a server serves both. A process each."""
+"""Rapid reset: a client opens and cancels as fast as it may, another one calls, a server serves both; three processes."""
 
 from __future__ import annotations
 
@@ -31,10 +31,6 @@ def run(seconds: float, seed: int) -> int:
 
     :returns: 0, or 1 if calls became twice as slow, or the server grew by 20 MB, or ran more handlers than it may.
     """
-    return asyncio.run(_run(min(seconds, _SECONDS)))
-
-
-async def _run(seconds: float) -> int:
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.soak.resets"],
         cwd=Path(__file__).parents[2],
@@ -43,7 +39,14 @@ async def _run(seconds: float) -> int:
         text=True,
     )
     assert server.stdout is not None
-    port = int(server.stdout.readline())
+    try:
+        return asyncio.run(_run(int(server.stdout.readline()), min(seconds, _SECONDS)))
+    finally:
+        server.kill()
+        server.wait()
+
+
+async def _run(port: int, seconds: float) -> int:
     client = await connect_tcp("127.0.0.1", port, token=TOKEN)
     try:
         await _calls(client, seconds / 10)  # what is made once
@@ -55,8 +58,6 @@ async def _run(seconds: float) -> int:
         after = await client.call("look", result_type=dict[str, int])
     finally:
         await client.aclose()
-        server.kill()
-        server.wait()
     grown = after["memory"] - before["memory"]
     ratio = _p99(under_attack) / _p99(quiet)
     print(
@@ -95,19 +96,21 @@ async def _reset(port: int, seconds: float) -> int:
     """Half of the streams are cancelled in the frame that opens them, half when their handlers have begun."""
     peer = await RawPeer.connect(("127.0.0.1", port))
     began = time.monotonic()
-    opened = ended = 0
+    opened = 0
+    slots = anyio.Semaphore(_STREAMS)  # beyond what it may have it would be cut off
 
     async def count_ends() -> None:
-        nonlocal ended
         while True:
-            ended += sum(isinstance(message, End | Fail) for message in await peer.receive())
+            for message in await peer.receive():
+                if isinstance(message, End | Fail):
+                    slots.release()
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(count_ends)
         with anyio.move_on_after(seconds):
             while True:
-                while opened - ended > _STREAMS - _BATCH:  # beyond what it may have it would be cut off
-                    await asyncio.sleep(0.001)
+                for _ in range(_BATCH):
+                    await slots.acquire()
                 numbers = range(opened + 1, opened + _BATCH + 1)
                 at_once, later = numbers[: _BATCH // 2], numbers[_BATCH // 2 :]
                 opens = {n: Open(n, "run", 1, 1, NIL) for n in numbers}
