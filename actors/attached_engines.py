@@ -171,7 +171,7 @@ class AttachedEngines:
                 self.pool,
                 order.spec,
                 order.settings,
-                self._cluster.patience,
+                self._cluster.settings,
                 name=self._actor,
                 lifetime="detached",
                 restarts=_SUPERVISOR,

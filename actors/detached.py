@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from actors.interface import ActorSpec
     from actors.member import Member
     from actors.supervision import RestartPolicy
-    from arun.channel import Connection
+    from arun.channel import Connection, TLSConfig
 
 __all__ = ("Attachment", "NameTaken", "card_of", "create", "end", "find", "names", "supervisor_of")
 
@@ -75,7 +75,9 @@ class NameTaken(Exception):
     """There is a detached actor of that name."""
 
 
-def create(spec: ActorSpec, *, env: Mapping[str, str], supervisor: Supervisor | None) -> tuple[Any, Card]:
+def create(
+    spec: ActorSpec, *, env: Mapping[str, str], supervisor: Supervisor | None, tls: TLSConfig | None
+) -> tuple[Any, Card]:
     """Let Ray start a detached actor; blocks for a round trip to its head node.
 
     :return: Ray's handle, and what every client will be told.
@@ -93,7 +95,8 @@ def create(spec: ActorSpec, *, env: Mapping[str, str], supervisor: Supervisor | 
     if env:
         options["runtime_env"] = {"env_vars": dict(env)}
     try:
-        return import_ray().remote(DetachedHost).options(**options).remote(pickling.dumps(spec), card), card
+        host = import_ray().remote(DetachedHost).options(**options)
+        return host.remote(pickling.dumps(spec), card, tls), card
     except ValueError as exc:  # Ray's error for a name that is taken
         raise NameTaken(str(exc)) from exc
 
@@ -155,9 +158,10 @@ class Attachment:
     :param on_over: called when there is nothing to attach to any more; by then its name may be another's.
     """
 
-    def __init__(self, actor: Any, card: Card, on_over: Callable[[Member], object]) -> None:
+    def __init__(self, actor: Any, card: Card, tls: TLSConfig | None, on_over: Callable[[Member], object]) -> None:
         self.members: list[Member] = []
         self.over = False
+        self.tls = tls
         self._actor = actor
         self._on_over = on_over
         self._supervised = card.supervisor is not None
@@ -224,11 +228,12 @@ class DetachedBody:
         if where.node == ray.get_runtime_context().get_node_id():
             with contextlib.suppress(ProcessLookupError):
                 self._pidfd = os.pidfd_open(where.pid)
-        return await connect_tcp(where.host, where.port, token=self._token)
+        return await connect_tcp(where.host, where.port, token=self._token, tls=self._attachment.tls)
 
     async def connect_health(self) -> Connection:
         assert self._where is not None  # connected
-        return await connect_tcp(self._where.host, self._where.health_port, token=self._token)
+        port, tls = self._where.health_port, self._attachment.tls
+        return await connect_tcp(self._where.host, port, token=self._token, tls=tls)
 
     async def wait_ended(self) -> End:
         await self._attached.wait()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from actors import pickling
-from actors.health import HealthThread
+from actors.health import Health, HealthThread
 from actors.host import Host
 from actors.parent_watch import continue_without_parent
 from arun.channel import serve_unix
@@ -108,7 +108,7 @@ async def _serve(order: HostOrder, leash: int) -> None:
         daemon=True,
     ).start()
     health = HealthThread(
-        lambda handler: serve_unix(handler, path=order.path + HEALTH_SUFFIX, token=order.token), host.load
+        lambda handler: serve_unix(handler, path=order.path + HEALTH_SUFFIX, token=order.token), Health(host.load)
     )
     server = await serve_unix(host.handle, path=order.path, token=order.token)
     health.wait_listening()

@@ -9,7 +9,7 @@ import sys
 import threading
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.to_thread
@@ -19,7 +19,7 @@ from actors.bundles import Group, Placement, Reservation
 from actors.cluster import Cluster, ClusterResources, DetachedOrder, Isolation, NodeResources
 from actors.finish import finish
 from actors.interface import specify
-from actors.ray_host import RayBody, import_ray
+from actors.ray_host import RayBody, Way, import_ray
 from actors.ray_servers import ServersGuard
 from arun.errors import ActorNotFound, MissingExtraError, MisuseError, PlacementError
 from arun.runtime import Background, Runtime
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from actors.detached_host import Card
     from actors.interface import ActorSpec
     from actors.supervision import Supervisor
+    from arun.channel import TLSConfig
 
 __all__ = ("RayCluster",)
 
@@ -63,8 +64,10 @@ class RayCluster(Cluster):
         placement_timeout: float,
         grace: float,
         silence: float,
+        way: Way,
     ) -> None:
         super().__init__(grace=grace, silence=silence)
+        self._way = way
         self._placement_timeout = placement_timeout
         self._session = _RaySession(address, options)
         self._opening: Background[None] | None = None
@@ -77,6 +80,8 @@ class RayCluster(Cluster):
         placement_timeout: float = 10.0,
         grace: float = 5.0,
         silence: float = 30.0,
+        transport: Literal["tcp", "ray"] = "tcp",
+        tls: TLSConfig | None = None,
         **ray_init_options: Any,
     ) -> RayCluster:
         """A cluster to be entered with ``async with``; nothing starts before.
@@ -87,9 +92,13 @@ class RayCluster(Cluster):
         :param placement_timeout: seconds that :meth:`reserve` waits for resources that others hold now.
         :param grace: seconds that ``on_stop`` gets before a process is killed.
         :param silence: seconds after which an actor's process that does not even answer for its health is killed.
+        :param transport: how messages go: "tcp", to a socket that each actor listens on; or "ray", in Ray's own calls,
+            many times slower, where a firewall lets nothing but Ray through.
+        :param tls: encrypts those sockets. The paths are those of the nodes and of this machine; every node's
+            certificate must be for its address, or all for ``TLSConfig(hostname=...)``.
         :param ray_init_options: for ``ray.init``, for example ``num_cpus=8``.
         :raises MissingExtraError: Ray is not installed.
-        :raises MisuseError: the address is a ``ray://`` one.
+        :raises MisuseError: the address is a ``ray://`` one; or options that can't go together.
         """
         if importlib.util.find_spec("ray") is None:
             raise MissingExtraError("RayCluster", extra="ray", package="ray")
@@ -98,7 +107,18 @@ class RayCluster(Cluster):
                 f"RayCluster can't use {address}: a Ray client is outside of the cluster, out of reach of the actors' "
                 "sockets; run this program on a node of the cluster with address='auto', or submit it as a Ray job"
             )
-        return cls(address, ray_init_options, placement_timeout=placement_timeout, grace=grace, silence=silence)
+        if transport not in {"tcp", "ray"}:
+            raise MisuseError(f"transport={transport!r}: it must be 'tcp' or 'ray'")
+        if transport == "ray" and tls is not None:
+            raise MisuseError("transport='ray' has no sockets of its own to encrypt; RAY_USE_TLS is for Ray's")
+        return cls(
+            address,
+            ray_init_options,
+            placement_timeout=placement_timeout,
+            grace=grace,
+            silence=silence,
+            way=Way(transport, tls),
+        )
 
     async def start(self) -> None:
         """Connect, as ``async with`` does. Ray is started in a thread, so the event loop goes on."""
@@ -164,6 +184,8 @@ class RayCluster(Cluster):
 
     def check_detachable(self) -> None:
         self._require_open()
+        if self._way.transport == "ray":
+            raise MisuseError("detached actors listen on sockets: they need RayCluster.connect(transport='tcp')")
         if self._session.started_ray:
             raise MisuseError(
                 "nothing detached can be in the Ray of this cluster: this program started it, and it ends with the "
@@ -171,8 +193,8 @@ class RayCluster(Cluster):
             )
 
     @property
-    def patience(self) -> dict[str, float]:
-        return {**super().patience, "placement_timeout": self._placement_timeout}
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings, "placement_timeout": self._placement_timeout, **self._way._asdict()}
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -184,7 +206,7 @@ class RayCluster(Cluster):
         self._require_open()
         if isolation == "task":
             raise MisuseError("isolation='task' is LocalCluster's: Ray's actors have processes of their own")
-        return lambda spec: RayBody(spec, group=group, env=env)
+        return lambda spec: RayBody(spec, group=group, env=env, way=self._way)
 
     async def _look_for(self, name: str) -> None:
         self._require_open()
@@ -225,7 +247,8 @@ class RayCluster(Cluster):
     async def _make(self, spec: ActorSpec, env: Mapping[str, str], supervisor: Supervisor | None) -> object | None:
         """Start a detached actor, which ends if it is not ready in the end; None where the name is taken."""
         try:
-            actor, card = await anyio.to_thread.run_sync(partial(detached.create, spec, env=env, supervisor=supervisor))
+            create = partial(detached.create, spec, env=env, supervisor=supervisor, tls=self._way.tls)
+            actor, card = await anyio.to_thread.run_sync(create)
         except detached.NameTaken:
             return None
         try:
@@ -236,7 +259,7 @@ class RayCluster(Cluster):
             raise
 
     async def _attach(self, actor: Any, card: Card) -> object:
-        attachment = detached.Attachment(actor, card, self._roster.forget)
+        attachment = detached.Attachment(actor, card, self._way.tls, self._roster.forget)
         return await self._roster.attach(pickling.loads(card.spec), attachment)
 
     async def _found(self, name: str) -> Any:

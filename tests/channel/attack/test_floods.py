@@ -269,7 +269,7 @@ def in_parts(payload: bytes, size: int = 2**19) -> bytes:
             "4194304 bytes besides",
             id="no bytes, 2 million times",
         ),
-        pytest.param(frame(Open(1, "run", 1, 1, NIL, 0, "00-zz")), "is not valid", id="a trace that is none"),
+        pytest.param(frame(Open(1, "run", 1, 1, NIL, 0, "0" * 56)), "is not valid", id="a trace that is too long"),
         pytest.param(frame([9, 1, 1]), "Expected `array` of", id="a surplus element"),
         pytest.param(frame([9]), "Expected `array` of", id="an element missing"),
         pytest.param(frame([99, 1]), "Invalid value 99", id="an unknown kind"),
