@@ -40,9 +40,10 @@ from actors.dataset_worker import (
 )
 from actors.ray_host import import_ray
 from arun.data.all_to_all import Aggregate, Distinct, Join, RandomShuffle, Repartition, Sort
+from arun.data.execution.statistics import Statistics
 from arun.data.logical import AllToAll, Iterate, Node, OneToOne, Plan, Read, Union, Write, Zip
 from arun.data.options import RunOptions
-from arun.data.running import Report, Statistics
+from arun.data.running import Report
 from arun.data.sink import Part
 from arun.data.source import Source
 from arun.data.steps import BatchFunction, Limit, RowFunction, Step

@@ -14,6 +14,7 @@ try:
     from arun.data.barriers import Aggregation
     from arun.data.dataset import Dataset, run
     from arun.data.declare import BatchOptions, RowOptions, SinkOptions
+    from arun.data.execution.statistics import StageStatistics, Statistics, StepStatistics
     from arun.data.grouped import Grouped
     from arun.data.options import RunOptions
     from arun.data.reading import (
@@ -30,7 +31,7 @@ try:
         read_openai_batch,
         read_parquet,
     )
-    from arun.data.running import Report, Statistics
+    from arun.data.running import Report
     from arun.data.sink import Part, PartWriter, Sink
     from arun.data.source import Fragment, Source
     from arun.data.stream import BatchStream, BlockStream, RowStream
@@ -56,7 +57,9 @@ __all__ = (
     "Sink",
     "SinkOptions",
     "Source",
+    "StageStatistics",
     "Statistics",
+    "StepStatistics",
     "from_arrow",
     "from_huggingface",
     "from_iterable",

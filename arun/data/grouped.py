@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from arun.data.all_to_all import Aggregate
 from arun.data.barriers import Aggregation
@@ -11,21 +11,23 @@ from arun.data.logical import AllToAll
 from arun.errors import MisuseError
 
 if TYPE_CHECKING:
-    from arun.data.dataset import Dataset
+    from arun.data.operations import Operations
 
 __all__ = ("Grouped",)
 
+D = TypeVar("D", bound="Operations")
 
-class Grouped:
+
+class Grouped(Generic[D]):
     """Made by :meth:`Dataset.group_by() <arun.data.Dataset.group_by>`."""
 
     __slots__ = ("_keys", "_rows")
 
-    def __init__(self, rows: Dataset, keys: tuple[str, ...]) -> None:
+    def __init__(self, rows: D, keys: tuple[str, ...]) -> None:
         self._rows = rows
         self._keys = keys
 
-    def aggregate(self, **results: Aggregation | str | Sequence[Any]) -> Dataset:
+    def aggregate(self, **results: Aggregation | str | Sequence[Any]) -> D:
         """One row for each group, in no particular order. On DuckDB; spills to disk.
 
         >>> rows.group_by("lang").aggregate(rows="count", tokens=("sum", "tokens"), p90=("quantile", "tokens", 0.9))

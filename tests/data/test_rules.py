@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from structlog.testing import capture_logs
 
-from arun.data import Dataset, RunOptions, from_iterable, from_rows, read_parquet, run
+from arun.data import Dataset, RunOptions, Statistics, from_iterable, from_rows, read_parquet, run
 from arun.data.logical import Plan
 from arun.data.rules import RULES, push_limit, without
 
@@ -164,3 +167,30 @@ async def test_statistics_tell_what_each_stage_and_step_did() -> None:
     ]
     assert (first.rows, last.rows, last.size) == (6, 6, 96)
     assert "map(g): 6 -> 6 rows" in str(dataset.stats())
+
+
+async def test_progress_is_told_while_a_dataset_runs_and_at_the_end() -> None:
+    told: list[int] = []
+
+    def note(statistics: Statistics) -> None:
+        told.append(sum(stage.rows for stage in statistics.stages))
+        raise OSError("the run goes on all the same")
+
+    async def slow(row: Row) -> Row:
+        await seen.wait()
+        return row
+
+    seen = anyio.Event()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(numbers(3).map(slow).arun, RunOptions(progress=note))
+        while not told:
+            await anyio.lowlevel.checkpoint()
+        seen.set()
+    assert (told[0], told[-1]) == (0, 3)
+
+
+async def test_without_a_terminal_progress_is_logged() -> None:
+    with capture_logs() as logs:
+        await numbers(3).map(f).arun(RunOptions(progress=True))
+    (event,) = [entry for entry in logs if entry["event"] == "data.progress"]
+    assert (event["stage"], event["rows"], event["failed"]) == ("read rows + map(f)", 3, 0)

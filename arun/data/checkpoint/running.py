@@ -10,10 +10,11 @@ from typing import cast
 from arun.data.block import Block
 from arun.data.checkpoint.job import job_of, obstacle, source_of
 from arun.data.checkpoint.journal import Journal, ResumableSink
+from arun.data.execution.statistics import Statistics
 from arun.data.logical import Node, Plan, Write
 from arun.data.options import RunOptions
 from arun.data.physical import lower
-from arun.data.running import Report, Statistics, plan_of, run_plan
+from arun.data.running import Report, plan_of, run_plan
 from arun.data.sink import Part
 from arun.errors import MisuseError
 from arun.threads import run_in_thread
