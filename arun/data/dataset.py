@@ -124,7 +124,7 @@ class Dataset(Operations):
         :param checkpoint: a folder on a local disk that keeps what is finished. If the process is killed, the same call
             goes on: every row is in the output once, and only rows that had not reached the sink are computed again.
             For plans from files to files, of steps that take one row or batch at a time; ``explain()`` tells.
-        :param engine: "local", or "ray": on Ray Data, see :mod:`actors.dataset`.
+        :param engine: "local", or "ray": on Ray Data, see ``actors.dataset``.
         :raises MisuseError: the plan can't have a checkpoint; names the step.
         :raises CheckpointError: the checkpoint is of another plan or input, or another process uses it.
         :raises Exception: the first error of a function, a source or the sink, with a note that names step and row.
