@@ -455,6 +455,10 @@ class Kernel(Generic[T]):
                 return True
         return isinstance(cause, SubtaskSkipped) and self._scope.cancel_called
 
+    def wake(self) -> None:
+        """End the consumer's wait, though no subtask has ended."""
+        self._wake_consumer()
+
     def _wake_consumer(self) -> None:
         if self._consumer is not None:
             self._consumer.set()

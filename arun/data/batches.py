@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 
 import pyarrow as pa
 
+from arun.data.block import joined
 from arun.errors import DataError, MisuseError
 
 __all__ = ("BatchFormat", "Cutter", "converter", "iterate_batches")
@@ -78,7 +79,7 @@ class Cutter:
             rows -= first.num_rows
             if first.num_rows:
                 parts.append(first)
-        return parts[0] if len(parts) == 1 else pa.concat_batches(parts)
+        return parts[0] if len(parts) == 1 else joined(parts)
 
 
 def converter(format: BatchFormat) -> Callable[[pa.RecordBatch], Any]:

@@ -11,7 +11,7 @@ that it would have been in; so whatever has been done with a block has been done
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
@@ -24,7 +24,7 @@ from arun.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ("Block", "Row", "Shaper", "origin_of", "place_of", "unify")
+__all__ = ("Block", "Row", "Shaper", "joined", "origin_of", "place_of", "unify")
 
 #: A row as users' functions see it.
 Row: TypeAlias = dict[str, Any]
@@ -93,6 +93,16 @@ def unify(schemas: Iterable[pa.Schema]) -> pa.Schema:
     return schemas_of(named, remedy="give schema=... where the rows are made")
 
 
+def joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """Batches as one; nothing is copied if it is one already."""
+    if len(batches) == 1:
+        return batches[0]
+    schema = unify(batch.schema for batch in batches)
+    table = pa.concat_tables([pa.Table.from_batches([batch]) for batch in batches], promote_options="permissive")
+    rows = table.cast(schema).combine_chunks().to_batches()
+    return rows[0] if rows else pa.RecordBatch.from_pylist([], schema=schema)
+
+
 class Shaper:
     """Makes record batches of one step's rows, all of one schema as far as the rows allow it.
 
@@ -101,12 +111,14 @@ class Shaper:
 
     :param step: whose rows they are, for errors.
     :param schema: what they must have; None takes it from the rows.
+    :param texts: columns that hold text, where they are there, also when all is null.
     """
 
-    __slots__ = ("_given", "_step", "_types")
+    __slots__ = ("_given", "_step", "_texts", "_types")
 
-    def __init__(self, step: str, schema: pa.Schema | None = None) -> None:
+    def __init__(self, step: str, schema: pa.Schema | None = None, texts: Collection[str] = ()) -> None:
         self._step = step
+        self._texts = texts
         self._given = schema is not None
         self._types: dict[str, pa.DataType] = (
             {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
@@ -142,7 +154,10 @@ class Shaper:
             if self._given:
                 return _as_given(values, cast("pa.DataType", known))
             array = pa.array(values)
+            if known is None and name in self._texts:
+                known = pa.string()
             if array.type == known:
+                self._types[name] = known
                 return array
             # Never pa.array(values, type=known): it makes 2 of 2.5, and drops the unknown fields of a struct.
             agreed = array.type if known is None else _promote(known, array.type)

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from arun.data.barriers.columns import existing
-from arun.data.execution.batch_functions import joined
+from arun.data.block import joined
 from arun.data.shared import Blocks, Turns
 from arun.data.spill import SpillingQueue
 from arun.errors import MisuseError

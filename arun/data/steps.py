@@ -93,6 +93,11 @@ class RowFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return self.operation == "flat_map" or (self.operation == "map" and "generator" in self.kind)
 
     @property
+    def streams(self) -> bool:
+        """Whether it is an async generator, whose rows come one by one."""
+        return self.gives_many and self.kind == "async generator"
+
+    @property
     def keeps_rows(self) -> bool:
         """See the module."""
         return self.operation != "filter" and not self.gives_many and self.ordered and self.on_error != "skip"

@@ -104,6 +104,7 @@ async def test_a_filling_that_fails_is_not_kept() -> None:
 
 async def test_it_goes_with_the_last_that_refers_to_it() -> None:
     cached = cache(Source(), 0)
+    gc.collect()  # what other tests have left open
     files = len(os.listdir("/proc/self/fd"))
     await numbers(cached)
     assert len(os.listdir("/proc/self/fd")) == files + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import anyio
@@ -11,6 +11,8 @@ import pytest
 
 from arun import MisuseError
 from arun.data import Dataset, RunOptions, from_iterable, from_rows, run
+from arun.data.barriers import Limits, Relation
+from arun.data.logical import AllToAll, Traits
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("runtime", "nothing_left")]
 Row = dict[str, Any]
@@ -167,3 +169,23 @@ async def test_a_sink_is_left_as_it_was_when_a_row_fails(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="five"):
         await numbers(9).map(fifth).write_jsonl(tmp_path / "out.jsonl").arun()
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_an_all_to_all_that_loses_rows_though_it_says_that_it_keeps_them_is_told() -> None:
+    class Loses:
+        label = "loses"
+        traits = Traits(columns=(), keeps_rows=True, row_by_row=True, scans=False)
+
+        async def run(self, inputs: Sequence[Relation], limits: Limits) -> AsyncGenerator[pa.RecordBatch]:
+            assert inputs[0].blocks is not None
+            async for batch in inputs[0].blocks:
+                yield batch.slice(1)
+
+    with pytest.raises(MisuseError, match="loses says that it keeps rows, and gave 2 for 3"):
+        await Dataset(AllToAll(Loses(), (numbers(3).node,))).collect()
+
+
+@pytest.mark.parametrize("function", [fifth, fifth_async])
+async def test_the_column_of_errors_holds_text_also_where_there_are_none(function: Any) -> None:
+    async for block in numbers(9).map(function, on_error="collect"):
+        assert block.schema.field("error").type == pa.string()

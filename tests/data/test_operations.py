@@ -359,3 +359,9 @@ async def test_a_filter_and_a_choice_of_columns_reach_the_file(tmp_path: Path) -
 def test_nothing_comes_after_a_sink(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match=r"is a sink: run it with `await dataset.arun\(\)`"):
         numbers(1).write_jsonl(tmp_path / "a.jsonl").map(double)
+
+
+async def test_batches_for_trainers_are_made_of_blocks_that_get_wider() -> None:
+    blocks = from_iterable(lambda: [pa.table({"v": values}) for values in ([None], [1], [2.5])])
+    (batch,) = [batch async for batch in blocks.iter_batches(batch_size=3)]
+    assert batch["v"].to_pylist() == [None, 1.0, 2.5]

@@ -204,3 +204,37 @@ async def test_a_stream_has_one_reader() -> None:
             with pytest.raises(MisuseError, match="two tasks iterate over one stream of blocks"):
                 await anext(blocks)
             tasks.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+async def test_what_an_async_generator_yields_is_handed_on_while_it_goes_on(ordered: bool) -> None:
+    more = anyio.Event()
+    ahead: list[int] = []
+
+    async def endless(row: Row) -> AsyncIterator[Row]:
+        n = 0
+        while True:
+            ahead.append(n)
+            yield {"n": n}
+            n += 1
+            if n == 3:
+                await more.wait()
+
+    async with numbers(1).flat_map(endless, ordered=ordered).rows() as rows:
+        assert [(await anext(rows))["n"] for _ in range(3)] == [0, 1, 2]
+        more.set()
+        assert [(await anext(rows))["n"] for _ in range(1000)] == list(range(3, 1003))
+    assert len(ahead) < 1003 + 2000  # what waits in the buffer and in a few blocks
+
+
+async def test_rows_of_several_async_generators_keep_their_order() -> None:
+    async def count(row: Row) -> AsyncIterator[Row]:
+        for i in range(50):
+            if (i + row["n"]) % 7 == 0:
+                await anyio.lowlevel.checkpoint()
+            yield {"n": row["n"], "i": i}
+
+    table = await numbers(20).flat_map(count, concurrency=4).collect(RunOptions(block_rows=32))
+    assert table.to_pylist() == [{"n": n, "i": i} for n in range(20) for i in range(50)]
+    loose = await numbers(20).flat_map(count, concurrency=4, ordered=False).collect(RunOptions(block_rows=32))
+    assert sorted(loose.to_pylist(), key=lambda row: (row["n"], row["i"])) == table.to_pylist()

@@ -18,8 +18,7 @@ import pyarrow.types as pt
 
 from arun.data.barriers.carried import carried_type, held_to, unpack
 from arun.data.barriers.limits import Limits
-from arun.data.block import unify
-from arun.data.execution.batch_functions import joined
+from arun.data.block import joined, unify
 from arun.data.spill import Place, SpillFile, SpillingQueue
 from arun.errors import MisuseError
 from arun.hosting import close

@@ -8,12 +8,12 @@ from typing import Any, cast
 import pyarrow as pa
 
 from arun.data.batches import BatchFormat, converter
-from arun.data.block import unify
+from arun.data.block import joined
 from arun.data.steps import BatchFunction
 from arun.errors import DataError, MisuseError
 from arun.guards import close_unused, shown
 
-__all__ = ("call_on_batch", "from_results", "in_format", "joined")
+__all__ = ("call_on_batch", "from_results", "in_format")
 
 
 def call_on_batch(step: BatchFunction, batch: pa.RecordBatch, number: int) -> pa.RecordBatch:
@@ -47,16 +47,6 @@ def from_results(step: BatchFunction, batch: pa.RecordBatch, given: Any) -> pa.R
             f"{step.label} says keeps_rows=True, and gave {result.num_rows} rows for {batch.num_rows}; leave that out"
         )
     return result
-
-
-def joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
-    """Batches as one; nothing is copied if it is one already."""
-    if len(batches) == 1:
-        return batches[0]
-    schema = unify(batch.schema for batch in batches)
-    table = pa.concat_tables([pa.Table.from_batches([batch]) for batch in batches], promote_options="permissive")
-    rows = table.cast(schema).combine_chunks().to_batches()
-    return rows[0] if rows else pa.RecordBatch.from_pylist([], schema=schema)
 
 
 def _is_batch(given: Any) -> bool:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pyarrow as pa
 
-from arun.data.block import Block
-from arun.data.execution.batch_functions import call_on_batch, from_results, in_format, joined
+from arun.data.block import Block, joined
+from arun.data.execution.batch_functions import call_on_batch, from_results, in_format
 from arun.data.execution.elsewhere import Elsewhere
 from arun.data.execution.fan import fan
 from arun.data.execution.statistics import StepStatistics

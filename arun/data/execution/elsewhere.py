@@ -13,8 +13,7 @@ import pyarrow as pa
 
 from arun.actions import Action
 from arun.context import ApplicationContext, Run
-from arun.data.block import Block
-from arun.data.execution.batch_functions import joined
+from arun.data.block import Block, joined
 from arun.data.execution.program import Program
 from arun.data.execution.statistics import StepStatistics
 from arun.data.steps import BatchFunction, RowFunction

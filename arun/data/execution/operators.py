@@ -18,6 +18,7 @@ from arun.data.execution.program import Program
 from arun.data.execution.read import read, through
 from arun.data.execution.rowwise import rowwise
 from arun.data.execution.statistics import StageStatistics, StepStatistics
+from arun.data.execution.streamed import streamed
 from arun.data.known import known_schema
 from arun.data.logical import AllToAll, Iterate, Node, OneToOne, Read, Union, Write, Zip
 from arun.data.segments import segments
@@ -79,7 +80,12 @@ def _steps(
                 upstream = through(upstream or below(node.input), program)
         elif segment.kind == "rows":
             steps = [step for step in segment.steps if isinstance(step, RowFunction)]
-            upstream = rowwise(upstream or below(node.input), steps, counts, execution)
+            blocks = upstream or below(node.input)
+            # What is left of a row that fails is known only at its end, and so is when an origin is finished.
+            if steps[0].streams and steps[0].on_error == "fail" and execution.progress is None:
+                upstream = streamed(blocks, steps[0], counts[0], execution)
+            else:
+                upstream = rowwise(blocks, steps, counts, execution)
         else:
             functions = [step for step in segment.steps if isinstance(step, BatchFunction | RowFunction)]
             upstream = batchwise(upstream or below(node.input), functions, counts, execution)
@@ -87,7 +93,8 @@ def _steps(
 
 
 def _barrier(node: AllToAll, below: Callable[[Node], Blocks], execution: Execution) -> AsyncGenerator[Block]:
-    inputs = [(one, _batches(below(one))) for one in node.inputs]
+    given_rows = [0] * len(node.inputs)
+    inputs = [(one, _batches(below(one), given_rows, at)) for at, one in enumerate(node.inputs)]
     options = execution.options
 
     async def run() -> AsyncGenerator[Block]:
@@ -95,8 +102,15 @@ def _barrier(node: AllToAll, below: Callable[[Node], Blocks], execution: Executi
         try:
             relations = [await run_in_thread(partial(_relation, node, one, batches)) for one, batches in inputs]
             given = node.barrier.run(relations, Limits(memory=options.memory_limit, folder=options.folder))
+            rows = 0
             async for batch in given:
+                rows += batch.num_rows
                 yield Block(batch)
+            if node.barrier.traits.keeps_rows and relations[0].blocks is not None and rows != given_rows[0]:
+                raise MisuseError(
+                    f"{node.barrier.label} says that it keeps rows, and gave {rows} for {given_rows[0]}; correct its "
+                    "traits"
+                )
         finally:
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
                 if given is not None:
@@ -116,9 +130,10 @@ def _relation(node: AllToAll, below: Node, batches: AsyncGenerator[pa.RecordBatc
     return Relation.of_blocks(batches, known_schema(below))
 
 
-async def _batches(blocks: Blocks) -> AsyncGenerator[pa.RecordBatch]:
+async def _batches(blocks: Blocks, counts: list[int], at: int) -> AsyncGenerator[pa.RecordBatch]:
     try:
         async for block in blocks:
+            counts[at] += block.rows
             yield block.batch
     finally:
         with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):

@@ -45,8 +45,9 @@ class Program:
         )
         self._block_rows = block_rows
         self._piece = min(_FIRST_PIECE, block_rows)
-        schemas = [step.schema for step in steps if isinstance(step, RowFunction)]
-        self._shaper = Shaper(steps[-1].label, schemas[-1] if schemas else None)
+        functions = [step for step in steps if isinstance(step, RowFunction)]
+        errors = {step.error_column for step in functions if step.on_error == "collect"}
+        self._shaper = Shaper(steps[-1].label, functions[-1].schema if functions else None, errors)
         self.label = " + ".join(step.label for step in steps)
         self.instant = all(isinstance(step, Select | Drop | Rename | Limit) for step in steps)
 

@@ -29,7 +29,7 @@ from arun.threads import run_in_thread
 if TYPE_CHECKING:
     from arun.data.execution.execution import Execution
 
-__all__ = ("rowwise",)
+__all__ = ("Spec", "Specs", "rowwise")
 
 #: Rows of a block that are Python objects before they are subtasks.
 _SLICE: Final = 256
@@ -37,7 +37,9 @@ _SLICE: Final = 256
 _WINDOW: Final = 1024
 
 
-class _Spec(NamedTuple):
+class Spec(NamedTuple):
+    """One row of a fan-out."""
+
     #: in what came in, from 0
     number: int
     row: Row
@@ -51,11 +53,12 @@ async def rowwise(
     first = steps[0]
     opened = [await step.function.open() if isinstance(step.function, ActorCall) else None for step in steps]
     calls = [_Call(step, actors, counter) for step, actors, counter in zip(steps, opened, counters, strict=True)]
-    shaper = Shaper(steps[-1].label, steps[-1].schema)
+    errors = {step.error_column for step in steps if step.on_error == "collect"}
+    shaper = Shaper(steps[-1].label, steps[-1].schema, errors)
     rows = _Rows(blocks, first)
 
     async def work(handle: Handle[list[Row]]) -> list[Row]:
-        spec: _Spec = handle.spec
+        spec: Spec = handle.spec
         found = [spec.row]
         handle.describe = lambda: f"row {spec.number}"
         number: int | None = spec.number
@@ -68,7 +71,7 @@ async def rowwise(
     limit = first.concurrency or getattr(first.function, "batch_limit", None) or Policy().limit
     name = " + ".join(step.label for step in steps)
     ordered = first.ordered and first.prefix is None
-    done = fan(rows.specs, work, execution, limit=limit, ordered=ordered, name=name)
+    done = fan(rows.each, work, execution, limit=limit, ordered=ordered, name=name)
     try:
         async for handles in done:
             block = rows.block(shaper, rows.in_order(handles) if first.ordered and first.prefix else handles)
@@ -85,36 +88,30 @@ async def rowwise(
                     await actors.aclose()
 
 
-class _Rows:
-    """The rows of blocks on their way into and out of a fan-out."""
+class Specs:
+    """The rows of blocks on their way into a fan-out.
+
+    :ivar dropped: origins that have ended without a row, and are not yet handed on.
+    """
 
     def __init__(self, blocks: AsyncIterator[Block], first: RowFunction) -> None:
-        #: origins that have ended without a row, and are not yet handed on
         self.dropped: list[int] = []
         self._blocks = blocks
         self._prefix = first.prefix
-        self._bounded = first.ordered and first.prefix is not None
         self._given = 0
-        self._taken = 0
-        self._early: dict[int, Handle[list[Row]]] = {}
-        self._room: anyio.Event | None = None
-        #: of origins that have several rows: how many are still at work, and what has come of the others
-        self._at_work: dict[int, int] = {}
-        self._held: dict[int, list[Row]] = {}
 
-    async def specs(self) -> AsyncGenerator[_Spec]:
+    async def each(self) -> AsyncGenerator[Spec]:
         """One for each row."""
         size = _SLICE if self._prefix is None else _WINDOW
         try:
             async for block in self._blocks:
                 self.dropped.extend(block.dropped)
-                self._count(block.origins)
+                self._begin(block.origins)
                 for offset in range(0, block.rows, size):
                     piece = block.slice(offset, size)
                     origins: Sequence[int | None] = piece.origins or [None] * piece.rows
-                    specs = list(
-                        map(_Spec, range(self._given, self._given + piece.rows), piece.batch.to_pylist(), origins)
-                    )
+                    numbers = range(self._given, self._given + piece.rows)
+                    specs = list(map(Spec, numbers, piece.batch.to_pylist(), origins))
                     self._given += len(specs)
                     if self._prefix is not None:
                         prefix = self._prefix
@@ -125,6 +122,26 @@ class _Rows:
         finally:
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
                 await close(self._blocks)
+
+    def _begin(self, origins: Sequence[int] | None) -> None:
+        """Rows of these origins come."""
+
+    async def _wait_for_window(self) -> None:
+        """Wait until there is room for one more window."""
+
+
+class _Rows(Specs):
+    """The rows of blocks on their way into and out of a fan-out."""
+
+    def __init__(self, blocks: AsyncIterator[Block], first: RowFunction) -> None:
+        super().__init__(blocks, first)
+        self._bounded = first.ordered and first.prefix is not None
+        self._taken = 0
+        self._early: dict[int, Handle[list[Row]]] = {}
+        self._room: anyio.Event | None = None
+        #: of origins that have several rows: how many are still at work, and what has come of the others
+        self._at_work: dict[int, int] = {}
+        self._held: dict[int, list[Row]] = {}
 
     def in_order(self, handles: list[Handle[list[Row]]]) -> list[Handle[list[Row]]]:
         """Of these and of those that came early, what may be handed on now, in order."""
@@ -160,7 +177,7 @@ class _Rows:
         dropped, self.dropped = self.dropped, []
         return Block(shaper.batch(rows), origins if traced else None, dropped)
 
-    def _count(self, origins: Sequence[int] | None) -> None:
+    def _begin(self, origins: Sequence[int] | None) -> None:
         if origins is not None and not isinstance(origins, range):
             self._at_work.update((origin, rows) for origin, rows in Counter(origins).items() if rows > 1)
 
