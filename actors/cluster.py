@@ -273,10 +273,9 @@ class Cluster(ABC):
 
         :param name: as given to ``engines(..., name=, lifetime="detached")``.
         """
-        from actors.attached_engines import AttachedEngines
         from actors.pool import EnginePool
 
-        return EnginePool.of(AttachedEngines(self, name))
+        return EnginePool.attached(self, name)
 
     async def aclose(self) -> None:
         """Stop every actor, last started first, and give back every reservation. Idempotent, never cut short."""

@@ -27,7 +27,7 @@ from arun.logs import get_logger
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from actors.interface import ActorSpec
     from actors.member import Member
@@ -154,13 +154,16 @@ class Attachment:
     """One client's way to a detached actor, through its restarts.
 
     It takes the place of a :class:`~actors.team.Team`: what died is not started again by it, only attached to again.
+
+    :param on_over: called when there is nothing to attach to any more; by then its name may be another's.
     """
 
-    def __init__(self, actor: Any, card: Card, tls: TLSConfig | None) -> None:
+    def __init__(self, actor: Any, card: Card, tls: TLSConfig | None, on_over: Callable[[Member], object]) -> None:
         self.members: list[Member] = []
         self.over = False
         self.tls = tls
         self._actor = actor
+        self._on_over = on_over
         self._supervised = card.supervisor is not None
         self._work: Background[None] | None = None
 
@@ -179,16 +182,15 @@ class Attachment:
             await self._work.ended()
 
     async def _follow(self, member: Member) -> None:
-        if not self._supervised:
-            member.give_up(GiveUp("its restart policy is 'temporary'", 0))
-            return
-        while member.is_down:
+        reason = "Ray says that it has ended for good" if self._supervised else "its restart policy is 'temporary'"
+        while self._supervised and member.is_down and not self.over:
             if await member.restart(anyio.current_time(), 0):
                 return
-            if self.over:
-                member.give_up(GiveUp("Ray says that it has ended for good", 0))
-                return
-            await anyio.sleep(_LOOK_SECONDS)
+            if not self.over:
+                await anyio.sleep(_LOOK_SECONDS)
+        if member.is_down:
+            member.give_up(GiveUp(reason, 0))
+            self._on_over(member)
 
 
 class DetachedBody:

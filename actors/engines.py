@@ -48,12 +48,18 @@ class PoolSettings(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, option)
             if value < least:
                 raise MisuseError(f"{option} is {value}; it must be at least {least}")
+        if self.max_in_flight > _MOST_IN_FLIGHT:
+            raise MisuseError(
+                f"max_in_flight is {self.max_in_flight}; one replica takes at most {_MOST_IN_FLIGHT} requests at "
+                "a time, because that is what a connection carries; add replicas"
+            )
         if self.watchdog <= 0 or self.start_timeout <= 0:
             raise MisuseError(
                 f"watchdog is {self.watchdog} and start_timeout {self.start_timeout}; both are seconds above 0"
             )
 
 
+_MOST_IN_FLIGHT = 1000  # a connection has 1024 streams, and health and metrics want some
 _LEAST = {"replicas": 1, "max_in_flight": 1, "max_waiting": 0, "quarantine": 1, "affinity_margin": 0}
 
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from actors.actor import link_of
+from actors.actor import ActorHandle, link_of
 from actors.bundles import Placement
 from actors.code_table import CodeTable, Luggage
 from actors.executor_worker import ExecutorWorker
 from actors.generation import Generation
+from actors.pool import EnginePool
 from arun.actions import within
 from arun.errors import MisuseError, WorkerDied
 from arun.executors.messages import RUN, WINDOW, Answer, Order
@@ -54,8 +55,9 @@ class RayExecutor:
     what it refers to; it travels over Ray's control plane, once for all workers, and a worker keeps it. Values cross as
     with a :class:`~arun.ProcessExecutor`: the keys of the State that the action may read, its inputs, items and partial
     States as they come, and what it wrote, by :mod:`arun.codec`. Registered classes of the main module are known to
-    the workers, msgspec Structs excepted, which can't be pickled. Resources and contextvars stay behind. A
-    RunnableGraph runs in one worker as a whole; a parallel action stays here, and its subtasks go to workers.
+    the workers, msgspec Structs excepted, which can't be pickled. Workers attach to resources that are detached pools
+    or actors, by their names; other resources and contextvars stay behind. A RunnableGraph runs in one worker as a
+    whole; a parallel action stays here, and its subtasks go to workers.
 
     A cancelled async action or generator may clean up; a plain function is killed with its worker. If a worker dies,
     its subtask fails with :class:`~arun.errors.WorkerDied`, which a policy may retry.
@@ -146,13 +148,23 @@ class RayExecutor:
         pool = self._current_pool()
         luggage = Luggage()
         reference = refer_to(action, luggage.pack)
-        luggage.pack_types()
+        self._table.pack_types(luggage)
         code = await self._table.check_in(luggage)
         try:
-            order = order_of(action, reference, state, inputs, context, code)
+            order = order_of(action, reference, state, inputs, context, code, self._attachable(context.resources))
             return await run_order(pool, order, state, context)
         finally:
             self._table.check_out(code)
+
+    def _attachable(self, resources: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+        """The resources that workers find by their names: detached pools and actors."""
+        found: dict[str, tuple[str, str]] = {}
+        for key, resource in resources.items():
+            if isinstance(resource, EnginePool) and resource.detached:
+                found[key] = ("pool", resource.name)
+            elif isinstance(resource, ActorHandle) and self._cluster.is_detached(resource):
+                found[key] = ("actor", link_of(resource).name)
+        return found
 
     def _current_pool(self) -> Pool:
         if self._closed:

@@ -11,12 +11,13 @@ it works as a fixture and in an ``AsyncExitStack``.
 from __future__ import annotations
 
 import uuid
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import anyio
 
 from actors.answers import Completion, Embedding, Reset
 from actors.attached_engines import AttachedEngines, PoolOrder
+from actors.attached_pools import attached_pool
 from actors.batches import calls
 from actors.engines import DeltaStream, PoolSettings
 from actors.finish import finish
@@ -163,10 +164,10 @@ class EnginePool:
         self._stand_on(engines, on_progress)
 
     @classmethod
-    def of(cls, engines: Engines) -> Self:
-        """A pool on engines that exist already; for ``cluster.pool()``."""
+    def attached(cls, cluster: Cluster, name: str) -> Self:
+        """The detached pool of that name; what ``cluster.pool(name)`` gives."""
         pool = cls.__new__(cls)
-        pool._stand_on(engines, None)
+        pool._stand_on(AttachedEngines(cluster, name, None, pool._tell), None)
         return pool
 
     def _stand_on(self, engines: Engines, on_progress: Callable[[ReplicaProgress], object] | None) -> None:
@@ -390,6 +391,11 @@ class EnginePool:
         await self._opened().drain(replica)
 
     @property
+    def detached(self) -> bool:
+        """Whether other processes may attach to it by its name."""
+        return isinstance(self._engines, AttachedEngines)
+
+    @property
     def started(self) -> bool:
         """Whether :meth:`start` was called."""
         return self._state != "new"
@@ -425,7 +431,9 @@ class EnginePool:
     ) -> None:
         await self.aclose()
 
-    def __reduce__(self) -> NoReturn:
+    def __reduce__(self) -> Any:
+        if isinstance(self._engines, AttachedEngines):
+            return attached_pool, (self.name,)
         raise MisuseError(
             f"pool {self.name!r} can't be pickled: it holds connections to its engines. Give it to the application "
             "as a resource, and let another process open a pool of its own, or attach to a detached one by its name"

@@ -52,10 +52,11 @@ class Answered(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True,
 
 
 class PoolFacts(msgspec.Struct, frozen=True):
-    """What a client has to know of a pool before its first request."""
+    """What a client has to know of a pool before its first request; see :class:`~actors.engines.Engines`."""
 
     generates: bool
     capacity: int
+    stats: PoolStats
 
 
 class PoolView(msgspec.Struct, frozen=True):
@@ -101,7 +102,7 @@ class PoolSupervisor:
         """Return when every replica is ready. :raises Exception: as :meth:`actors.EnginePool.start`."""
         assert self._opening is not None  # on_start was first
         await self._opening.wait()
-        return PoolFacts(self._engines.generates, self._engines.capacity)
+        return PoolFacts(self._engines.generates, self._engines.capacity, self._engines.stats())
 
     @method(idempotent=True)
     async def generate(self, request: GenerateRequest, reroute: Reroute) -> AsyncIterator[Answered]:

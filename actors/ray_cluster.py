@@ -15,12 +15,12 @@ import anyio
 import anyio.to_thread
 
 from actors import detached, pickling
-from actors.actor import link_of
 from actors.bundles import Group, Placement, Reservation
 from actors.cluster import Cluster, ClusterResources, DetachedOrder, Isolation, NodeResources
 from actors.finish import finish
 from actors.interface import specify
 from actors.ray_host import RayBody, Way, import_ray
+from actors.ray_servers import ServersGuard
 from arun.errors import ActorNotFound, MissingExtraError, MisuseError, PlacementError
 from arun.runtime import Background, Runtime
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from actors.body import Body
     from actors.detached_host import Card
     from actors.interface import ActorSpec
+    from actors.supervision import Supervisor
     from arun.channel import TLSConfig
 
 __all__ = ("RayCluster",)
@@ -51,7 +52,8 @@ class RayCluster(Cluster):
     >>> async with RayCluster.connect() as cluster:
     ...     counter = await cluster.spawn(Counter, start=3)
 
-    Make it with :meth:`connect`. Actors end with this process, since Ray ends a dead driver's actors.
+    Make it with :meth:`connect`. Actors end with this process, since Ray ends a dead driver's actors; detached ones do
+    not. These have one namespace for all programs on that Ray, so a name is taken once.
     """
 
     def __init__(
@@ -69,7 +71,6 @@ class RayCluster(Cluster):
         self._placement_timeout = placement_timeout
         self._session = _RaySession(address, options)
         self._opening: Background[None] | None = None
-        self._attached: set[str] = set()
 
     @classmethod
     def connect(
@@ -164,16 +165,22 @@ class RayCluster(Cluster):
         return await anyio.to_thread.run_sync(_resources)
 
     async def stop(self, actor: object) -> None:
-        name = actor if isinstance(actor, str) else link_of(actor).name
-        found = None
-        if name in self._attached or (isinstance(actor, str) and not self._roster.has(name)):
-            self._require_open()
-            found = await self._found(name)
-        if found is None or self._roster.has(name):
+        if isinstance(actor, str) and not self._roster.has(actor):
+            name: str | None = actor
+        else:
+            name = self._roster.attached_name(actor)
+        if name is None:
             await super().stop(actor)
-        if found is not None:
-            self._attached.discard(name)
-            await finish(Runtime.current().start(detached.end, found, name, self._grace, name=f"end of actor {name}"))
+            return
+        self._require_open()
+        found = await self._found(name)
+        if self._roster.has(name):
+            await super().stop(name)
+        await finish(Runtime.current().start(detached.end, found, name, self._grace, name=f"end of actor {name}"))
+
+    def is_detached(self, actor: object) -> bool:
+        """Whether a handle is of a detached actor, which other processes may attach to by its name."""
+        return self._roster.attached_name(actor) is not None
 
     def check_detachable(self) -> None:
         self._require_open()
@@ -220,13 +227,16 @@ class RayCluster(Cluster):
         supervisor = detached.supervisor_of(order.restart, order.restarts)
         if not self._roster.has(name):
             spec = specify(name, order.cls, order.args, order.kwargs, concurrency=order.concurrency)
-            create = partial(detached.create, spec, env=order.env, supervisor=supervisor, tls=self._way.tls)
+            making = Runtime.current().start(self._make, spec, order.env, supervisor, name=f"start of actor {name}")
             try:
-                actor, card = await anyio.to_thread.run_sync(create)
-            except detached.NameTaken:
-                pass
-            else:
-                return await self._attach_first(actor, card)
+                handle = await making.wait()
+            except anyio.get_cancelled_exc_class():
+                making.cancel()  # nobody else would end what Ray is starting
+                with anyio.CancelScope(shield=True):
+                    await making.ended()
+                raise
+            if handle is not None:
+                return handle
         if not order.get_if_exists:
             raise MisuseError(
                 f"an actor named {name!r} exists already; stop it first, choose another name, or pass "
@@ -234,8 +244,13 @@ class RayCluster(Cluster):
             )
         return await self.get(name, order.cls)
 
-    async def _attach_first(self, actor: Any, card: Card) -> object:
-        """Attach to an actor that was only just made, which ends if that fails."""
+    async def _make(self, spec: ActorSpec, env: Mapping[str, str], supervisor: Supervisor | None) -> object | None:
+        """Start a detached actor, which ends if it is not ready in the end; None where the name is taken."""
+        try:
+            create = partial(detached.create, spec, env=env, supervisor=supervisor, tls=self._way.tls)
+            actor, card = await anyio.to_thread.run_sync(create)
+        except detached.NameTaken:
+            return None
         try:
             return await self._attach(actor, card)
         except BaseException:
@@ -244,9 +259,8 @@ class RayCluster(Cluster):
             raise
 
     async def _attach(self, actor: Any, card: Card) -> object:
-        handle = await self._roster.attach(pickling.loads(card.spec), detached.Attachment(actor, card, self._way.tls))
-        self._attached.add(card.name)
-        return handle
+        attachment = detached.Attachment(actor, card, self._way.tls, self._roster.forget)
+        return await self._roster.attach(pickling.loads(card.spec), attachment)
 
     async def _found(self, name: str) -> Any:
         """Ray's handle of the detached actor of that name.
@@ -268,7 +282,8 @@ class RayCluster(Cluster):
             with anyio.fail_after(seconds):
                 for group in groups:
                     native: Any = group.native
-                    await native.ready()
+                    # In a thread, because Ray sends the code for it to its head node first.
+                    await (await anyio.to_thread.run_sync(native.ready))
                     group.nodes = await anyio.to_thread.run_sync(_nodes, native)
         except TimeoutError:
             now = placement.explain(await self.resources())
@@ -347,13 +362,30 @@ def _connected(address: str | None, options: Mapping[str, Any]) -> Generator[boo
     with contextlib.ExitStack() as stack:
         stack.enter_context(_stdout_is_the_programs())
         quiet = {"include_dashboard": False} if address is None else {}
-        with _without_no_news():
+        with _without_no_news(), _explained(address):
             ray.init(
                 address="local" if address is None else address,
                 **{"log_to_driver": False, "logging_level": logging.WARNING, **quiet, **options},
             )
+        started = address in {None, "local"}
+        if started:
+            stack.callback(ServersGuard(ray._private.worker._global_node).close)
         stack.callback(ray.shutdown)
-        yield address in {None, "local"}
+        yield started
+
+
+@contextlib.contextmanager
+def _explained(address: str | None) -> Generator[None]:
+    """Say what Ray only prints: that it wants its token."""
+    try:
+        yield
+    except ConnectionError as exc:
+        if "InvalidAuthToken" not in str(exc.__cause__):
+            raise
+        raise MisuseError(
+            f"the Ray at {address} wants its token: set RAY_AUTH_MODE=token, and have the token in RAY_AUTH_TOKEN or "
+            "in ~/.ray/auth_token. Ray looks for it by itself only with address='auto' and no RAY_ADDRESS"
+        ) from exc
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ class RemoteEngine:
     with ReplicaLost, or begins anew where ``reroute="restart"`` was asked for. A request that has no answer yet is sent
     again while the server is busy, failing or out of reach, so an outage of it never ends the engine.
 
-    :param spec: its ``engine_args`` are :class:`RemoteOptions`, its ``model`` is the server's name for it.
+    :param spec: its ``engine_args`` are ``RemoteOptions``, its ``model`` is the server's name for it.
     :raises MisuseError: an unknown option, a value of the wrong type, or a size that only engines of ours have.
     """
 

@@ -421,36 +421,44 @@ async def _told_step(
     return result, changes
 
 
-class Input(SingleStepAction):
+class Input(Action):
     """Copies runtime inputs into the State: ``Input("prompt")``."""
 
     def __init__(self, *fields: str) -> None:
+        self.reads = []
         self.writes = list(fields)
         self.name = "input"
 
     @property
-    def inputs(self) -> tuple[Sequence[str], Sequence[str]]:
-        return self.writes, ()
+    def inputs(self) -> Sequence[str]:
+        return self.writes
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
         values = Parameters(tuple(self.writes), frozenset(self.writes)).resolve(
             self.display_name, self._bound, inputs, context
         )
-        return values, state.update(**values)
+        return values, self.update(values, state)
 
-    def run_and_update(self, state: State, **inputs: Any) -> Performed:
-        return inputs, state.update(**inputs)
+    def run(self, state: State, **inputs: Any) -> dict[str, Any]:
+        return inputs
+
+    def update(self, result: Mapping[str, Any], state: State) -> State:
+        return state.update(**result)
 
 
-class Result(SingleStepAction):
+class Result(Action):
     """Ends a graph: its result is the named fields of the State: ``Result("answer")``."""
 
     def __init__(self, *fields: str) -> None:
         self.reads = list(fields)
+        self.writes = []
         self.name = "result"
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> Performed:
-        return self.run_and_update(state)
+        return self.run(state), state
 
-    def run_and_update(self, state: State, **inputs: Any) -> Performed:
-        return {key: state[key] for key in self.reads}, state
+    def run(self, state: State, **inputs: Any) -> dict[str, Any]:
+        return {key: state[key] for key in self.reads}
+
+    def update(self, result: Mapping[str, Any], state: State) -> State:
+        return state

@@ -134,10 +134,10 @@ class Application:
         initial = self._wiring.initial.update(**state) if state else self._wiring.initial
         return Application(self._wiring, app_id or uuid.uuid4().hex, initial.scoped(None))
 
-    def update_state(self, state: State) -> None:
+    def update_state(self, new_state: State) -> None:
         """Replace the State between steps."""
         self._refuse_busy()
-        self._state = state.scoped(None)
+        self._state = new_state.scoped(None)
         if self._resumable is not None:
             self._resumable.replaced(self._state)
         if self._position is not None:

@@ -75,9 +75,9 @@ class ApplicationBuilder:
             self._graph.with_graph(graph)
         return self
 
-    def with_entrypoint(self, name: str) -> Self:
+    def with_entrypoint(self, action: str) -> Self:
         """Name the first action; needed where there is more than one."""
-        self._entrypoint = name
+        self._entrypoint = action
         return self
 
     def with_state(self, state: State | None = None, /, **fields: Any) -> Self:

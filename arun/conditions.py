@@ -12,7 +12,7 @@ import builtins
 import inspect
 import operator
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 
 from arun.errors import MisuseError
 from arun.state import State
@@ -30,6 +30,9 @@ class Condition:
     """
 
     __slots__ = ("keys", "name", "recipe", "resolver")
+
+    #: :data:`arun.default`, by its name in Burr
+    default: ClassVar[Condition]
 
     def __init__(
         self,
@@ -57,6 +60,11 @@ class Condition:
     @staticmethod
     def expr(source: str) -> Condition:
         """:func:`arun.expr`, by its name in Burr."""
+        return expr(source)
+
+    @staticmethod
+    def safe_expr(source: str) -> Condition:
+        """:func:`arun.expr`, which is as safe as Burr's condition of this name."""
         return expr(source)
 
     @property
@@ -111,6 +119,7 @@ async def truth(holds: Any) -> bool:
 
 
 default: Final = Condition((), lambda _: True, "default", recipe=("default",))
+Condition.default = default
 
 
 def _not_in(value: Any, among: Any) -> bool:

@@ -53,7 +53,7 @@ class Run:
         self._sink = sink
         self._hooks = hooks
         #: held while one event goes through the hooks, since the next must not overtake it
-        self._turn = anyio.Lock() if hooks is not None else None
+        self._turn = anyio.Lock(fast_acquire=True) if hooks is not None else None
 
     @property
     def listening(self) -> bool:

@@ -15,6 +15,7 @@ __all__ = (
     "ApplicationBusyError",
     "ArunError",
     "ChannelLost",
+    "CheckpointError",
     "CodecError",
     "DataError",
     "EngineDead",
@@ -35,7 +36,6 @@ __all__ = (
     "RequestError",
     "RequestQuarantined",
     "RunConflictError",
-    "SchemaError",
     "StoreError",
     "StreamRefused",
     "SubtaskFailed",
@@ -113,12 +113,12 @@ class DataError(ArunError):
     """Data can't be read or written: nothing is there, a line is broken, types don't agree; the message says where."""
 
 
-class SchemaError(DataError):
-    """The rows of a dataset do not fit into one schema; the message names the step and the column."""
-
-
 class StoreError(ArunError):
     """A store can't be used: its file is of another version, or no store, or the disk is full."""
+
+
+class CheckpointError(ArunError):
+    """A checkpoint can't be gone on with: it is of another job, its input has changed, or another process uses it."""
 
 
 class RunConflictError(ArunError):

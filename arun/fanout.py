@@ -15,6 +15,7 @@ from arun.hosting import BUDGET
 from arun.kernel import FanOutStatistics, Kernel
 from arun.outcomes import Ok
 from arun.policies import Policy
+from arun.signatures import where
 from arun.timed import Timed
 
 __all__ = ("FanOutStatistics", "Kernel", "Results", "run_fan_out")
@@ -87,6 +88,7 @@ async def run_fan_out(
     policy: Policy,
     *,
     name: str,
+    reducer: Callable[..., Any],
     admit: Callable[[Any], object],
     result: Callable[[Handle[T]], Any],
     checks: Checks | None = None,
@@ -99,6 +101,7 @@ async def run_fan_out(
     :param consume: the reducer, given the results as an async iterator. When it returns, subtasks that still run
         are cancelled and their clean-up is awaited.
     :param name: of the fan-out, for errors.
+    :param reducer: the function that ``consume`` calls, for errors.
     :param admit: raises MisuseError for a spec that is none; it is raised at the source's ``yield``.
     :param result: what the reducer sees of an ended subtask; called only for results that it is given.
     :param checks: what the guard-rails look for; None for nothing.
@@ -128,7 +131,7 @@ async def run_fan_out(
         raise failure
     if not results.read:
         raise MisuseError(
-            f"the reducer of {name!r} ended without reading its results, so its subtasks were cancelled; "
+            f"{where(reducer)} ended without reading its results, so the subtasks of {name!r} were cancelled; "
             "read them with `async for done in states`"
         )
     return cast("R", reduced)

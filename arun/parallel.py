@@ -122,6 +122,7 @@ class TaskBasedParallelAction(Action):
             consume,
             self.policy,
             name=self.display_name,
+            reducer=self.reduce,
             admit=subtasks.admit,
             result=self._present,
             checks=checks,

@@ -47,7 +47,7 @@ class State(Mapping[str, Any]):
 
     Values are shared, never copied: change them through the State's operations and not in place.
 
-    :param initial: first values; the mapping itself is copied, its values are not.
+    :param initial_values: first values; the mapping itself is copied, its values are not.
 
     >>> state = State({"n": 1}).update(n=2, log=[])
     >>> state["n"], state.append(log="x")["log"]
@@ -59,9 +59,9 @@ class State(Mapping[str, Any]):
     #: Name of the action whose result this State is; None for any other State.
     action: str | None
 
-    def __init__(self, initial: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, initial_values: Mapping[str, Any] | None = None) -> None:
         self._base: dict[str, Any] = _NOTHING
-        self._overlay: dict[str, Any] = dict(initial) if initial else _NOTHING
+        self._overlay: dict[str, Any] = dict(initial_values) if initial_values else _NOTHING
         self._changed: dict[str, Any] = self._overlay
         self._scope: Scope | None = None
         self.action = None
@@ -207,7 +207,9 @@ class State(Mapping[str, Any]):
 
     def committed(self, changes: State, action: str | None = None) -> State:
         """This State plus the delta of ``changes``, as the new committed State (its own delta is empty)."""
-        base, overlay = self._merged(changes._changed)
+        base, overlay = self._base, self._overlay | changes._changed
+        if len(overlay) > _FOLD_AT:
+            base, overlay = _folded(base, overlay), _NOTHING
         return self._new(base, overlay, _NOTHING, None, action)
 
     def absorb(self, changes: State) -> State:
@@ -265,20 +267,16 @@ class State(Mapping[str, Any]):
         return state
 
     def _with(self, values: dict[str, Any]) -> State:
-        changed = self._changed | values if self._changed else values
+        base, overlay = self._base, self._overlay | values
+        if len(overlay) > _FOLD_AT:
+            base, overlay = _folded(base, overlay), _NOTHING
         state = _blank(State)
-        state._base, state._overlay = self._merged(values)
-        state._changed = changed
+        state._base = base
+        state._overlay = overlay
+        state._changed = self._changed | values if self._changed else values
         state._scope = self._scope
         state.action = None
         return state
-
-    def _merged(self, values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        base, overlay = self._base, self._overlay | values
-        if len(overlay) > _FOLD_AT:
-            base = {key: value for key, value in (base | overlay).items() if value is not _DELETED}
-            overlay = _NOTHING
-        return base, overlay
 
     def _has(self, key: object) -> bool:
         value = self._overlay.get(key, _MISSING)  # type: ignore[call-overload]  # any object may be asked for
@@ -314,6 +312,10 @@ class State(Mapping[str, Any]):
             f"action {action!r} reads state[{key!r}], which it does not declare (it declares: {readable}); "
             f"add {key!r} to its reads"
         )
+
+
+def _folded(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in (base | overlay).items() if value is not _DELETED}
 
 
 _MISSING: Final = object()

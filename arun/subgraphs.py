@@ -37,11 +37,11 @@ class RunnableGraph(Action):
         self.writes = sorted({key for inner in graph.actions.values() for key in inner.writes})
 
     @classmethod
-    def create(cls, candidate: Any) -> RunnableGraph:
+    def create(cls, from_: Any) -> RunnableGraph:
         """A RunnableGraph of one action; a RunnableGraph is returned as it is."""
-        if isinstance(candidate, RunnableGraph):
-            return candidate
-        only = as_action(candidate, where="RunnableGraph.create")
+        if isinstance(from_, RunnableGraph):
+            return from_
+        only = as_action(from_, where="RunnableGraph.create")
         return cls(GraphBuilder().with_actions(only).build(), only.display_name, [only.display_name])
 
     @property

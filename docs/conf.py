@@ -40,11 +40,19 @@ REFERENCE = {
         "arun.codec",
         "arun.telemetry",
         "arun.web",
+        "arun.web.openai",
         "arun.testing",
         "arun.runtime",
         "arun.errors",
     ],
-    "reference/actors": ["actors", "actors.engine", "actors.fitting", "actors.echo_engine", "actors.models"],
+    "reference/actors": [
+        "actors",
+        "actors.engine",
+        "actors.fitting",
+        "actors.echo_engine",
+        "actors.remote_engine",
+        "actors.models",
+    ],
 }
 
 project = "arun"

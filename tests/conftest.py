@@ -22,7 +22,7 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 
 # `make soak` runs the same properties with the other profile.
 settings.register_profile(
-    "brief", max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "brief", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.register_profile(
     "soak", settings.get_profile("brief"), max_examples=3000, suppress_health_check=list(HealthCheck), database=None
@@ -69,6 +69,13 @@ def _suspended() -> list[AsyncGeneratorType[Any, Any]]:
     gc.collect()
     generators = [thing for thing in gc.get_objects() if type(thing) is AsyncGeneratorType]
     return [agen for agen in generators if agen.ag_frame is not None and agen.ag_code.co_filename != __file__]
+
+
+@pytest.fixture
+def asyncio_only(anyio_backend: str) -> None:
+    """For what only asyncio has: cancellation of a task without a scope."""
+    if anyio_backend != "asyncio":
+        pytest.skip("asyncio's own cancellation")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -32,7 +32,7 @@ FLOORS: dict[str, int] = {
         "attempts calls collectors reductions signatures stream",
         "kernel",
         "fanout",
-        "actions channel data journal outcome_stream reducers",
+        "actions batch_lines channel data journal outcome_stream reducers",
         "graph sources",
         "keys",
         "ledger",

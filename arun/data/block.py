@@ -16,20 +16,15 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import msgspec
+import pyarrow as pa
 
-from arun.errors import SchemaError
-
-try:
-    import pyarrow as pa
-except ImportError as exc:
-    from arun.errors import MissingExtraError
-
-    raise MissingExtraError("arun.data", "data", "pyarrow") from exc
+from arun.data.schemas import unify as schemas_of
+from arun.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ("Block", "Row", "Shaper", "origin_of", "unify")
+__all__ = ("Block", "Row", "Shaper", "origin_of", "place_of", "unify")
 
 #: A row as users' functions see it.
 Row: TypeAlias = dict[str, Any]
@@ -61,11 +56,18 @@ class Block(msgspec.Struct, frozen=True, eq=False, gc=False):
         return cast("int", self.batch.nbytes)
 
     def slice(self, offset: int, rows: int | None = None) -> Block:
-        """Some of its rows; nothing is copied."""
+        """Some of its rows; nothing is copied. What was dropped goes with the first ones."""
         batch = self.batch.slice(offset) if rows is None else self.batch.slice(offset, rows)
         if self.origins is None:
             return Block(batch)
-        return Block(batch, self.origins[offset : offset + cast("int", batch.num_rows)])
+        return Block(batch, self.origins[offset : offset + cast("int", batch.num_rows)], () if offset else self.dropped)
+
+    def whole(self, rows: int) -> int:
+        """So many of its first rows, and those that have the same origin as the last one of them."""
+        if self.origins is not None:
+            while 0 < rows < len(self.origins) and self.origins[rows] == self.origins[rows - 1]:
+                rows += 1
+        return rows
 
 
 def origin_of(fragment: int, offset: int) -> int:
@@ -77,16 +79,18 @@ def origin_of(fragment: int, offset: int) -> int:
     return fragment << _OFFSET_BITS | offset
 
 
+def place_of(origin: int) -> tuple[int, int]:
+    """The fragment's number and the row's offset that an origin is made of."""
+    return origin >> _OFFSET_BITS, origin & (1 << _OFFSET_BITS) - 1
+
+
 def unify(schemas: Iterable[pa.Schema]) -> pa.Schema:
     """The schema that the data of all of these fits into, without loss.
 
-    :raises SchemaError: there is none.
+    :raises DataError: there is none; names the column.
     """
-    found = list(schemas)
-    try:
-        return pa.unify_schemas(found, promote_options="permissive")
-    except pa.ArrowException as exc:
-        raise SchemaError(f"these blocks do not fit together: {exc}; give schema=... where the rows are made") from exc
+    named = ((f"block {number}", schema) for number, schema in enumerate(schemas))
+    return schemas_of(named, remedy="give schema=... where the rows are made")
 
 
 class Shaper:
@@ -109,7 +113,7 @@ class Shaper:
         )
 
     def batch(self, rows: Sequence[Row]) -> pa.RecordBatch:
-        """:raises SchemaError: the values of a column do not fit together; names the step and the column."""
+        """:raises DataError: the values of a column do not fit together; names the step and the column."""
         columns = self._columns(rows)
         if not columns:  # rows without columns are still rows
             return pa.RecordBatch.from_struct_array(pa.array([{}] * len(rows), type=pa.struct([])))
@@ -126,7 +130,7 @@ class Shaper:
                 pass
         names = list(dict.fromkeys(chain(known, chain.from_iterable(rows))))
         if self._given and len(names) > len(known):
-            raise SchemaError(
+            raise DataError(
                 f"{self._step} gave a row with the column {names[len(known)]!r}, which schema= does not have; it has "
                 f"{', '.join(known)}"
             )
@@ -144,7 +148,7 @@ class Shaper:
             agreed = array.type if known is None else _promote(known, array.type)
             array = array if array.type == agreed else array.cast(agreed)
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as exc:
-            raise SchemaError(
+            raise DataError(
                 f"the column {name!r} that {self._step} gave can't be an Arrow column"
                 f"{'' if known is None else f', so far of type {known}'}: {exc}; give values of one type, or say which "
                 "with schema=..."

@@ -54,29 +54,48 @@ async def first_schema(blocks: AsyncIterator[Block]) -> pa.Schema | None:
 
 async def write(sink: Sink, blocks: AsyncIterator[Block]) -> list[Part]:
     """Write it to a sink; a part that is not committed leaves nothing."""
-    await run_in_thread(sink.begin)
-    parts: list[Part] = []
-    writer: PartWriter | None = None
+    writing = _Writing(sink)
+    label = f"write {sink.name}"
+    await run_in_thread(sink.begin, label=label)
     try:
         async for block in blocks:
-            if writer is None:
-                writer = await run_in_thread(partial(sink.part, f"part-{len(parts):05}"))
-            size = await run_in_thread(partial(_write, writer, block), label=f"write {sink.name}")
+            todo = partial(writing.write, block)
             del block
-            if sink.part_bytes is not None and size >= sink.part_bytes:
-                parts.append(await run_in_thread(writer.commit))
-                writer = None
-        if writer is not None:
-            parts.append(await run_in_thread(writer.commit))
-            writer = None
-    finally:
-        if writer is not None:
-            with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
-                await run_in_thread(writer.abort)
-    await run_in_thread(sink.end)
-    return parts
+            await run_in_thread(todo, label=label)
+            del todo
+        await run_in_thread(writing.commit, label=label)
+    except BaseException:
+        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
+            await run_in_thread(writing.abort, label=label)
+        raise
+    await run_in_thread(sink.end, label=label)
+    return writing.parts
 
 
-def _write(writer: PartWriter, block: Block) -> int:
-    writer.write(block.batch)
-    return writer.size()
+class _Writing:
+    """The parts of a sink, one after the other. For one thread at a time.
+
+    :ivar parts: those that are committed.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self.parts: list[Part] = []
+        self._sink = sink
+        # Kept here as soon as it is made: a caller that is cancelled meanwhile does not get what a thread returns.
+        self._part: PartWriter | None = None
+
+    def write(self, block: Block) -> None:
+        if self._part is None:
+            self._part = self._sink.part(f"part-{len(self.parts):05}")
+        self._part.write(block.batch)
+        if self._sink.part_bytes is not None and self._part.size() >= self._sink.part_bytes:
+            self.commit()
+
+    def commit(self) -> None:
+        if self._part is not None:
+            self.parts.append(self._part.commit())
+            self._part = None
+
+    def abort(self) -> None:
+        if self._part is not None:
+            self._part.abort()

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
-
-import pyarrow.compute as pc
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from arun.data import consumers
+from arun.data.backends import Backend, backend_of
+from arun.data.batches import BatchFormat as TrainFormat
 from arun.data.block import Row
-from arun.data.declare import BatchOptions, RowOptions, at_least, batch_function, names, row_function
+from arun.data.cache import Cache
+from arun.data.checkpoint.running import run_with_checkpoint
+from arun.data.declare import at_least
 from arun.data.execution.execution import Consumer
+from arun.data.execution.statistics import Statistics
 from arun.data.explain import as_mermaid, as_text
+from arun.data.interchange import to_huggingface, to_pandas, to_ray
+from arun.data.items import Items
 from arun.data.known import known_count, known_schema
-from arun.data.logical import Node, OneToOne, Plan, Union, Write, Zip
+from arun.data.logical import Iterate, Node, OneToOne, Plan, Write
+from arun.data.operations import Operations
 from arun.data.options import RunOptions
 from arun.data.physical import lower
-from arun.data.running import Report, Statistics, plan_of, run_plan
-from arun.data.sink import Sink
-from arun.data.steps import Drop, Expression, Limit, Rename, Select, Step, Where
-from arun.data.stream import BlockStream, RowStream
+from arun.data.running import Report, plan_of, run_plan
+from arun.data.split import Splits
+from arun.data.steps import Limit
+from arun.data.stream import BatchStream, BlockStream, RowStream
 from arun.errors import MisuseError
 from arun.threads import run_in_thread
 
@@ -30,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ("Dataset", "run")
 
 
-class Dataset:
+class Dataset(Operations):
     """Rows that are computed when they are asked for.
 
     Every method but those that run it returns another Dataset, and costs nothing. Running it again computes again.
@@ -42,10 +50,10 @@ class Dataset:
     :ivar node: the plan that it stands for.
     """
 
-    __slots__ = ("_statistics", "node")
+    __slots__ = ("_statistics",)
 
     def __init__(self, node: Node) -> None:
-        self.node = node
+        super().__init__(node)
         self._statistics: Statistics | None = None
 
     def __repr__(self) -> str:
@@ -57,112 +65,85 @@ class Dataset:
             "`await dataset.collect()`"
         )
 
-    # -- one-to-one ---------------------------------------------------------------------------------------
+    # -- shared ---------------------------------------------------------------------------------------------
 
-    def map(self, function: Callable[[Row], Any], **options: Unpack[RowOptions]) -> Dataset:
-        """A row for each row: what a function returns; a generator gives any number of rows, as with ``flat_map``.
+    def split(
+        self,
+        consumers: int,
+        *,
+        equal: bool = False,
+        by: str | Sequence[str] = (),
+        options: RunOptions | None = None,
+    ) -> tuple[Dataset, ...]:
+        """Datasets that share one run of this one, for tasks that read them side by side, each at its own speed.
 
-        :param function: given a row, a dict that it may change; returns a dict. Plain or async.
-        :param options: see :class:`~arun.data.declare.RowOptions`.
+        The next block goes to whoever asks for it. It is done when its reader asks for the next one; if the reader
+        leaves before that, another one gets it, so every row is seen at least once, and the end comes when all blocks
+        are done. That holds for who iterates over a split, also through steps that run in one stage; what waits between
+        stages after the split counts as done. Each reader's n-th iteration shares the n-th run.
+
+        :param equal: all get as many rows, settled beforehand; the less than ``consumers`` that are over at the end are
+            left out. What a reader has not fetched yet waits in memory or on disk.
+        :param by: columns; rows that have the same values in them go to the same reader, settled as with ``equal``.
+        :param options: of the shared run.
         """
-        return self._then(row_function("map", function, options))
+        settings = options or RunOptions()
+        self._readable()
+        blocks = partial(self.astream, settings)
+        splits = Splits(blocks, consumers, equal=equal, by=by, memory=settings.memory_limit, folder=settings.folder)
+        return tuple(Dataset(Iterate(Items(part))) for part in splits.parts())
 
-    def flat_map(self, function: Callable[[Row], Any], **options: Unpack[RowOptions]) -> Dataset:
-        """Any number of rows for each row.
+    def cache(self, *, memory: int | None = None, options: RunOptions | None = None) -> Dataset:
+        """The same rows, computed by the first run and kept for the next ones; runs at the same time share them.
 
-        :param function: given a row; returns an iterable of rows, or is a generator. Plain or async.
-        :param options: see :class:`~arun.data.declare.RowOptions`.
+        Kept for as long as a dataset refers to them. A first run that does not come to its end leaves nothing.
+
+        :param memory: bytes to keep in memory, the rest is on disk; by default the memory limit of the options. 0: all
+            of it is on disk.
+        :param options: of the run that computes them.
         """
-        return self._then(row_function("flat_map", function, options))
-
-    def filter(self, condition: Callable[[Row], Any] | pc.Expression, **options: Unpack[RowOptions]) -> Dataset:
-        """The rows for which a condition holds.
-
-        :param condition: a function of a row, plain or async; or an Arrow expression such as
-            ``pyarrow.compute.field("n") > 3``, which is much faster, and which some sources need not read rows for.
-        :param options: of a function; see :class:`~arun.data.declare.RowOptions`.
-        """
-        if isinstance(condition, pc.Expression):
-            self._no_options("filter", options)
-            return self._then(Where(condition))
-        return self._then(row_function("filter", condition, options))
-
-    def with_column(
-        self, name: str, value: Callable[[Row], Any] | pc.Expression, **options: Unpack[RowOptions]
-    ) -> Dataset:
-        """One more column, or another one in its place.
-
-        :param value: a function of a row, plain or async, or an Arrow expression.
-        :param options: of a function; see :class:`~arun.data.declare.RowOptions`.
-        """
-        if isinstance(value, pc.Expression):
-            self._no_options("with_column", options)
-            return self._then(Expression(name, value))
-        return self._then(row_function("with_column", value, options, name))
-
-    def map_batches(self, function: Callable[[Any], Any], **options: Unpack[BatchOptions]) -> Dataset:
-        """What a function makes of each batch of rows.
-
-        :param function: given a batch; returns one, or is a generator of some. Plain or async.
-        :param options: see :class:`~arun.data.declare.BatchOptions`.
-        """
-        return self._then(batch_function(function, options))
-
-    def select(self, *columns: str) -> Dataset:
-        """These columns only, in this order."""
-        return self._then(Select(names("select", columns)))
-
-    def drop(self, *columns: str) -> Dataset:
-        """All columns but these."""
-        return self._then(Drop(names("drop", columns)))
-
-    def rename(self, columns: Mapping[str, str]) -> Dataset:
-        """Other names for columns.
-
-        :param columns: old to new.
-        """
-        names("rename", tuple(columns.values()))
-        return self._then(Rename(dict(columns)))
-
-    def limit(self, rows: int) -> Dataset:
-        """The first rows; what is not needed for them is not computed."""
-        return self._then(Limit(at_least("limit", "rows", rows, 0)))
-
-    # -- several datasets ----------------------------------------------------------------------------------
-
-    def union(self, *others: Dataset) -> Dataset:
-        """The rows of this one, then those of the others."""
-        return Dataset(Union(tuple(one._readable() for one in (self, *others))))
-
-    def zip(self, *others: Dataset) -> Dataset:
-        """The columns of this one and of others of as many rows, side by side; a name that is taken gets a number."""
-        return Dataset(Zip(tuple(one._readable() for one in (self, *others))))
-
-    # -- sinks ----------------------------------------------------------------------------------------------
-
-    def write(self, sink: Sink) -> Dataset:
-        """A dataset that, when it is run, writes these rows.
-
-        :param sink: where to; see :class:`~arun.data.sink.Sink`.
-        """
-        return Dataset(Write(sink, self._readable()))
+        settings = options or RunOptions()
+        limit = settings.memory_limit if memory is None else at_least("cache", "memory", memory, 0)
+        name, blocks = self._readable().label, partial(self.astream, settings)
+        kept = Cache(blocks, memory=limit, folder=settings.folder, name=name)
+        return Dataset(Iterate(Items(kept)))
 
     # -- running --------------------------------------------------------------------------------------------
 
-    async def arun(self, options: RunOptions | None = None) -> Report:
+    async def arun(
+        self,
+        options: RunOptions | None = None,
+        *,
+        checkpoint: str | PathLike[str] | None = None,
+        engine: str | Backend = "local",
+    ) -> Report:
         """Run it to its end: write to its sink, or, without one, compute the rows and let go of them.
 
         In the caller's task, so its timeouts and cancellation reach everything.
 
+        :param checkpoint: a folder on a local disk that keeps what is finished. If the process is killed, the same call
+            goes on: every row is in the output once, and only rows that had not reached the sink are computed again.
+            For plans from files to files, of steps that take one row or batch at a time; ``explain()`` tells.
+        :param engine: "local", or "ray": on Ray Data, see :mod:`actors.dataset`.
+        :raises MisuseError: the plan can't have a checkpoint; names the step.
+        :raises CheckpointError: the checkpoint is of another plan or input, or another process uses it.
         :raises Exception: the first error of a function, a source or the sink, with a note that names step and row.
+        :raises MisuseError: the engine can't run one of its steps; raised before anything runs.
         """
-        return (await run(self, options=options))[0]
+        if checkpoint is None:
+            return (await run(self, options=options, engine=engine))[0]
+        if engine != "local":
+            raise MisuseError("a checkpoint is kept by engine='local' only; leave one of the two out")
+        report = await run_with_checkpoint(self.node, Path(checkpoint), options or RunOptions())
+        self._statistics = report.statistics
+        return report
 
     def astream(self, options: RunOptions | None = None) -> BlockStream:
         """Run it, and iterate over its blocks, ``pyarrow.RecordBatch``, as they come."""
         self._readable()
         settings = options or RunOptions()
-        return BlockStream(lambda consumer: self._run(self.node, consumer, settings), settings)
+        on_demand = any(isinstance(node, Iterate) and node.items.on_demand for node in Plan([self.node]).nodes)
+        return BlockStream(lambda consumer: self._run(self.node, consumer, settings), settings, on_demand=on_demand)
 
     def __aiter__(self) -> BlockStream:
         return self.astream()
@@ -174,6 +155,34 @@ class Dataset:
     async def collect(self, options: RunOptions | None = None) -> pa.Table:
         """Run it, and return all rows as a ``pyarrow.Table``."""
         return await self._run(self._readable(), consumers.to_table, options)
+
+    async def to_pandas(self, options: RunOptions | None = None) -> Any:
+        """Run it, and return all rows as a ``pandas.DataFrame``."""
+        return await run_in_thread(partial(to_pandas, await self.collect(options)))
+
+    async def to_huggingface(self, options: RunOptions | None = None) -> Any:
+        """Run it, and return all rows as a ``datasets.Dataset`` over the same memory."""
+        return await run_in_thread(partial(to_huggingface, await self.collect(options)))
+
+    async def to_ray(self, options: RunOptions | None = None) -> Any:
+        """Run it, and return all rows as a ``ray.data.Dataset``, in Ray's object store."""
+        return await run_in_thread(partial(to_ray, await self.collect(options)))
+
+    def iter_batches(
+        self,
+        *,
+        format: TrainFormat = "arrow",
+        batch_size: int | None = 256,
+        drop_last: bool = False,
+        options: RunOptions | None = None,
+    ) -> BatchStream:
+        """Run it, and iterate over batches for a trainer: ``async for batch in dataset.iter_batches(format="torch")``.
+
+        :param format: record batches; dicts of NumPy arrays or of PyTorch tensors; or data frames.
+        :param batch_size: rows of each but the last; None: blocks as they come.
+        :param drop_last: leave the last batch out where it is smaller.
+        """
+        return BatchStream(self.astream(options), format, batch_size, drop_last=drop_last)
 
     async def take(self, rows: int = 20, options: RunOptions | None = None) -> list[Row]:
         """The first rows, as dicts. Reads and computes no more than it must for them."""
@@ -197,13 +206,23 @@ class Dataset:
 
     # -- looking at it ----------------------------------------------------------------------------------------
 
-    def explain(self, options: RunOptions | None = None, *, format: Literal["text", "mermaid"] = "text") -> str:
+    def explain(
+        self,
+        options: RunOptions | None = None,
+        *,
+        format: Literal["text", "mermaid"] = "text",
+        engine: str | Backend = "local",
+    ) -> str:
         """What would run: the plan as it was asked for, what the rules make of it, and its stages. Runs nothing.
 
         :param format: "text", or "mermaid": the stages as a flowchart.
+        :param engine: where it would run; of another than "local": what that makes of each node, or why it can't.
         """
         logical = Plan([self.node])
         optimised = plan_of(logical.roots, options or RunOptions())
+        elsewhere = backend_of(engine)
+        if elsewhere is not None:
+            return "\n".join(elsewhere.explain(optimised))
         physical = lower(optimised)
         return as_mermaid(physical) if format == "mermaid" else as_text(logical, optimised, physical)
 
@@ -216,23 +235,6 @@ class Dataset:
             raise MisuseError("this dataset was not run yet; explain() tells what would run")
         return self._statistics
 
-    # -- within ------------------------------------------------------------------------------------------------
-
-    def _then(self, step: Step) -> Dataset:
-        return Dataset(OneToOne((step,), self._readable()))
-
-    def _readable(self) -> Node:
-        if isinstance(self.node, Write):
-            raise MisuseError(
-                f"{self.node.label} is a sink: run it with `await dataset.arun()`, and go on from the dataset before "
-                "it, or from what was written"
-            )
-        return self.node
-
-    def _no_options(self, operation: str, options: RowOptions) -> None:
-        if options:
-            raise MisuseError(f"{operation}() of an Arrow expression takes no {next(iter(options))}=")
-
     async def _run(self, node: Node, consumer: Consumer, options: RunOptions | None) -> Any:
         settings = options or RunOptions()
         physical = lower(plan_of([node], settings))
@@ -240,7 +242,7 @@ class Dataset:
         return result
 
 
-async def run(*datasets: Dataset, options: RunOptions | None = None) -> list[Report]:
+async def run(*datasets: Dataset, options: RunOptions | None = None, engine: str | Backend = "local") -> list[Report]:
     """Run several datasets as one: what they share runs once.
 
     >>> rows = read_jsonl("in.jsonl").map(parse)
@@ -249,7 +251,11 @@ async def run(*datasets: Dataset, options: RunOptions | None = None) -> list[Rep
     :raises Exception: the first error of any of them; the others are cancelled.
     """
     settings = options or RunOptions()
-    physical = lower(plan_of([dataset.node for dataset in datasets], settings))
+    plan = plan_of([dataset.node for dataset in datasets], settings)
+    elsewhere = backend_of(engine)
+    if elsewhere is not None:
+        return list(await elsewhere.run(plan, settings))
+    physical = lower(plan)
     results, statistics = await run_plan(physical, [None] * len(datasets), settings)
     reports: list[Report] = []
     for dataset, result in zip(datasets, results, strict=True):

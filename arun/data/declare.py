@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
+from arun.data.batches import BatchFormat
 from arun.data.block import Row
-from arun.data.steps import BatchFormat, BatchFunction, OnError, RowFunction
+from arun.data.files import Mode
+from arun.data.steps import BatchFunction, OnError, RowFunction
 from arun.errors import MisuseError
 from arun.guards import close_unused, shown, spelling
 from arun.signatures import kind_of, where
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
     from arun.executors import Executor
 
-__all__ = ("BatchOptions", "RowOptions", "at_least", "batch_function", "names", "row_function")
+__all__ = ("BatchOptions", "RowOptions", "SinkOptions", "at_least", "batch_function", "names", "row_function")
 
 _OPERATIONS = Literal["map", "filter", "flat_map", "with_column"]
 
@@ -48,7 +50,8 @@ class RowOptions(TypedDict, total=False):
 class BatchOptions(TypedDict, total=False):
     """How a function of a batch is called.
 
-    :ivar format: "arrow" (the default): a ``pyarrow.RecordBatch``; "numpy": a dict of arrays; "pandas": a DataFrame. It
+    :ivar format: "arrow" (the default): a ``pyarrow.RecordBatch``; "numpy": a dict of arrays; "torch": of
+        tensors; "pandas": a DataFrame. It
         gives any of these, a ``pyarrow.Table``, or several of them.
     :ivar batch_size: rows of each batch but the last; by default batches are as they come.
     :ivar concurrency: most batches at a time; by default one.
@@ -65,6 +68,20 @@ class BatchOptions(TypedDict, total=False):
     executor: Executor | None
     keeps_rows: bool
     fuse: bool
+
+
+class SinkOptions(TypedDict, total=False):
+    """Where and how files are written.
+
+    :ivar mode: what to do where something is already: "error" (the default), "overwrite", or "append" parts to the
+        folder. What is replaced is there until everything new is.
+    :ivar part_bytes: a part that has grown past this is committed and another one begun; a single file has one.
+    :ivar filesystem: of pyarrow or fsspec, where the path is no URL.
+    """
+
+    mode: Mode
+    part_bytes: int | None
+    filesystem: Any
 
 
 def row_function(
@@ -99,7 +116,7 @@ def batch_function(function: Callable[[Any], Any], options: BatchOptions) -> Bat
     _check_function("map_batches", function)
     format_ = options.get("format", "arrow")
     if format_ not in get_args(BatchFormat):
-        raise MisuseError(f"map_batches(format={format_!r}): takes 'arrow', 'numpy' or 'pandas'")
+        raise MisuseError(f"map_batches(format={format_!r}): takes 'arrow', 'numpy', 'torch' or 'pandas'")
     size = options.get("batch_size")
     if size is not None:
         at_least("map_batches", "batch_size", size, 1)
@@ -116,7 +133,11 @@ def at_least(operation: str, name: str, value: int, least: int) -> int:
 
 
 def names(operation: str, columns: tuple[str, ...]) -> tuple[str, ...]:
-    """:raises MisuseError: there are none, or one is given twice."""
+    """:raises MisuseError: there are none, or one is given twice, or is no name."""
+    for column in columns:
+        if not isinstance(column, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            hint = f"write each name by itself: {operation}('a', 'b')"
+            raise MisuseError(f"{operation}() was given {shown(column)}; {hint}")
     if not columns or len(set(columns)) < len(columns):
         raise MisuseError(f"{operation}({', '.join(map(repr, columns))}): takes one or more names, each once")
     return columns

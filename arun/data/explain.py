@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from arun.data.logical import Node, OneToOne, Plan
+from arun.data.checkpoint.job import obstacle
+from arun.data.logical import Node, OneToOne, Plan, Write
 from arun.data.physical import PhysicalPlan, Stage, inline
 from arun.data.segments import segments
 
@@ -20,6 +21,7 @@ def as_text(logical: Plan, optimised: Plan, physical: PhysicalPlan) -> str:
         *_tree(optimised.roots),
         "physical:",
         *_stages(physical),
+        *_checkpoint(optimised),
     ))
 
 
@@ -36,6 +38,12 @@ def as_mermaid(physical: PhysicalPlan) -> str:
             lines.append(f'    w{number}["{_quoted(sink.label)}"]')
             lines.append(f"    s{root.number} {'-.->' if root.apart else '-->'} w{number}")
     return "\n".join(lines)
+
+
+def _checkpoint(plan: Plan) -> Iterator[str]:
+    if any(isinstance(root, Write) for root in plan.roots):
+        why = obstacle(plan)
+        yield f"checkpoint: {'possible' if why is None else f'refused, {why}'}"
 
 
 def _tree(roots: Sequence[Node]) -> Iterator[str]:

@@ -13,7 +13,6 @@ import pyarrow.compute as pc
 from arun.data.files.selection import chosen, without_first
 from arun.data.schemas import conform
 from arun.data.source import Fragment
-from arun.data.sources import TableSource
 from arun.errors import MissingExtraError, MisuseError
 
 __all__ = (
@@ -37,12 +36,13 @@ def arrow_source(data: Any, *, name: str | None = None) -> TableSource:
     """
     if not (hasattr(data, "__arrow_c_stream__") or hasattr(data, "__arrow_c_array__")):
         raise MisuseError(f"{type(data).__qualname__} has no __arrow_c_stream__, so its rows can't be taken over")
-    return TableSource(pa.table(data), name or f"arrow {type(data).__qualname__}")
+    return TableSource(name=name or f"arrow {type(data).__qualname__}", table=pa.table(data))
 
 
 def pandas_source(frame: Any) -> TableSource:
     """Rows of a pandas DataFrame. An index that is more than a count becomes columns."""
-    return TableSource(pa.Table.from_pandas(frame).replace_schema_metadata(), "pandas DataFrame")
+    table = pa.Table.from_pandas(frame).replace_schema_metadata()
+    return TableSource(name="pandas DataFrame", table=table)
 
 
 def huggingface_source(dataset: Any) -> HuggingFaceSource | StreamingSource:
@@ -83,6 +83,38 @@ def to_ray(table: pa.Table) -> Any:
     except ImportError as exc:
         raise MissingExtraError("a Ray dataset", extra="ray", package="ray") from exc
     return ray.data.from_arrow(table)
+
+
+class TableSource(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows in memory; made by :func:`arrow_source` and :func:`pandas_source`."""
+
+    name: str
+    table: Any
+
+    def schema(self) -> pa.Schema:
+        """Names and types of the columns."""
+        return self.table.schema
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Pieces of a quarter of a million rows."""
+        yield from _pieces(self.table.num_rows)
+
+    def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
+        """The rows of a piece, without copying them."""
+        start, rows = fragment.place
+        yield from self.table.slice(start + skip, max(0, rows - skip)).to_batches(max_chunksize=_BLOCK_ROWS)
+
+    def count(self) -> int:
+        """How many rows there are."""
+        return int(self.table.num_rows)
+
+    def select(self, columns: Sequence[str]) -> Self:
+        """The same with these columns only."""
+        chosen(self.table.schema, columns, self.name)
+        return msgspec.structs.replace(self, table=self.table.select(list(columns)))
+
+    def where(self, predicate: pc.Expression) -> None:
+        """Nothing is saved by it."""
 
 
 class HuggingFaceSource(msgspec.Struct, frozen=True, kw_only=True):

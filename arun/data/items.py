@@ -16,16 +16,18 @@ ItemSource: TypeAlias = "Iterable[Any] | AsyncIterable[Any] | Callable[[], Any]"
 class Items:
     """What ``from_iterable()`` was given.
 
+    :ivar on_demand: whether it minds when it is asked: a block that is asked for early would count as done.
     :param given: an (async) iterable of rows, record batches or tables, or a function of no arguments that returns one,
         which is called for each run. An iterator, such as a generator, can be run once.
     """
 
-    __slots__ = ("_given", "_used", "name")
+    __slots__ = ("_given", "_used", "name", "on_demand")
 
     def __init__(self, given: ItemSource) -> None:
         self._given = given
         self._used = False
         self.name: str = getattr(given, "__name__", type(given).__name__)
+        self.on_demand: bool = getattr(given, "on_demand", False)
         if not callable(given):
             self._refuse_other(given)
 

@@ -36,7 +36,7 @@ def _count(node: Node, inputs: Sequence[int | None]) -> int | None:
                 rows = _count_after(step, rows)
             return rows
         case AllToAll():
-            return inputs[0] if node.barrier.keeps_rows else None
+            return inputs[0] if node.barrier.traits.keeps_rows else None
         case Union():
             return sum(rows for rows in inputs if rows is not None) if None not in inputs else None
         case Zip() | Write():
@@ -73,7 +73,7 @@ def _schema(node: Node, inputs: Sequence[pa.Schema | None]) -> pa.Schema | None:
                 schema = _schema_after(step, schema)
             return schema
         case AllToAll():
-            return inputs[0] if node.barrier.keeps_rows else None
+            return inputs[0] if node.barrier.traits.keeps_rows else None
         case Write():
             return inputs[0]
         case _:

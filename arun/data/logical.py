@@ -18,8 +18,9 @@ never changes a node; ``Plan.rewrite`` makes a new plan, in which whatever was s
 from __future__ import annotations
 
 import itertools
+import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import msgspec
@@ -32,25 +33,44 @@ from arun.data.steps import Step
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ("AllToAll", "Barrier", "Iterate", "Node", "OneToOne", "Plan", "Read", "Union", "Write", "Zip")
+    from arun.data.barriers import Limits, Relation
 
-_numbers = itertools.count(1)
+__all__ = ("AllToAll", "Barrier", "Iterate", "Node", "OneToOne", "Plan", "Read", "Traits", "Union", "Write", "Zip")
+
+# Nodes made in several processes may meet in one plan, so each process counts from somewhere else.
+_numbers = itertools.count(secrets.randbits(62))
+
+
+class Traits(msgspec.Struct, frozen=True, kw_only=True):
+    """What rules may rely on.
+
+    :ivar columns: those that it looks at, where it gives all others as they are, or not at all; None: all.
+    :ivar keeps_rows: whether exactly the rows of its input come out, in whatever order.
+    :ivar row_by_row: whether it makes no difference to the other rows when some are left out before it.
+    :ivar scans: whether it reads ``files`` of a relation itself.
+    """
+
+    columns: Sequence[str] | None
+    keeps_rows: bool
+    row_by_row: bool
+    scans: bool
 
 
 class Barrier(Protocol):
-    """An operation that needs to see all rows. Immutable.
+    """An operation that needs to see all rows. Immutable."""
 
-    :ivar label: for people, such as ``sort(id)``.
-    :ivar columns: those that it needs of its input, where it needs no others; None: all.
-    :ivar keeps_rows: whether exactly the rows of its input come out, in whatever order.
-    """
+    @property
+    def label(self) -> str:
+        """For people, such as ``sort(id)``."""
+        ...
 
-    label: str
-    columns: Sequence[str] | None
-    keeps_rows: bool
+    @property
+    def traits(self) -> Traits:
+        """What rules may rely on."""
+        ...
 
-    def run(self, *inputs: AsyncIterator[pa.RecordBatch]) -> AsyncIterator[pa.RecordBatch]:
-        """Blocks to blocks. Whatever it has opened is closed when this iterator is."""
+    def run(self, inputs: Sequence[Relation], limits: Limits) -> AsyncGenerator[pa.RecordBatch]:
+        """Blocks to blocks. Whatever it has opened is closed when this generator is."""
         ...
 
 

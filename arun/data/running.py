@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,41 +9,16 @@ from typing import Any
 import msgspec
 
 from arun.data import consumers
+from arun.data.checkpoint.progress import Progress
 from arun.data.execution.execution import Consumer, Execution
-from arun.data.execution.statistics import StageStatistics
+from arun.data.execution.statistics import Statistics
 from arun.data.logical import Node, Plan
 from arun.data.options import RunOptions
 from arun.data.physical import PhysicalPlan
 from arun.data.rules import RULES, optimise
 from arun.data.sink import Part
 
-__all__ = ("Report", "Statistics", "plan_of", "run_plan")
-
-
-class Statistics(msgspec.Struct, frozen=True):
-    """What a run has done, by stage.
-
-    :ivar seconds: from its start to its end.
-    """
-
-    stages: tuple[StageStatistics, ...]
-    seconds: float
-
-    def __str__(self) -> str:
-        lines = [f"{self.seconds:.3f} s"]
-        for stage in self.stages:
-            lines.append(
-                f"[{stage.number}] {stage.name}: {stage.rows:,} rows in {stage.blocks:,} blocks, {stage.size:,} bytes; "
-                f"waited {stage.waited_in:.3f} s for input, {stage.waited_out:.3f} s for its readers; at most "
-                f"{stage.peak_blocks} blocks waited"
-            )
-            lines.extend(
-                f"      {step.name}: {step.rows_in:,} -> {step.rows_out:,} rows in {step.seconds:.3f} s"
-                + (f", {step.failed:,} failed" if step.failed else "")
-                + (f", at most {step.peak_in_flight} at a time" if step.peak_in_flight else "")
-                for step in stage.steps
-            )
-        return "\n".join(lines)
+__all__ = ("Report", "plan_of", "run_plan")
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -65,14 +39,14 @@ def plan_of(roots: Sequence[Node], options: RunOptions) -> Plan:
 
 
 async def run_plan(
-    plan: PhysicalPlan, consume: Sequence[Consumer | None], options: RunOptions
+    plan: PhysicalPlan, consume: Sequence[Consumer | None], options: RunOptions, progress: Progress | None = None
 ) -> tuple[list[Any], Statistics]:
     """Run a physical plan.
 
     :param consume: for each root, what reads it; None where it has a sink, which then does.
+    :param progress: what need not be done again, where a checkpoint is kept.
     """
-    execution = Execution(plan, options)
-    began = time.perf_counter()
+    execution = Execution(plan, options, progress=progress)
     consumed: list[Consumer] = []
     for own, sink in zip(consume, plan.sinks, strict=True):
         if own is not None:
@@ -80,4 +54,4 @@ async def run_plan(
         else:
             consumed.append(consumers.count if sink is None else partial(consumers.write, sink.sink))
     results = await execution.run(consumed)
-    return results, Statistics(tuple(execution.statistics), time.perf_counter() - began)
+    return results, execution.statistics()

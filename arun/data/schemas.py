@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pyarrow as pa
 
-from arun.errors import SchemaError
+from arun.errors import DataError
 
 __all__ = ("conform", "conflict", "unify")
 
@@ -19,7 +19,7 @@ def unify(named: Iterable[tuple[str, pa.Schema]], *, remedy: str = "cast it in o
 
     :param named: schemas with what a person calls each.
     :param remedy: what to do where they don't fit in one.
-    :raises SchemaError: a column has types that don't fit in one, or a name is there twice.
+    :raises DataError: a column has types that don't fit in one, or a name is there twice.
     """
     unified: pa.Schema | None = None
     first: dict[str, str] = {}
@@ -41,7 +41,7 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema, *, name: str) -> pa.Record
     """The same rows with exactly these columns; those that it lacks are null, what is no loss is cast.
 
     :param name: what a person calls the rows.
-    :raises SchemaError: a value does not fit in its column's type.
+    :raises DataError: a value does not fit in its column's type.
     """
     if batch.schema.equals(schema):
         return batch
@@ -58,7 +58,7 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema, *, name: str) -> pa.Record
             try:
                 column = column.cast(field.type)
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as exc:
-                raise SchemaError(f"{name}: the column {field.name!r} does not fit in {field.type}: {exc}") from exc
+                raise DataError(f"{name}: the column {field.name!r} does not fit in {field.type}: {exc}") from exc
         columns.append(column)
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
@@ -89,14 +89,14 @@ def _widened(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
 def _refuse_duplicates(name: str, schema: pa.Schema) -> None:
     if len(set(schema.names)) < len(schema.names):
         twice = next(column for column in schema.names if schema.names.count(column) > 1)
-        raise SchemaError(f"{name} has two columns {twice!r}; rename one")
+        raise DataError(f"{name} has two columns {twice!r}; rename one")
 
 
-def _mismatch(unified: pa.Schema, schema: pa.Schema, first: dict[str, str], name: str, remedy: str) -> SchemaError:
+def _mismatch(unified: pa.Schema, schema: pa.Schema, first: dict[str, str], name: str, remedy: str) -> DataError:
     for field in schema:
         if field.name in first and field.name in unified.names:
             before = unified.field(field.name).type
             if _widened(before, field.type) is None:
                 there = f"{before} in {first[field.name]}, but {field.type} in {name}"
-                return SchemaError(f"the column {field.name!r} is {there}; {remedy}")
-    return SchemaError(f"the columns of {first[unified.names[0]]} and {name} don't fit together")
+                return DataError(f"the column {field.name!r} is {there}; {remedy}")
+    return DataError(f"the columns of {first[unified.names[0]]} and {name} don't fit together")

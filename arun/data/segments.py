@@ -61,5 +61,6 @@ def _together(before: Step, step: Step) -> bool:
     return (
         (before.concurrency, before.ordered) == (step.concurrency, step.ordered)
         and before.executor is step.executor
-        and step.prefix is None
+        # What knows how many rows it wants at a time is not held up by the step after it, nor by the one before.
+        and not any(hasattr(one.function, "batch_limit") for one in (before, step))
     )

@@ -47,7 +47,10 @@ class PartWriter(Protocol):
 
 
 class Sink(Protocol):
-    """Something that can be written in parts. Immutable; every method may block, so it is called in a thread.
+    """Something that can be written in parts. Every method may block, so it is called in a thread.
+
+    One that can go on where a killed process has left it has ``resumable = True``; see
+    ``arun.data.checkpoint.journal.ResumableSink``.
 
     :ivar name: for people, such as ``parquet answers/``.
     :ivar part_bytes: a part that has grown past this is committed and another one begun; None: one part for all.

@@ -32,10 +32,14 @@ class Fragment(msgspec.Struct, frozen=True, kw_only=True):
 class Source(Protocol):
     """Something that can be read in fragments. Immutable; every method may block, so it is called in a thread.
 
+    A source whose keys of fragments are others when its rows are others says so by an attribute ``resumable = True``:
+    then a checkpoint can go on with it.
+
     :ivar name: for people, such as ``parquet prompts/*.parquet``.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def schema(self) -> pa.Schema | None:
         """Names and types of its columns; None where only reading tells."""

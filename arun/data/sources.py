@@ -1,4 +1,4 @@
-"""Sources in memory: rows and Arrow tables."""
+"""A source in memory: a list of rows. Tables and the like are in :mod:`arun.data.interchange`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from arun.guards import shown
 if TYPE_CHECKING:
     import pyarrow.compute as pc
 
-__all__ = ("RowSource", "TableSource")
+__all__ = ("RowSource",)
 
 _FRAGMENT_ROWS: Final = 8192
 
@@ -58,45 +58,6 @@ class RowSource:
         return None
 
     def where(self, predicate: pc.Expression) -> Self | None:
-        """It has nothing to leave unread."""
-        return None
-
-
-class TableSource:
-    """An Arrow table."""
-
-    def __init__(self, table: pa.Table, name: str = "table") -> None:
-        self.name = name
-        self._table = table
-
-    def schema(self) -> pa.Schema:
-        """See :class:`~arun.data.source.Source`."""
-        return self._table.schema
-
-    def fragments(self) -> Iterator[Fragment]:
-        """See :class:`~arun.data.source.Source`."""
-        offset = 0
-        for number, batch in enumerate(self._table.to_batches()):
-            if batch.num_rows:
-                yield Fragment(key=str(number), rows=batch.num_rows, size=batch.nbytes, place=(offset, batch.num_rows))
-            offset += batch.num_rows
-
-    def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
-        """See :class:`~arun.data.source.Source`."""
-        offset, rows = fragment.place
-        yield from self._table.slice(offset + skip, rows - skip).to_batches()
-
-    def count(self) -> int:
-        """See :class:`~arun.data.source.Source`."""
-        return cast("int", self._table.num_rows)
-
-    def select(self, columns: Sequence[str]) -> TableSource | None:
-        """See :class:`~arun.data.source.Source`."""
-        if not set(columns) <= set(self._table.column_names):
-            return None  # the step says which one is missing
-        return TableSource(self._table.select(list(columns)), self.name)
-
-    def where(self, predicate: pc.Expression) -> TableSource | None:
         """It has nothing to leave unread."""
         return None
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import anyio
@@ -134,6 +134,7 @@ class Splits:
     :param equal: whether all get as many rows; the less than ``consumers`` that are over at the end are left out.
     :param by: columns; rows that have the same values in them go to the same consumer.
     :param memory: bytes of each run that wait in memory before they do on disk, with ``equal`` and ``by``.
+    :param most: bytes of a block; larger ones are cut into several.
     """
 
     def __init__(
@@ -145,6 +146,7 @@ class Splits:
         by: str | Sequence[str] = (),
         memory: int,
         folder: str | None = None,
+        most: int | None = None,
     ) -> None:
         keys = (by,) if isinstance(by, str) else tuple(by)
         if consumers < 1:
@@ -152,7 +154,7 @@ class Splits:
         if equal and keys:
             raise MisuseError(f"split(equal=True, by={by!r}): keys need not have as many rows; give one of them")
         self.consumers = consumers
-        self._open = open
+        self._open = open if most is None else lambda: _InPieces(open(), most)
         self._equal, self._keys = equal, keys
         self._memory, self._folder = memory, folder
         self._iterations = [0] * consumers
@@ -182,6 +184,12 @@ class Splits:
             if run.deserted:
                 self._runs.pop(number, None)
 
+    async def aclose(self) -> None:
+        """End all runs."""
+        for number in tuple(self._runs):
+            for consumer in range(self.consumers):
+                await self.leave(number, consumer)
+
     def _run(self) -> SplitRun:
         if not self._equal and not self._keys:
             return _Shared(self.consumers, self._open)
@@ -189,8 +197,32 @@ class Splits:
         return _Dealt(self.consumers, self._open, deal, self._memory, self._folder)
 
 
+class _InPieces:
+    """Blocks of at most so many bytes."""
+
+    def __init__(self, blocks: Blocks, most: int) -> None:
+        self._blocks = blocks
+        self._most = most
+        self._waiting: deque[pa.RecordBatch] = deque()
+
+    def __aiter__(self) -> AsyncIterator[pa.RecordBatch]:
+        return self
+
+    async def __anext__(self) -> pa.RecordBatch:
+        while not self._waiting:
+            block = await anext(self._blocks)
+            rows = max(len(block) * self._most // max(block.nbytes, 1), 1)
+            self._waiting.extend(block.slice(start, rows) for start in range(0, len(block), rows))
+        return self._waiting.popleft()
+
+    async def aclose(self) -> None:
+        await self._blocks.aclose()
+
+
 class Part:
     """The blocks of one consumer: called for an iteration of them."""
+
+    on_demand = True
 
     def __init__(self, splits: Splits, consumer: int) -> None:
         self.__name__ = f"split {consumer + 1} of {splits.consumers}"
@@ -209,7 +241,7 @@ class Part:
     def __reduce__(self) -> NoReturn:
         raise MisuseError(
             f"{self.__name__} shares a run of this process, and can't be sent to another one; to read it there, split "
-            "on a cluster: `await actors.split(dataset, n, cluster=cluster)`"
+            "on a cluster: `await actors.split.split(dataset, n, cluster=cluster)`"
         )
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 
+from arun.data.batches import BatchFormat
 from arun.data.block import Row
 from arun.signatures import Kind, kind_of, name_of
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from arun.executors import Executor
 
 __all__ = (
-    "BatchFormat",
     "BatchFunction",
     "Drop",
     "Expression",
@@ -47,7 +47,6 @@ __all__ = (
 )
 
 OnError: TypeAlias = Literal["fail", "skip", "collect"]
-BatchFormat: TypeAlias = Literal["arrow", "numpy", "pandas"]
 
 
 class RowFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -62,7 +61,7 @@ class RowFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     :ivar schema: of the rows that it gives; None takes it from them.
     :ivar fuse: False makes it a stage of its own.
     :ivar prefix: gives what rows are grouped by, so that those with a common beginning run together; None keeps order.
-    :ivar title: what a person calls the function; by default its name.
+    :ivar title: what a person calls the step; by default it goes by operation and function.
     """
 
     function: Callable[[Row], Any]
@@ -101,14 +100,15 @@ class RowFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     @property
     def label(self) -> str:
         """For people, such as ``map(render)``."""
-        name = self.title or name_of(self.function)
-        return f"{self.operation}({self.column + ', ' if self.column else ''}{name})"
+        column = f"{self.column}, " if self.column else ""
+        return self.title or f"{self.operation}({column}{name_of(self.function)})"
 
 
 class BatchFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """A user's function of one batch.
 
-    :ivar format: of what it is given and gives; a record batch, a dict of numpy arrays, or a pandas DataFrame.
+    :ivar format: of what it is given and gives; a record batch, a dict of NumPy arrays or PyTorch tensors, or a pandas
+        DataFrame.
     :ivar batch_size: rows of each batch but the last; None takes blocks as they come.
     :ivar concurrency: most batches at a time; None is one.
     :ivar keeps_rows: whether it gives as many rows as it is given, in their order.

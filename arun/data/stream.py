@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
+from arun.data.batches import BatchFormat, Cutter, converter
 from arun.data.block import Block, Row
 from arun.data.execution.boundary import Boundary
 from arun.data.execution.execution import Consumer
@@ -17,7 +18,7 @@ from arun.timed import Timed
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ("BlockStream", "RowStream")
+__all__ = ("BatchStream", "BlockStream", "RowStream")
 
 
 class BlockStream:
@@ -27,12 +28,14 @@ class BlockStream:
     ``async with``, garbage collection) cancels it.
     """
 
-    def __init__(self, run: Callable[[Consumer], Awaitable[Any]], options: RunOptions) -> None:
+    def __init__(
+        self, run: Callable[[Consumer], Awaitable[Any]], options: RunOptions, *, on_demand: bool = False
+    ) -> None:
         # The run holds the boundary and never the stream, so a stream that its consumer drops is collected.
         runs: list[Background[None]] = []
 
         def start() -> None:
-            runs.append(Runtime.current().start(_host, run, boundary, name="arun dataset"))
+            runs.append(Runtime.current().start(_host, run, boundary, on_demand, name="arun dataset"))
 
         statistics = StageStatistics(0, "stream")
         boundary = Boundary(options.queue_blocks, options.queue_bytes, statistics, start, _nothing)
@@ -111,11 +114,55 @@ class RowStream:
         await self.aclose()
 
 
-async def _host(run: Callable[[Consumer], Awaitable[Any]], boundary: Boundary) -> None:
+class BatchStream:
+    """The rows of a dataset in batches for a trainer, for one task, once; made by ``dataset.iter_batches()``."""
+
+    def __init__(self, blocks: BlockStream, format: BatchFormat, batch_size: int | None, *, drop_last: bool) -> None:
+        self._blocks = blocks
+        self._convert = converter(format)
+        self._cutter: Cutter | None = Cutter(batch_size)
+        self._drop_last = drop_last
+        self._cut: Iterator[pa.RecordBatch] = iter(())
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        while self._cutter is not None:
+            for batch in self._cut:
+                return self._convert(batch)
+            block = await anext(self._blocks, None)
+            if block is None:
+                rest = None if self._drop_last else self._cutter.rest()
+                self._cutter = None
+                if rest is not None:
+                    return self._convert(rest)
+            else:
+                self._cut = self._cutter.cut(block)
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Cancel the run, if it still goes, and wait for its clean-up."""
+        self._cutter = None
+        await self._blocks.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+
+async def _host(run: Callable[[Consumer], Awaitable[Any]], boundary: Boundary, on_demand: bool) -> None:
     async def feed(blocks: AsyncIterator[Block]) -> None:
+        if on_demand:
+            await boundary.asked()
         async for block in blocks:
             pending = boundary.put(block)
-            if pending is not None:
+            if on_demand:
+                del block
+                await boundary.asked()
+            elif pending is not None:
                 await pending
 
     error: Exception | None = None

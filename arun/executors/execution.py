@@ -30,11 +30,15 @@ _BEAT: Final = Beat()
 
 
 class Execution:
-    """One subtask, as the iterator of what the parent is to know of it."""
+    """One subtask, as the iterator of what the parent is to know of it.
 
-    def __init__(self, order: Order, find: Find) -> None:
+    :param attached: the resources that the worker has attached to.
+    """
+
+    def __init__(self, order: Order, find: Find, attached: Mapping[str, Any] = {}) -> None:
         self._answers = _Answers()
         self._threads = _WorkerThreads()
+        self._attached = attached
         self._background: Background[None] = Runtime.current().start(self._run, order, find, name="arun subtask")
 
     def __aiter__(self) -> AsyncIterator[Answer]:
@@ -77,7 +81,7 @@ class Execution:
             action_name=order.action_name,
             path=order.path,
             inputs=decode(order.run_inputs),
-            resources=_LeftBehind(order.resources),
+            resources=_Resources(order.resources, self._attached),
             run=Run(self._answers if order.listening else None),
         )
         context.threads, context.attempt, context.checks = self._threads, order.attempt, order.checks
@@ -91,19 +95,23 @@ class Execution:
         return Success(answer, written, sorted(delta.deleted))
 
 
-class _LeftBehind(Mapping[str, Any]):
-    """The resources of the program, none of which is here."""
+class _Resources(Mapping[str, Any]):
+    """The resources of the program: those that are attached to are here, the others stay behind."""
 
-    def __init__(self, names: Collection[str]) -> None:
+    def __init__(self, names: Collection[str], attached: Mapping[str, Any]) -> None:
         self._names = names
+        self._attached = attached
 
     def __getitem__(self, name: str) -> Any:
+        if name in self._attached:
+            return self._attached[name]
         if name not in self._names:
             raise KeyError(name)
         raise MisuseError(
             f"the resource {name!r} stays in the program's own process; run what needs it there (executor=None, or a "
             "ThreadExecutor for plain functions), or make one in each worker: "
-            f"`@functools.cache` on a function `{name}()` at the top level of a module, called by the action"
+            f"`@functools.cache` on a function `{name}()` at the top level of a module, called by the action. Workers "
+            "of a RayExecutor attach to detached pools and actors"
         )
 
     def __iter__(self) -> Iterator[str]:

@@ -55,12 +55,14 @@ class Instance(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     :ivar values: its attributes.
     :ivar actions: its attributes that are actions themselves.
+    :ivar functions: its attributes that are functions: module and qualified name.
     """
 
     module: str
     qualname: str
     values: bytes
     actions: dict[str, Reference]
+    functions: dict[str, tuple[str, str]] = {}
 
 
 class ConditionOrder(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -111,12 +113,13 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     :ivar state: the keys that the action may read.
     :ivar inputs: of the subtask.
     :ivar run_inputs: of the run, as far as the action takes them.
-    :ivar resources: names of the resources that stay behind.
+    :ivar resources: names of the program's resources.
     :ivar attempt: which one of the subtask it is, 1 for the first.
     :ivar listening: whether anybody wants the events.
     :ivar beating: whether anybody wants to know that something was yielded.
     :ivar checks: what the guard-rails look for.
     :ivar code: where the worker gets the code that no module has for it.
+    :ivar attach: of the resources, those that the worker finds by itself: what each is, and its name where it lives.
     """
 
     action: Reference
@@ -134,6 +137,7 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     beating: bool
     checks: Checks | None = None
     code: tuple[str, ...] = ()
+    attach: dict[str, tuple[str, str]] = {}
 
 
 class Emitted(msgspec.Struct, frozen=True, tag=True, array_like=True):

@@ -34,20 +34,23 @@ def order_of(
     inputs: Mapping[str, Any],
     context: ApplicationContext,
     code: tuple[str, ...] = (),
+    attach: Mapping[str, tuple[str, str]] = {},
 ) -> Order:
     """What a worker is told to run.
 
     :param code: where it gets the code that ``reference`` and the values need.
+    :param attach: the resources that it finds by itself; of these it is told those that the action takes.
     :raises MisuseError: a value can't cross; names it.
     """
     name = action.display_name
     keys = _keys(action)
     whole = state.scoped(None)
     readable = whole if keys is None else {key: whole[key] for key in keys if key in whole}
-    run_inputs = context.inputs
+    run_inputs, attached = context.inputs, dict(attach)
     if not (action.takes_any_input or _wants_context(action)):
         required, optional = action.input_names
         run_inputs = {key: value for key, value in run_inputs.items() if key in required or key in optional}
+        attached = {key: value for key, value in attach.items() if key in required or key in optional}
     return Order(
         reference,
         encode_values(readable, lambda key: f"state[{key!r}], which action {name!r} may read,"),
@@ -64,6 +67,7 @@ def order_of(
         bool(context.beats),
         context.checks,
         code,
+        attached,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from inspect import isfunction
 from types import ModuleType
 from typing import Any, Final, TypeAlias, cast
 
@@ -59,6 +60,7 @@ def action_of(reference: Reference, find: Find) -> Action:
             instance: Action = object.__new__(cls)
             vars(instance).update(decode(reference.values))
             vars(instance).update({name: action_of(inner, find) for name, inner in reference.actions.items()})
+            vars(instance).update({name: find(*place) for name, place in reference.functions.items()})
             return instance
         case GraphOrder():
             graph = Graph(
@@ -147,8 +149,26 @@ def _refer_to_instance(action: Action, pack: Pack | None) -> Instance:
     module, qualname = _place(lambda: _name_of_class(name, cls, by_value=pack is not None), name, lambda: cls, pack)
     values = {key: value for key, value in vars(action).items() if key != "scope"}
     actions = {key: refer_to(value, pack) for key, value in values.items() if isinstance(value, Action)}
-    values = {key: value for key, value in values.items() if key not in actions}
-    return Instance(module, qualname, encode_values(values, lambda key: f"the attribute {key} of {name}"), actions)
+    functions = {key: _refer_to_attribute(name, value, pack) for key, value in values.items() if isfunction(value)}
+    values = {key: value for key, value in values.items() if key not in actions and key not in functions}
+    encoded = encode_values(values, lambda key: f"the attribute {key} of {name}")
+    return Instance(module, qualname, encoded, actions, functions)
+
+
+def _refer_to_attribute(name: str, function: Any, pack: Pack | None) -> tuple[str, str]:
+    what = f"the function of {name} ({where(function)})"
+
+    def place() -> tuple[str, str]:
+        module, qualname = function.__module__, function.__qualname__
+        _refuse_unimportable(what, module, qualname, by_value=pack is not None)
+        if dig(sys.modules.get(module), qualname) is not function:
+            raise MisuseError(
+                f"{what} is not what module {module!r} has as {qualname!r}, so a worker process can't import it; "
+                f"{_INSTEAD}"
+            )
+        return _portable(module), qualname
+
+    return _place(place, what, lambda: function, pack)
 
 
 def _refer_to_graph(action: RunnableGraph, pack: Pack | None) -> GraphOrder:

@@ -10,18 +10,22 @@ import os
 import signal
 import sys
 
+import pytest
 import structlog
 
 from actors.bundles import Placement
 from actors.ray_cluster import RayCluster
-from tests.actors.programs import children
+from arun.errors import MisuseError
 from tests.actors.samples import Diary, Wide
+from tests.faults.nemesis import descendants
 
 
 async def main(how: str, diary: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
     async with RayCluster.connect(num_cpus=2) as cluster:
         assert os.environ["RAY_AUTH_MODE"] == "token"
+        with pytest.raises(MisuseError, match="this program started it, and it ends with the block"):
+            await cluster.spawn(Wide, name="detached", lifetime="detached")
         reservation = await cluster.reserve(Placement())
         await cluster.spawn(Diary, diary, group=reservation.groups[0])
         wide = await cluster.spawn(Wide)
@@ -32,7 +36,7 @@ async def main(how: str, diary: str) -> None:
         while "hanging" not in await wide.notes():
             pass
         actors = [info.pid for info in cluster.list() if info.alive]
-        servers = children(os.getpid())
+        servers = descendants(os.getpid())
         print(*actors, *servers, flush=True)
         if how == "return":
             call.cancel()

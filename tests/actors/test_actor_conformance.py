@@ -9,7 +9,11 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+<<<<<<< HEAD
 import numpy as np
+=======
+import anyio
+>>>>>>> main
 import pytest
 
 from actors.bundles import Placement
@@ -284,6 +288,18 @@ async def test_a_cancelled_spawn_leaves_nothing(cluster: Cluster, tmp_path: Path
     spawning.cancel()
     with pytest.raises(asyncio.CancelledError):
         await spawning
+    assert cluster.list() == []
+    assert not is_running(pid)
+
+
+@needs_process
+async def test_a_spawn_in_a_cancelled_scope_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    os.mkfifo(path)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(cluster.spawn, HangsAtStart, str(path))
+        pid = int(await asyncio.to_thread(path.read_text))  # waits for it to be written
+        tasks.cancel_scope.cancel()
     assert cluster.list() == []
     assert not is_running(pid)
 

@@ -36,7 +36,7 @@ from arun.errors import (
 )
 from tests.actors.fragile import Fragile
 from tests.actors.programs import ENVIRONMENT, ROOT, wait_gone
-from tests.actors.samples import Counter, FailsToStart, Wide
+from tests.actors.samples import Counter, FailsToStart, HangsAtStart, Wide
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from actors.engine import EngineInfo
     from actors.pool import EnginePool
 
-on_ray = [pytest.mark.ray, pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="module")]
+on_ray = [pytest.mark.ray, pytest.mark.timeout(90), pytest.mark.asyncio(loop_scope="module")]
 
 AT_ONCE = Backoff(first=0.0)
 
@@ -129,8 +129,8 @@ async def until(holds: Callable[[], bool]) -> None:
         await asyncio.sleep(0.02)
 
 
-async def no_groups_left() -> None:
-    await until(lambda: groups_left() == 0)
+async def only_groups_left(count: int = 0) -> None:
+    await until(lambda: groups_left() == count)
 
 
 def in_flight(engines: list[EngineInfo]) -> int:
@@ -167,7 +167,7 @@ class TestActors:
         assert groups_left() == 1
         program.kill()
         await gone([int(pid)])
-        await no_groups_left()
+        await only_groups_left()
         held = await cluster.get("held", Wide)
         while "hang cancelled" not in await held.notes():  # the dead program's call
             pass
@@ -219,10 +219,20 @@ class TestActors:
             await actor.hang()
         with pytest.raises(ActorDied, match="it is not started again: its restart policy is 'temporary'"):
             await actor.incr()
+        another = await cluster.spawn(Fragile, str(tmp_path), name="mortal", lifetime="detached", get_if_exists=True)
+        assert await another.incr() == 1
+        await cluster.stop(another)
 
-    async def test_one_that_does_not_start_leaves_nothing(self, cluster: RayCluster) -> None:
+    async def test_one_that_does_not_start_leaves_nothing(self, cluster: RayCluster, tmp_path: Path) -> None:
         with pytest.raises(RemoteError, match="refused in on_start"):
             await cluster.spawn(FailsToStart, "on_start", name="stillborn", lifetime="detached")
+        starting = asyncio.create_task(
+            cluster.spawn(HangsAtStart, str(tmp_path / "starts"), name="stillborn", lifetime="detached")
+        )
+        await until((tmp_path / "starts").exists)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
         with pytest.raises(ActorNotFound):
             await cluster.get("stillborn")
 
@@ -266,7 +276,7 @@ async def pool(cluster: RayCluster, address: str) -> AsyncIterator[EnginePool]:
     async with cluster.pool("chat") as pool:
         yield pool
     await pool.close()
-    await no_groups_left()
+    await only_groups_left()
 
 
 def echo(**options: Any) -> EngineSpec:
@@ -352,6 +362,7 @@ class TestPools:
         assert groups_left() == 2  # those of the dead one are gone
 
     async def test_closing_it_ends_it_for_everybody(self, cluster: RayCluster, address: str) -> None:
+        before = groups_left()
         pids = await run("leave_pool", address, "short")
         async with cluster.pool("short") as pool:
             stream = pool.generate("for ever", max_tokens=1_000_000, ignore_eos=True)
@@ -361,15 +372,16 @@ class TestPools:
                 async for _ in stream:
                     pass
         await gone(pids)
-        await no_groups_left()
+        await only_groups_left(before)
         with pytest.raises(ActorNotFound, match="there is no detached pool 'short'"):
             await cluster.pool("short").start()
 
     async def test_one_that_does_not_start_leaves_nothing(self, cluster: RayCluster) -> None:
+        before = groups_left()
         with pytest.raises(EngineError, match="out of memory"):
             await cluster.engines(echo(fail_start="out of memory"), name="bad", lifetime="detached").start()
         with pytest.raises(PlacementError, match="5 CPU in all"):
             await cluster.engines(echo(), name="bad", lifetime="detached", cpus=5).start()
         with pytest.raises(ActorNotFound):
             await cluster.pool("bad").start()
-        await no_groups_left()
+        await only_groups_left(before)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import arun
 
-from . import channel, fanout, memory, steps
+from . import channel, data, fanout, inference, memory, pool, steps
 from .harness import Options, Row, table
 
-ROWS = {**steps.ROWS, **fanout.ROWS, **memory.ROWS, **channel.ROWS}
+ROWS = {**steps.ROWS, **fanout.ROWS, **memory.ROWS, **channel.ROWS, **pool.ROWS, **data.ROWS, **inference.ROWS}
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     print(f"\n{table(rows)}\n")
     print(
         "Medians of interleaved rounds in one run, guard-rails on. us: CPU time, save in a thread; ms: by the watch.\n"
-        f"Ratios of one run are what is comparable. Load average now: {os.getloadavg()[0]:.1f}."
+        f"Compare ratios, which are medians of the rounds' own, not times. Load now: {os.getloadavg()[0]:.1f}."
     )
 
 

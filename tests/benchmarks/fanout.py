@@ -86,7 +86,7 @@ def map_states_row(options: Options) -> Row:
         took["arun"],
         took["floor"],
         took["peer"],
-        [Check("Burr / arun >= 8", took["peer"] / took["arun"], 8, at_least=True)],
+        [Check("Burr / arun >= 8", took.ratio("peer", "arun"), 8, at_least=True)],
     )
 
 
@@ -128,7 +128,7 @@ def fan_out_row(options: Options) -> list[Row]:
             took["arun"],
             took[key],
             None,
-            [Check(f"arun / {name} <= {bound}", took["arun"] / took[key], bound)],
+            [Check(f"arun / {name} <= {bound}", took.ratio("arun", key), bound)],
         )
         for key, name, bound in (("anyio", "anyio's task group", 0.6), ("asyncio", "asyncio.TaskGroup", 2.5))
     ]

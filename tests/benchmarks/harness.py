@@ -4,8 +4,9 @@ Every contestant is a coroutine function that does some work and returns what a 
 are warmed up once; then in every round each has its turn, in an order that rotates, on an event loop of its own, right
 after a full garbage collection and with the collector running, as it does in programs. What counts is the median.
 
-What only computes is timed with the process's CPU clock, which on an idle machine says what a watch says, and on a busy
-one leaves the neighbours out. What waits (threads, timers) is timed with a watch.
+A ratio is the median of the rounds' own ratios: what else the machine does changes from round to round, and within one
+it falls on all alike. What only computes is timed with the process's CPU clock, which on an idle machine says what a
+watch says, and on a busy one leaves the neighbours out. What waits (threads, timers) is timed with a watch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple
 
-__all__ = ("Check", "Contestant", "Options", "Row", "medians", "table")
+__all__ = ("Check", "Contestant", "Medians", "Options", "Row", "medians", "table")
 
 Contestant = Callable[[], Awaitable[float]]
 
@@ -61,7 +62,19 @@ class Row(NamedTuple):
     checks: list[Check]
 
 
-def medians(contestants: Mapping[str, Contestant], options: Options, *, times: int = 1) -> dict[str, float]:
+class Medians(dict[str, float]):
+    """The median cost of each contestant's unit."""
+
+    def __init__(self, rounds: Mapping[str, list[float]]) -> None:
+        super().__init__({name: statistics.median(costs) for name, costs in rounds.items()})
+        self._rounds = rounds
+
+    def ratio(self, one: str, other: str) -> float:
+        """How many times as much one costs as the other: the median over the rounds."""
+        return statistics.median(a / b for a, b in zip(self._rounds[one], self._rounds[other], strict=True))
+
+
+def medians(contestants: Mapping[str, Contestant], options: Options, *, times: int = 1) -> Medians:
     """The median cost of each contestant's unit, over interleaved rounds.
 
     :param times: so many times the rounds, for what is short and uneven.
@@ -74,7 +87,7 @@ def medians(contestants: Mapping[str, Contestant], options: Options, *, times: i
             cost = asyncio.run(_await(contestants[name]))
             if turn >= 0:
                 taken[name].append(cost)
-    return {name: statistics.median(costs) for name, costs in taken.items()}
+    return Medians(taken)
 
 
 def table(rows: list[Row]) -> str:

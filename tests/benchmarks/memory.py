@@ -13,7 +13,7 @@ from typing import Any
 
 from .harness import Check, Options, Row
 
-__all__ = ("ROWS",)
+__all__ = ("ROWS", "resident", "start_of_peak")
 
 
 def memory(options: Options) -> Row:
@@ -64,21 +64,22 @@ def _run(who: str, n: int) -> float:
         assert state["total"] == n
 
     gc.collect()
-    before = _start_of_peak()
+    before = start_of_peak()
     asyncio.run(main())
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _start_of_peak() -> float:
+def start_of_peak() -> float:
     """Forget the peak so far, where the kernel can (that of exec, and of imports), and return where it starts."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return _resident("VmHWM")
-    return _resident("VmRSS")
+        return resident("VmHWM")
+    return resident("VmRSS")
 
 
-def _resident(field: str) -> float:
+def resident(field: str) -> float:
+    """Bytes of this process: ``VmHWM`` at its peak, ``VmRSS`` now."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:  # no Linux; macOS counts bytes here

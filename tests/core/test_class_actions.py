@@ -138,6 +138,15 @@ async def test_input_and_result_are_actions() -> None:
     assert (what.name, result, state["n"]) == ("result", {"prompt": "Hi"}, 1)  # type: ignore[union-attr]
 
 
+def test_input_and_result_have_burrs_methods() -> None:
+    given, wanted = Input("prompt", "n"), Result("prompt")
+    assert (given.reads, given.writes, given.inputs) == ([], ["prompt", "n"], ["prompt", "n"])
+    assert given.update(given.run(State(), prompt="Hi", n=1), State()) == {"prompt": "Hi", "n": 1}
+    assert (wanted.reads, wanted.writes) == (["prompt"], [])
+    assert wanted.run(State({"prompt": "Hi", "n": 1})) == {"prompt": "Hi"}
+    assert wanted.update({}, State({"n": 1})) == {"n": 1}
+
+
 # -- bind and with_name ----------------------------------------------------------------------------
 
 

@@ -134,3 +134,10 @@ async def test_an_error_names_the_condition_and_its_transition(condition: Condit
     with pytest.raises(KeyError, match="state has no key 'missing'") as caught:
         await app.arun()
     assert caught.value.__notes__ == [f"in the condition {condition.name} of the transition 'step' -> 'last'"]
+
+
+async def test_burrs_names_for_conditions_work() -> None:
+    assert Condition.default is default
+    assert await Condition.when(n=3).holds(STATE)
+    assert await Condition.expr("n == 3").holds(STATE)
+    assert await Condition.safe_expr("n == 3").holds(STATE)

@@ -78,7 +78,7 @@ async def test_a_reducer_that_reads_nothing_is_refused_and_ends_the_work() -> No
     async def forever(i: int) -> None:
         await anyio.sleep_forever()
 
-    with pytest.raises(MisuseError, match="the reducer of 'Each' ended without reading its results"):
+    with pytest.raises(MisuseError, match=r"Each\.reduce at .* ended without reading its results, so the"):
         await run(Each(forever, count=1000, reducer=nothing))
 
 

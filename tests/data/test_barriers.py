@@ -30,7 +30,7 @@ from arun.data.barriers import (
     repartition,
     sort,
 )
-from arun.errors import ArunError, MisuseError, SchemaError
+from arun.errors import ArunError, DataError, MisuseError
 
 from .blocks import cut, rows_of, table_of
 
@@ -467,11 +467,11 @@ async def test_blocks_that_do_not_go_together_are_told_apart() -> None:
         yield pa.record_batch({"x": [1]})
         yield pa.record_batch({"x": ["one"]})
 
-    with pytest.raises(SchemaError, match="do not fit together"):
+    with pytest.raises(DataError, match="int64 in block 0, but string in block 1"):
         await rows_of(sort(Relation.of_blocks(source()), ["x"]))
-    with pytest.raises(SchemaError, match="x: string where those before it had x: int64"):
+    with pytest.raises(DataError, match="x: string where those before it had x: int64"):
         await rows_of(sort(Relation.of_blocks(source(), settled=True), ["x"]))
-    with pytest.raises(SchemaError, match="do not fit together"):
+    with pytest.raises(DataError, match="int64 in block 0, but string in block 1"):
         await rows_of(random_shuffle(source()))
 
 

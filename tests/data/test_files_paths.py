@@ -8,7 +8,7 @@ import fsspec
 import pyarrow.fs
 import pytest
 
-from arun.data.files.paths import Listing
+from arun.data.files.paths import Listing, locate
 from arun.errors import DataError
 
 
@@ -101,6 +101,11 @@ def test_urls_go_through_fsspec() -> None:
             assert opened.read() == b"hello"
     finally:
         memory.rm("/paths", recursive=True)
+
+
+def test_buckets_go_through_pyarrow_with_the_options_of_their_urls() -> None:
+    filesystem, path = locate("gs://anonymous@bucket/deep/a*.parquet")
+    assert (filesystem.type_name, path) == ("gcs", "bucket/deep/a*.parquet")
 
 
 def test_a_file_system_of_either_kind_can_be_given(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -18,7 +17,7 @@ from arun.data.interchange import (
     to_pandas,
     to_ray,
 )
-from arun.errors import MisuseError
+from arun.errors import DataError, MisuseError
 from tests.data.reading import read, rows
 
 TABLE = pa.table({"n": [1, 2, 3], "s": ["x", None, "z"], "l": [[1], [], None]})
@@ -36,6 +35,7 @@ def test_what_speaks_arrow_is_taken_over(data: Any) -> None:
     source = arrow_source(data)
     assert source.count() == 3
     assert read(source) == TABLE
+    assert read(source.select(["l", "n"])) == TABLE.select(["l", "n"])
 
 
 def test_tables_are_not_copied() -> None:
@@ -46,12 +46,22 @@ def test_tables_are_not_copied() -> None:
     assert block.column("n").to_pylist() == [2, 3]
 
 
+def test_a_large_table_has_several_fragments() -> None:
+    source = arrow_source(pa.table({"n": range(600_000)}))
+    assert [fragment.rows for fragment in source.fragments()] == [1 << 18, 1 << 18, 600_000 - (1 << 19)]
+    assert read(source).num_rows == 600_000
+
+
 def test_what_does_not_speak_arrow_is_refused() -> None:
     with pytest.raises(MisuseError, match="list has no __arrow_c_stream__, so its rows can't be taken over"):
         arrow_source([1])
+    with pytest.raises(DataError, match="has no column 'z'; it has n, s, l"):
+        arrow_source(TABLE).select(["z"])
 
 
 def test_a_frame_goes_to_and_fro() -> None:
+    import pandas as pd
+
     when = pd.Timestamp(2024, 1, 2, tz="Europe/Berlin")
     frame = pd.DataFrame({"n": [1, 2], "s": ["x", None], "t": [when, when], "c": pd.Categorical(["a", "b"])})
     source = pandas_source(frame)
@@ -62,6 +72,8 @@ def test_a_frame_goes_to_and_fro() -> None:
 
 
 def test_an_index_with_a_meaning_is_a_column() -> None:
+    import pandas as pd
+
     frame = pd.DataFrame({"n": [1, 2]}, index=pd.Index(["a", "b"], name="key"))
     assert rows(pandas_source(frame)) == [{"n": 1, "key": "a"}, {"n": 2, "key": "b"}]
 

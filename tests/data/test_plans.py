@@ -1,9 +1,9 @@
-"""Random plans give the same rows optimised, unoptimised and interpreted as lists, whatever blocks and queues are."""
+"""Random plans give the same rows optimised, unoptimised and as lists, whatever the blocks and queues are."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import anyio
@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arun.data import Dataset, RunOptions, from_arrow, from_iterable, from_rows, run
-from arun.data.logical import AllToAll
+from arun.data.barriers import Limits, Relation
+from arun.data.logical import AllToAll, Traits
 from arun.data.rules import RULES
 
 Row = dict[str, Any]
@@ -24,11 +25,11 @@ class Reverse:
     """A barrier: the last row first."""
 
     label = "reverse"
-    columns = ()
-    keeps_rows = True
+    traits = Traits(columns=(), keeps_rows=True, row_by_row=True, scans=False)
 
-    async def run(self, *inputs: AsyncIterator[pa.RecordBatch]) -> AsyncIterator[pa.RecordBatch]:
-        batches = [batch async for batch in inputs[0]]
+    async def run(self, inputs: Sequence[Relation], limits: Limits) -> AsyncGenerator[pa.RecordBatch]:
+        assert inputs[0].blocks is not None
+        batches = [batch async for batch in inputs[0].blocks]
         for batch in reversed(batches):
             yield batch.take(pa.array(range(batch.num_rows - 1, -1, -1), type=pa.int64()))
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from arun import Runtime
-from arun.data import from_iterable
+from arun.data import from_iterable, from_rows
 from arun.data.split import Handout, Part, Splits
 from arun.data.stream import BlockStream
 from arun.errors import MisuseError
@@ -317,6 +317,50 @@ async def test_a_consumer_that_leaves_frees_the_others_also_when_parts_are_settl
     got: list[int] = []
     await read(other, got)
     assert len(got) == 10
+
+
+@running
+@pytest.mark.parametrize("mapped", [False, True])
+async def test_what_a_reader_has_not_seen_done_goes_to_the_others(mapped: bool) -> None:
+    def counted(row: dict[str, Any]) -> dict[str, Any]:
+        return row
+
+    async def source() -> AsyncIterator[pa.RecordBatch]:
+        for number in range(20):
+            yield pa.record_batch({"n": [number]})
+
+    one, other = from_iterable(source).split(2)
+    if mapped:
+        one = one.map(counted)
+    seen: list[int] = []
+    async with one.astream() as blocks:
+        async for block in blocks:
+            seen += numbers(block)
+            if len(seen) == 3:
+                break
+            await anyio.wait_all_tasks_blocked()
+    got = [n async for block in other for n in numbers(block)]
+    # The third was not done yet.
+    assert sorted(got) == [2, *range(3, 20)]
+    assert seen == [0, 1, 2]
+
+
+@running
+async def test_a_dataset_is_split_and_cached_in_a_line() -> None:
+    calls = Counter[int]()
+
+    def count(row: dict[str, Any]) -> dict[str, Any]:
+        calls[row["n"]] += 1
+        return row
+
+    cached = from_rows([{"n": n} for n in range(10)]).map(count).cache(memory=0)
+    for _ in range(2):
+        got: list[int] = []
+        for part in cached.split(3, equal=True):
+            got += [row["n"] async for row in part.rows()]
+        assert sorted(got) == list(range(9))
+    assert calls == dict.fromkeys(range(10), 1)
+    assert "split 1 of 2" in cached.split(2)[0].explain()
 
 
 @running

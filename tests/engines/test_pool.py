@@ -272,3 +272,20 @@ async def test_a_process_per_replica_and_none_is_left():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"replicas": 0}, "replicas is 0; it must be at least 1"),
+        ({"max_in_flight": 1001}, "max_in_flight is 1001; one replica takes at most 1000"),
+        ({"watchdog": 0}, "both are seconds above 0"),
+        ({"lifetime": "forever"}, "must be 'scope' or 'detached'"),
+        ({"get_if_exists": True}, "needs lifetime='detached'"),
+        ({"lifetime": "detached"}, "needs name="),
+    ],
+    ids=str,
+)
+async def test_impossible_options_are_refused_where_they_are_written(options, told):
+    with pytest.raises(MisuseError, match=told):
+        EnginePool(LocalCluster(isolation="task"), echo(), **options)

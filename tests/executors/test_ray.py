@@ -19,7 +19,7 @@ import pytest_asyncio
 from executor_fan import Fan, app_of, outs_of, pid_of
 from executor_gone import Gone
 
-from actors import RayCluster, RayExecutor
+from actors import EnginePool, EngineSpec, RayCluster, RayExecutor
 from arun import (
     GraphBuilder,
     Item,
@@ -36,6 +36,7 @@ from arun import (
 )
 from arun.errors import PlacementError
 from arun.registry import register
+from tests.actors.samples import Counter
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -221,6 +222,39 @@ async def test_an_importable_action_that_a_closure_names_is_imported_there(worke
 
     ((pid, most),) = await outs_of(workers, SubGraphTask(local, State({"value": 1})))
     assert (pid, most) == (workers.pids[0], 1)
+
+
+# -- resources -------------------------------------------------------------------------------------------------------
+
+
+async def test_workers_attach_to_detached_pools_and_actors(cluster: RayCluster, workers: RayExecutor) -> None:
+    @action(reads=["value"], writes=["out"])
+    async def ask(state: State, engine: EnginePool, counter: Any) -> State:
+        answer = await engine.complete(state["value"])
+        return state.update(out=(answer.text, await counter.incr(), os.getpid()))
+
+    spec = EngineSpec(model="echo", engine="echo")
+    pool = cluster.engines(spec, name="shared", lifetime="detached", cpus=0.1)
+    counter = await cluster.spawn(Counter, name="shared-counter", lifetime="detached")
+    try:
+        async with pool:
+            fan = Fan(*(SubGraphTask(ask, State({"value": f"word {n}"})) for n in range(3)))
+            app = app_of(workers, fan, engine=pool, counter=counter)
+            outs = (await app.arun()).state["outs"]
+            assert outs == [(f"word {n}", n + 1, workers.pids[0]) for n in range(3)]
+            assert await counter.incr() == 4
+    finally:
+        await pool.close()
+        await cluster.stop(counter)
+
+
+async def test_a_resource_of_this_process_alone_stays_behind_and_says_so(
+    cluster: RayCluster, workers: RayExecutor
+) -> None:
+    counter = await cluster.spawn(Counter)
+    with pytest.raises(MisuseError, match=r"the resource 'engine' stays in the program's own process.*attach to det"):
+        await app_of(workers, Fan(SubGraphTask(subjects.use_engine, State())), engine=counter).arun()
+    await cluster.stop(counter)
 
 
 # -- events ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path
 import structlog
 
 from tests.faults.checker import problems
+from tests.faults.engines import FOLDER
 from tests.faults.history import engine_records, owner_records
 from tests.faults.rounds import Setting, run_rounds
 
@@ -30,13 +31,14 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=3, help="of each round; default 3")
     parser.add_argument("--folder", type=Path, help="where the history goes, by default into a new folder")
     given = parser.parse_args()
-    folder = given.folder or Path(tempfile.mkdtemp(prefix="faults-"))
+    folder: Path = given.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     setting = Setting(cluster=given.cluster, engine=given.engine, faults=given.faults)
     seeds = range(given.first, given.first + given.rounds)
     # What is left over must be this run's.
     temporary = folder / "tmp"
     temporary.mkdir()
     tempfile.tempdir = os.environ["TMPDIR"] = str(temporary)
+    os.environ[FOLDER] = str(folder)  # in every process that comes of this one, see nemesis.marked()
     with open(folder / "log", "w") as log:
         structlog.configure(
             wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -74,7 +75,7 @@ def problems(
     for request in requests.values():
         told += request.judged(strikes, states, promise)
     told += [f"{name} was begun by an engine and never submitted" for name in starts if name not in requests]
-    return [*told, *_over_budget(states, promise.restarts), *_hung(strikes, states, promise)]
+    return [*told, *_over_budget(states, promise.restarts), *_hung(owner, states, promise)]
 
 
 class _Start:
@@ -236,12 +237,13 @@ def _over_budget(states: Iterable[State], supervisor: Supervisor) -> Iterator[st
                 yield f"replica {state.replica} was restarted {len(recent)} times of {supervisor.intensity}"
 
 
-def _hung(strikes: Iterable[Struck], states: Sequence[State], promise: Promise) -> Iterator[str]:
+def _hung(owner: Sequence[OwnerRecord], states: Sequence[State], promise: Promise) -> Iterator[str]:
     """What hangs while somebody waits for it must be found by the watchdog."""
     allowed = promise.watchdog * 1.25 + promise.slack
-    for strike in strikes:
-        if strike.fault in HANGS and strike.busy:
-            found = [each.time for each in states if each.replica == strike.replica and each.time >= strike.time]
-            if not found or min(found) - strike.time > allowed:
-                took = f"{min(found) - strike.time:.1f} s" if found else "for ever"
-                yield f"replica {strike.replica}: {strike.fault}, found after {took}, {allowed:.1f} s are allowed"
+    end = math.inf if promise.to_the_end else owner[-1].time
+    for strike in owner:
+        if isinstance(strike, Struck) and strike.fault in HANGS and strike.busy:
+            seen = [each.time for each in states if each.replica == strike.replica and each.time >= strike.time]
+            took = min(seen, default=end) - strike.time
+            if took > allowed:
+                yield f"replica {strike.replica}: {strike.fault}, found after {took:.1f} s, {allowed:.1f} s are allowed"

@@ -157,5 +157,6 @@ def engine_records(folder: Path) -> dict[int, list[EngineRecord]]:
 
 
 def _read(path: Path, decoder: msgspec.json.Decoder[T]) -> Iterator[T]:
-    for line in path.read_bytes().splitlines():
-        yield decoder.decode(line)
+    for line in path.read_bytes().splitlines(keepends=True):
+        if line.endswith(b"\n"):  # else it was killed while it wrote, so before it did what it wrote down
+            yield decoder.decode(line)

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from tests.faults.engines import FOLDER
+
 if TYPE_CHECKING:
     from actors.cluster import Cluster
 
-__all__ = ("CORE_FAULTS", "FAULTS", "GROUP_FAULTS", "Strike", "cut", "descendants", "drawn", "strike")
+__all__ = ("CORE_FAULTS", "FAULTS", "GROUP_FAULTS", "Strike", "cut", "descendants", "drawn", "marked", "strike")
 
 FAULTS = ("actor killed", "process stopped", "connection cut")
 CORE_FAULTS = ("core killed", "core stopped")
@@ -84,8 +86,23 @@ def descendants(root: int) -> dict[int, str]:
             ancestor = parents.get(ancestor)
         if ancestor == root:
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                found[pid] = _command(Path(f"/proc/{pid}"))
     return found
+
+
+def marked(folder: Path) -> dict[int, str]:
+    """Like :func:`descendants` of who set :data:`~tests.faults.engines.FOLDER`, orphans included: they inherit it."""
+    mark = f"{FOLDER}={folder}".encode()
+    found: dict[int, str] = {}
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in environ.read_bytes().split(b"\0") and int(environ.parent.name) != os.getpid():
+                found[int(environ.parent.name)] = _command(environ.parent)
+    return found
+
+
+def _command(process: Path) -> str:
+    return (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

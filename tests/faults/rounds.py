@@ -22,7 +22,7 @@ from arun.errors import ArunError
 from tests.faults.checker import Promise
 from tests.faults.engines import FOLDER, RecordedEcho, RecordedVLLM
 from tests.faults.history import Asked, Ended, Given, History, Left, Round, State, Struck, Submitted
-from tests.faults.nemesis import CORE_FAULTS, FAULTS, GROUP_FAULTS, Strike, descendants, drawn, strike
+from tests.faults.nemesis import CORE_FAULTS, FAULTS, GROUP_FAULTS, Strike, descendants, drawn, marked, strike
 
 if TYPE_CHECKING:
     from actors.cluster import Cluster
@@ -87,7 +87,7 @@ async def run_rounds(setting: Setting, seeds: range, folder: Path, told: Callabl
     promise = setting.promise
     before = _files(setting)
     async with setting.open() as cluster:
-        servers = set(descendants(os.getpid()))
+        servers = set(marked(folder))
         pool = cluster.engines(
             setting.spec(folder),
             name="faults",
@@ -102,10 +102,10 @@ async def run_rounds(setting: Setting, seeds: range, folder: Path, told: Callabl
             for seed in seeds:
                 history.add(Round(seed=seed))
                 await _Round(setting, seed, history, cluster, pool, told).run()
-        left = [command for pid, command in descendants(os.getpid()).items() if pid not in servers]
-        history.add(Left(what=left))
-    left = [*descendants(os.getpid()).values(), *sorted(_files(setting) - before)]
-    history.add(Left(what=left))
+                ours = descendants(os.getpid())
+                history.add(Left(what=[command for pid, command in marked(folder).items() if pid not in ours]))
+        history.add(Left(what=[command for pid, command in marked(folder).items() if pid not in servers]))
+    history.add(Left(what=[*marked(folder).values(), *sorted(_files(setting) - before)]))
     history.close()
 
 
@@ -134,7 +134,7 @@ class _Round:
         """Let the requests meet their faults, then wait until both replicas serve again, and see that they do."""
         plans = [_Plan(self._chance, f"{self._seed}-{number}", self._setting) for number in range(REQUESTS)]
         # Within what half of the tokens come in, so that most requests are under way.
-        deltas = sum(plan.tokens for plan in plans) // 2
+        deltas = sum(min(plan.tokens, 60) for plan in plans) // 2
         strikes = drawn(self._chance, self._setting.kinds, self._setting.faults, deltas)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._strike_all, strikes)
@@ -261,7 +261,6 @@ class _Plan:
 
     def __init__(self, chance: Random, name: str, setting: Setting) -> None:
         self.name = name
-        self.tokens = chance.randrange(10, 60)
         words = [f"{name}.{number}" for number in range(chance.randrange(5, 30))]
         self.prompt = " ".join(words)
         self.seed = chance.randrange(100) if chance.random() < 0.25 else None
@@ -272,9 +271,12 @@ class _Plan:
             "restart",
             "never",
         ))
-        self.leaves_after = chance.randrange(1, self.tokens) if chance.random() < 0.1 else None
-        self.pauses_after = chance.randrange(1, self.tokens) if chance.random() < 0.05 else None
+        # A slow reader's answer is longer than what may lie unread, so that the engine has to wait for it.
+        slow = chance.random() < 0.05
+        self.tokens = chance.randrange(300, 400) if slow and setting.engine == "echo" else chance.randrange(10, 60)
+        self.pauses_after = chance.randrange(1, 10) if slow else None
         self.pause = setting.promise.watchdog * 1.2 if setting.engine == "echo" else 2.0
+        self.leaves_after = chance.randrange(1, self.tokens) if chance.random() < 0.1 else None
         self.answer = _echo(words, self.tokens) if setting.engine == "echo" else None
 
 

@@ -262,11 +262,12 @@ async def test_a_source_that_swallows_generator_exit_is_told_though_its_reducer_
             return count
 
         async def states(self, state: State, context: Any, inputs: Any) -> AsyncIterator[State]:
-            while not over:
+            while True:
                 try:
                     yield state  # here
                 except BaseException:
-                    continue
+                    if over:
+                        raise
 
         async def reduce(self, state: State, states: AsyncIterator[State]) -> State:
             async for done in states:

@@ -239,11 +239,13 @@ async def test_a_capacity_that_a_caller_already_holds() -> None:
 
 
 async def test_a_reducer_that_never_reads() -> None:
-    async def idle(states: AsyncIterator[Any]) -> int:
-        return 0
+    class Idle(type(parallel())):  # type: ignore[misc]  # made by a function
+        async def reduce(self, state: State, states: AsyncIterator[Any]) -> State:  # here
+            return state.update(y=0)
 
-    with pytest.raises(MisuseError, match="'Parallel' ended without reading its results"):
-        await app_of(parallel(reduce=idle)).arun()
+    with pytest.raises(MisuseError, match=r"Idle\.reduce at .* ended without reading its results") as caught:
+        await app_of(Idle()).arun()
+    assert place(test_a_reducer_that_never_reads) in str(caught.value)
 
 
 async def test_awaiting_a_failed_subtask_tells_its_error() -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
-from arun.errors import MisuseError, SchemaError
+from arun.errors import DataError, MisuseError
 
 __all__ = ("ROW", "carried_schema", "carried_type", "column", "held_to", "pack", "scanned", "unpack", "with_row")
 
@@ -58,7 +58,7 @@ def pack(block: pa.RecordBatch, schema: pa.Schema, carried: pa.Schema, first_row
 
     :param schema: what its columns are held to.
     :param first_row: number of its first row; None to travel without numbers.
-    :raises SchemaError: it does not fit into ``schema``.
+    :raises DataError: it does not fit into ``schema``.
     """
     block = held_to(block, schema)
     columns = [array.cast(field.type) for array, field in zip(block.columns, carried, strict=True)]
@@ -120,7 +120,7 @@ def _alike(kind: pa.DataType) -> bool:
 def held_to(block: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     """The block with the columns and types of ``schema``, into which it fits; a column that it lacks is null.
 
-    :raises SchemaError: it does not fit.
+    :raises DataError: it does not fit.
     """
     if block.schema.equals(schema):
         return block
@@ -128,7 +128,7 @@ def held_to(block: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
         tables = [schema.empty_table(), pa.Table.from_batches([block])]
         table = pa.concat_tables(tables, promote_options="permissive").cast(schema).combine_chunks()
     except (ValueError, pa.ArrowException) as exc:
-        raise SchemaError(
+        raise DataError(
             f"a block has the columns {_listed(block.schema)} where those before it had {_listed(schema)}, and does "
             f"not fit into them ({exc}); give all rows the same types"
         ) from exc

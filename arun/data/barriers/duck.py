@@ -12,6 +12,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Final
@@ -34,6 +35,9 @@ __all__ = ("Statement", "query")
 _AHEAD: Final = 4
 #: Rows in a batch of the result: sixteen of DuckDB's vectors.
 _BATCH: Final = 16 * 2048
+#: Bytes of the result fetched with one hop into a thread, about, and the seconds that it may take.
+_BYTES: Final = 8 * 2**20
+_PERIOD: Final = 0.05
 #: Seconds between interrupts of a query that is left: one that comes before it has begun is lost.
 _INTERRUPT_AGAIN: Final = 0.02
 
@@ -69,9 +73,10 @@ async def query(
         tables = statement.tables
         running = _Query(statement, limits, what)
         await running.serve(running.begin)
-        while (batch := await running.serve(running.next_batch)) is not None:
-            for block in unpack(batch, statement.schema):
-                yield block
+        while batches := await running.serve(running.next_batches):
+            for batch in batches:
+                for block in unpack(batch, statement.schema):
+                    yield block
     finally:
         with anyio.CancelScope(shield=True):
             if running is not None:
@@ -144,9 +149,18 @@ class _Query:
         self._refuse_left()
         self._reader = self._connection.sql(self._sql).to_arrow_reader(_BATCH)
 
-    def next_batch(self) -> pa.RecordBatch | None:
+    def next_batches(self) -> list[pa.RecordBatch]:
+        """Some of the result; none at the end. Several, if nothing that they might wait for is still to come."""
         self._refuse_left()
-        return next(self._reader, None)
+        batches: list[pa.RecordBatch] = []
+        size, until = 0, time.perf_counter() + _PERIOD
+        for batch in self._reader:
+            batches.append(batch)
+            size += batch.nbytes
+            more_is_there = all(feed.ended for feed in self._feeds)
+            if not more_is_there or size >= _BYTES or time.perf_counter() >= until:
+                break
+        return batches
 
     def close(self) -> None:
         self._reader = None
@@ -215,7 +229,8 @@ class _Feed:
         self._wake = wake
         self._changed = threading.Condition()
         self._waiting: deque[pa.RecordBatch] = deque()
-        self._ended = False
+        #: whether the input has come to its end
+        self.ended = False
         self._left = False
         #: whether DuckDB has asked for more than is here
         self._asked = False
@@ -223,7 +238,7 @@ class _Feed:
     @property
     def hungry(self) -> bool:
         """Whether it takes a block now. What DuckDB has not begun to read is not asked of the input either."""
-        return self._asked and not self._ended and len(self._waiting) < _AHEAD
+        return self._asked and not self.ended and len(self._waiting) < _AHEAD
 
     async def fill(self) -> None:
         """Take one block from the input."""
@@ -237,7 +252,7 @@ class _Feed:
                 self._row += len(block)
         with self._changed:
             if packed is None:
-                self._ended = True
+                self.ended = True
             else:
                 self._waiting.append(packed)
             self._changed.notify()
@@ -253,9 +268,9 @@ class _Feed:
         while True:
             with self._changed:
                 self._asked = True
-                if len(self._waiting) <= _AHEAD // 2 and not self._ended:
+                if len(self._waiting) <= _AHEAD // 2 and not self.ended:
                     self._wake()
-                while not (self._waiting or self._ended or self._left):
+                while not (self._waiting or self.ended or self._left):
                     self._changed.wait()
                 if self._left:
                     raise _Left

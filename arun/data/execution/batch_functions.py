@@ -7,9 +7,10 @@ from typing import Any, cast
 
 import pyarrow as pa
 
+from arun.data.batches import BatchFormat, converter
 from arun.data.block import unify
-from arun.data.steps import BatchFormat, BatchFunction
-from arun.errors import MisuseError, SchemaError
+from arun.data.steps import BatchFunction
+from arun.errors import DataError, MisuseError
 from arun.guards import close_unused, shown
 
 __all__ = ("call_on_batch", "from_results", "in_format", "joined")
@@ -31,16 +32,7 @@ def call_on_batch(step: BatchFunction, batch: pa.RecordBatch, number: int) -> pa
 
 def in_format(batch: pa.RecordBatch, format_: BatchFormat) -> Any:
     """A batch as a function wants it."""
-    match format_:
-        case "arrow":
-            return batch
-        case "numpy":
-            return {
-                name: column.to_numpy(zero_copy_only=False)
-                for name, column in zip(batch.schema.names, batch.columns, strict=True)
-            }
-        case "pandas":
-            return batch.to_pandas()
+    return converter(format_)(batch)
 
 
 def from_results(step: BatchFunction, batch: pa.RecordBatch, given: Any) -> pa.RecordBatch:
@@ -103,7 +95,7 @@ def _to_batch(step: BatchFunction, given: Any) -> pa.RecordBatch:
         if _is_frame(given):
             return pa.RecordBatch.from_pandas(given, preserve_index=False)
     except (pa.ArrowException, TypeError, ValueError) as exc:
-        raise SchemaError(f"what {step.label} gave can't be a record batch: {exc}") from exc
+        raise DataError(f"what {step.label} gave can't be a record batch: {exc}") from exc
     raise _no_batch(step, given)
 
 

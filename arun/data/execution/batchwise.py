@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,9 +14,10 @@ import pyarrow as pa
 
 from arun.data.block import Block
 from arun.data.execution.batch_functions import call_on_batch, from_results, in_format, joined
+from arun.data.execution.elsewhere import Elsewhere
 from arun.data.execution.fan import fan
 from arun.data.execution.statistics import StepStatistics
-from arun.data.steps import BatchFunction
+from arun.data.steps import BatchFunction, RowFunction
 from arun.handles import Handle
 from arun.hosting import GRACE, close
 from arun.threads import run_in_thread
@@ -27,17 +29,32 @@ __all__ = ("batchwise",)
 
 
 async def batchwise(
-    blocks: AsyncIterator[Block], step: BatchFunction, counter: StepStatistics, execution: Execution
+    blocks: AsyncIterator[Block],
+    steps: Sequence[BatchFunction | RowFunction],
+    counters: Sequence[StepStatistics],
+    execution: Execution,
 ) -> AsyncGenerator[Block]:
-    """What a function makes of the batches of blocks."""
-
-    batches = blocks if step.batch_size is None else rebatched(blocks, step.batch_size)
+    """What the steps of one segment make of blocks: one function here, or several in an executor."""
+    first = steps[0]
+    executor = first.executor
+    limit = first.concurrency or (1 if executor is None else 2 * (os.cpu_count() or 1))
+    label = " + ".join(step.label for step in steps)
+    elsewhere = None if executor is None else Elsewhere(steps, counters, executor, execution.options.block_rows)
+    batches = blocks
+    if isinstance(first, BatchFunction):
+        if first.batch_size is not None:
+            batches = rebatched(blocks, first.batch_size)
+    else:
+        batches = _spread(blocks, limit, execution.options.block_rows)
+    dropped: list[int] = []
 
     async def source() -> AsyncGenerator[Block]:
         try:
             async for block in batches:
                 if block.rows:
                     yield block
+                else:
+                    dropped.extend(block.dropped)
         finally:
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
                 await close(batches)
@@ -45,27 +62,36 @@ async def batchwise(
     async def work(handle: Handle[Block]) -> Block:
         block: Block = handle.spec
         handle.spec = None  # the function owns it now
-        number = counter.rows_in
-        counter.rows_in += block.rows
-        counter.begin()
-        began = time.perf_counter()
-        try:
-            batch = await _called(step, block.batch, number)
-        finally:
-            counter.in_flight -= 1
-            counter.seconds += time.perf_counter() - began
-        counter.rows_out += batch.num_rows
-        return Block(batch, block.origins if step.keeps_rows else None, block.dropped)
+        if elsewhere is not None:
+            return await elsewhere.run(block)
+        assert isinstance(first, BatchFunction)
+        return await _here(first, counters[0], block)
 
-    done = fan(source, work, execution, limit=step.concurrency or 1, ordered=step.ordered, name=step.label)
+    done = fan(source, work, execution, limit=limit, ordered=first.ordered, name=label)
     try:
         async for handles in done:
             handles.reverse()
             while handles:
                 yield handles.pop().outcome_now.value  # type: ignore[union-attr]  # errors are not handed on
+        if dropped:
+            yield Block(pa.RecordBatch.from_arrays([], names=[]), [], dropped)
     finally:
         with anyio.CancelScope(shield=True):
             await close(done)
+
+
+async def _here(step: BatchFunction, counter: StepStatistics, block: Block) -> Block:
+    number = counter.rows_in
+    counter.rows_in += block.rows
+    counter.begin()
+    began = time.perf_counter()
+    try:
+        batch = await _called(step, block.batch, number)
+    finally:
+        counter.in_flight -= 1
+        counter.seconds += time.perf_counter() - began
+    counter.rows_out += batch.num_rows
+    return Block(batch, block.origins if step.keeps_rows else None, block.dropped)
 
 
 async def _called(step: BatchFunction, batch: pa.RecordBatch, number: int) -> pa.RecordBatch:
@@ -84,12 +110,31 @@ async def _called(step: BatchFunction, batch: pa.RecordBatch, number: int) -> pa
         raise
 
 
+async def _spread(blocks: AsyncIterator[Block], parts: int, most: int) -> AsyncGenerator[Block]:
+    """Each block in so many parts, or more, of at most so many rows."""
+    try:
+        async for block in blocks:
+            size = max(1, min(most, -(-block.rows // parts)))
+            offset = 0
+            while offset < block.rows:
+                end = block.whole(offset + size)
+                yield block.slice(offset, end - offset)
+                offset = end
+            if not block.rows and block.dropped:
+                yield block
+    finally:
+        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
+            await close(blocks)
+
+
 async def rebatched(blocks: AsyncIterator[Block], size: int) -> AsyncGenerator[Block]:
     """Blocks of so many rows each, but for the last one."""
     waiting: list[Block] = []
     rows = 0
     try:
         async for block in blocks:
+            if not block.rows and block.dropped:
+                yield block
             while block.rows:
                 some = block.slice(0, size - rows) if block.rows > size - rows else block
                 block = block.slice(some.rows)

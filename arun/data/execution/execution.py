@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -21,12 +22,16 @@ import anyio
 from anyio.abc import TaskGroup
 
 from arun.data.block import Block
+from arun.data.checkpoint.progress import Progress
 from arun.data.execution.boundary import Boundary, Reader
 from arun.data.execution.operators import operate
 from arun.data.execution.output import Output
-from arun.data.execution.statistics import StageStatistics
+from arun.data.execution.statistics import StageStatistics, Statistics
+from arun.data.logical import Write
 from arun.data.options import RunOptions
 from arun.data.physical import PhysicalPlan, Stage
+from arun.data.progress import watch
+from arun.data.spill import SpillingQueue
 from arun.hosting import GRACE, close, drive
 
 __all__ = ("Consumer", "Execution")
@@ -39,17 +44,18 @@ class Execution:
     """One run of a physical plan.
 
     :param plan: what to run.
-    :param traced: whether rows know their origins; see :mod:`arun.data.block`.
+    :param progress: where a checkpoint is kept: what need not be done again. Rows then know their origins; see
+        :mod:`arun.data.block`.
     :ivar group: has the tasks of stages and of what they start.
-    :ivar statistics: of each stage, by its number.
     """
 
     group: TaskGroup
 
-    def __init__(self, plan: PhysicalPlan, options: RunOptions, *, traced: bool = False) -> None:
+    def __init__(self, plan: PhysicalPlan, options: RunOptions, *, progress: Progress | None = None) -> None:
         self.options = options
-        self.traced = traced
-        self.statistics = [StageStatistics(stage.number, stage.name) for stage in plan.stages]
+        self.progress = progress
+        self._stages = [StageStatistics(stage.number, stage.name) for stage in plan.stages]
+        self._began = time.perf_counter()
         self._plan = plan
         self._boundaries: dict[int, Boundary] = {}
         self._inputs: dict[int, list[Reader]] = {}
@@ -66,7 +72,7 @@ class Execution:
         """
         results: list[Any] = [None] * len(consumers)
         failures: list[Exception] = []
-        heads = [self._head(root) for root in self._plan.roots]
+        heads = [self._head(root, sink) for root, sink in zip(self._plan.roots, self._plan.sinks, strict=True)]
 
         async def consume(number: int) -> None:
             try:
@@ -76,6 +82,8 @@ class Execution:
                 self.group.cancel_scope.cancel()
 
         async with anyio.create_task_group() as self.group:
+            if self.options.progress is not None:
+                self.group.start_soon(watch, self.statistics, self.options.progress, name="arun dataset progress")
             if len(consumers) == 1:
                 await consume(0)
             else:
@@ -87,9 +95,13 @@ class Execution:
             raise failures[0]
         return results
 
+    def statistics(self) -> Statistics:
+        """What it has done so far."""
+        return Statistics(tuple(self._stages), time.perf_counter() - self._began)
+
     def _add(self, stage: Stage) -> None:
         readers: list[Reader] = []
-        statistics = self.statistics[stage.number]
+        statistics = self._stages[stage.number]
 
         def read(node_id: int) -> Reader:
             reader = self._boundaries[stage.inputs[node_id].number].reader(statistics)
@@ -106,13 +118,18 @@ class Execution:
             await self._leave(stage)
 
         options = self.options
+        folder = options.folder
+        spill = SpillingQueue(memory=options.queue_bytes, folder=folder) if stage.apart else None
         self._boundaries[stage.number] = Boundary(
-            options.queue_blocks, options.queue_bytes, statistics, start, abandon, apart=stage.apart
+            options.queue_blocks, options.queue_bytes, statistics, start, abandon, spill=spill
         )
 
-    def _head(self, root: Stage) -> AsyncIterator[Block]:
-        """What the consumer of a root reads: the operator itself, if nobody else does."""
-        if root.readers == 1:
+    def _head(self, root: Stage, sink: Write | None) -> AsyncIterator[Block]:
+        """What the consumer of a root reads: the operator itself, if nobody else does.
+
+        A sink writes while the next block is computed, so it has a queue before it.
+        """
+        if root.readers == 1 and sink is None:
             return self._operators[root.number]
         return self._boundaries[root.number].reader(None)
 
@@ -122,7 +139,7 @@ class Execution:
         finally:
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
                 await close(head)
-                if root.readers == 1:
+                if not isinstance(head, Reader):
                     await self._leave(root)
 
     async def _host(self, stage: Stage) -> None:

@@ -16,7 +16,7 @@ from arun.data.execution.read import close_in_thread
 from arun.data.logical import Iterate
 from arun.errors import MisuseError
 from arun.guards import shown
-from arun.hosting import GRACE, drive
+from arun.hosting import GRACE, close, drive
 from arun.threads import run_in_thread
 
 if TYPE_CHECKING:
@@ -36,7 +36,11 @@ async def iterate(node: Iterate, execution: Execution) -> AsyncGenerator[Block]:
     items = node.items.open()
     most = execution.options.block_rows
     shaper = Shaper(node.label, node.schema)
-    feed = _Feed(items, most) if isinstance(items, AsyncIterator) else _Steps(items, most)
+    feed: _Feed | _Steps | _Pulled
+    if isinstance(items, AsyncIterator):
+        feed = _Pulled(items) if node.items.on_demand else _Feed(items, most)
+    else:
+        feed = _Steps(items, most)
     if isinstance(feed, _Feed):
         execution.group.start_soon(feed.run, name=f"arun dataset {node.label:.60}")
     try:
@@ -76,6 +80,23 @@ class _Steps:
             last = now
         self._ended = True
         return some
+
+
+class _Pulled:
+    """An async iterator that is asked for an item when one is wanted, and not before."""
+
+    def __init__(self, items: AsyncIterator[Any]) -> None:
+        self._items = items
+
+    async def take(self) -> list[Any]:
+        """The next item; none at the end."""
+        async for item in self._items:
+            return [item]
+        return []
+
+    async def leave(self) -> None:
+        """Close it."""
+        await close(self._items)
 
 
 class _Feed:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import anyio
 import pyarrow as pa
 
+from arun.data.all_to_all import scan_of
+from arun.data.barriers import Limits, Relation
 from arun.data.block import Block
 from arun.data.execution.batchwise import batchwise
 from arun.data.execution.iterate import iterate
@@ -15,11 +18,13 @@ from arun.data.execution.program import Program
 from arun.data.execution.read import read, through
 from arun.data.execution.rowwise import rowwise
 from arun.data.execution.statistics import StageStatistics, StepStatistics
+from arun.data.known import known_schema
 from arun.data.logical import AllToAll, Iterate, Node, OneToOne, Read, Union, Write, Zip
 from arun.data.segments import segments
 from arun.data.steps import BatchFunction, RowFunction
 from arun.errors import MisuseError
 from arun.hosting import GRACE, close
+from arun.threads import run_in_thread
 
 if TYPE_CHECKING:
     from arun.data.execution.execution import Execution
@@ -49,7 +54,7 @@ def operate(
         case OneToOne():
             return _steps(node, below, execution, statistics)
         case AllToAll():
-            return _barrier(node, [below(one) for one in node.inputs])
+            return _barrier(node, below, execution)
         case Union():
             return _union([below(one) for one in node.inputs])
         case Zip():
@@ -76,22 +81,39 @@ def _steps(
             steps = [step for step in segment.steps if isinstance(step, RowFunction)]
             upstream = rowwise(upstream or below(node.input), steps, counts, execution)
         else:
-            step = segment.steps[0]
-            assert isinstance(step, BatchFunction)
-            upstream = batchwise(upstream or below(node.input), step, counts[0], execution)
+            functions = [step for step in segment.steps if isinstance(step, BatchFunction | RowFunction)]
+            upstream = batchwise(upstream or below(node.input), functions, counts, execution)
     return cast("AsyncGenerator[Block]", upstream)
 
 
-async def _barrier(node: AllToAll, inputs: Sequence[Blocks]) -> AsyncGenerator[Block]:
-    batches = [_batches(blocks) for blocks in inputs]
-    given = node.barrier.run(*batches)
-    try:
-        async for batch in given:
-            yield Block(batch)
-    finally:
-        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
-            for one in (given, *batches):
-                await close(one)
+def _barrier(node: AllToAll, below: Callable[[Node], Blocks], execution: Execution) -> AsyncGenerator[Block]:
+    inputs = [(one, _batches(below(one))) for one in node.inputs]
+    options = execution.options
+
+    async def run() -> AsyncGenerator[Block]:
+        given: AsyncGenerator[pa.RecordBatch] | None = None
+        try:
+            relations = [await run_in_thread(partial(_relation, node, one, batches)) for one, batches in inputs]
+            given = node.barrier.run(relations, Limits(memory=options.memory_limit, folder=options.folder))
+            async for batch in given:
+                yield Block(batch)
+        finally:
+            with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
+                if given is not None:
+                    await close(given)
+                for _, batches in inputs:
+                    await close(batches)
+
+    return run()
+
+
+def _relation(node: AllToAll, below: Node, batches: AsyncGenerator[pa.RecordBatch]) -> Relation:
+    """What a barrier reads of an input. May block: sources look into their files."""
+    if node.inline and node.barrier.traits.scans and isinstance(below, Read):
+        scan = scan_of(below.source)
+        if scan is not None:
+            return scan
+    return Relation.of_blocks(batches, known_schema(below))
 
 
 async def _batches(blocks: Blocks) -> AsyncGenerator[pa.RecordBatch]:
@@ -111,7 +133,7 @@ async def _union(inputs: Sequence[Blocks]) -> AsyncGenerator[Block]:
 
 async def _zip(inputs: Sequence[Blocks]) -> AsyncGenerator[Block]:
     waiting: list[Block | None] = [None] * len(inputs)
-    while True:
+    while True:  # noqa: ASYNC913 - it reads its inputs
         for number, blocks in enumerate(inputs):
             while (block := waiting[number]) is None or not block.rows:
                 following = await anext(blocks, None)

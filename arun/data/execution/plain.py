@@ -15,7 +15,7 @@ from arun.data.execution.batch_functions import call_on_batch
 from arun.data.execution.frame import Frame
 from arun.data.execution.statistics import StepStatistics
 from arun.data.steps import BatchFunction, Drop, Expression, Limit, Rename, RowFunction, Select, Step, Where
-from arun.errors import MisuseError, SchemaError
+from arun.errors import DataError, MisuseError
 from arun.guards import close_unused, shown
 from arun.logs import get_logger
 
@@ -120,9 +120,9 @@ def _evaluate(batch: pa.RecordBatch, expression: Any) -> pa.Array:
     return values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
 
 
-def _refused(step: Step, names: list[str], exc: Exception) -> SchemaError:
-    what = f"no column {exc.args[0]}" if isinstance(exc, KeyError) else str(exc)
-    return SchemaError(f"{step.label}: {what}; the columns are {', '.join(names) or 'none'}")
+def _refused(step: Step, names: list[str], exc: Exception) -> DataError:
+    what = exc.args[0] if isinstance(exc, KeyError) else exc  # a KeyError's str() is its repr()
+    return DataError(f"{step.label}: {what}; the columns are {', '.join(names) or 'none'}")
 
 
 # -- rows ----------------------------------------------------------------------------------------------------
@@ -151,8 +151,16 @@ class _RowRun:
             if self._step.operation != "filter":
                 frame.become_rows([], frame.origins)
             return
-        step = self._step
         results, failed = self._results(rows)
+        try:
+            self._apply(frame, rows, results, failed)
+        except MisuseError:
+            for result in results:
+                close_unused(result)
+            raise
+
+    def _apply(self, frame: Frame, rows: list[Row], results: list[Any], failed: int) -> None:
+        step = self._step
         if step.operation == "filter" and step.on_error != "collect":
             types = set(map(type, results))
             if types != {bool}:

@@ -21,7 +21,7 @@ __all__ = ("PERIOD", "Program")
 
 #: Seconds of work after which a thread looks up.
 PERIOD: Final = 0.05
-_FIRST_PIECE: Final = 64
+_FIRST_PIECE: Final = 1  # nobody knows yet how long a row takes
 
 
 class Program:
@@ -30,6 +30,7 @@ class Program:
     :param steps: in their order, at least one.
     :param block_rows: most rows of a piece that become Python objects.
     :param counters: of each step.
+    :ivar label: for people.
     :ivar instant: whether it takes no time worth a hop into a thread.
     """
 
@@ -46,6 +47,7 @@ class Program:
         self._piece = min(_FIRST_PIECE, block_rows)
         schemas = [step.schema for step in steps if isinstance(step, RowFunction)]
         self._shaper = Shaper(steps[-1].label, schemas[-1] if schemas else None)
+        self.label = " + ".join(step.label for step in steps)
         self.instant = all(isinstance(step, Select | Drop | Rename | Limit) for step in steps)
 
     @property
@@ -56,10 +58,11 @@ class Program:
     def run(self, block: Block) -> Iterator[Block]:
         """The blocks that come of one, computed as they are asked for."""
         if not block.rows:
-            yield self._run_piece(block)
+            # One that only tells what was dropped has no columns that a step could look at.
+            yield self._run_piece(block) if block.batch.num_columns or not block.dropped else block
         offset = 0
         while offset < block.rows and not self.finished:
-            size = self._size(block.rows - offset)
+            size = block.whole(offset + self._size(block.rows - offset)) - offset
             piece = block if size == block.rows else block.slice(offset, size)
             offset += size
             began = time.perf_counter()

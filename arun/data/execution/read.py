@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+import pyarrow as pa
 
 from arun.data.block import Block, origin_of
+from arun.data.checkpoint.progress import Progress
 from arun.data.execution.program import PERIOD, Program
 from arun.data.source import Fragment, Source
 from arun.hosting import GRACE, close
 from arun.threads import run_in_thread
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from arun.data.execution.execution import Execution
 
 __all__ = ("close_in_thread", "read", "through")
+
+#: Bytes after which a thread looks up.
+_BURST_BYTES: Final = 8 << 20
 
 
 async def read(source: Source, program: Program | None, execution: Execution) -> AsyncGenerator[Block]:
@@ -28,77 +30,75 @@ async def read(source: Source, program: Program | None, execution: Execution) ->
 
     Reading and computing share a thread: a block never waits for a second hop.
     """
-    reading = _Reading(source, program, traced=execution.traced)
     label = f"read {source.name}"
+    burst = Burst(_made(source, program, execution.progress))
     try:
-        while not reading.ended:
-            blocks = await run_in_thread(reading.pull, label=label)
+        while blocks := await run_in_thread(burst.take, label=label):
             while blocks:
                 yield blocks.pop()
     finally:
-        if reading.open:
+        if burst.open:
             with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
-                await run_in_thread(reading.close, label=label)
+                await run_in_thread(burst.close, label=label)
 
 
-class _Reading:
-    """Where a source has been read to. Used by one thread at a time.
+async def through(blocks: AsyncIterator[Block], program: Program) -> AsyncGenerator[Block]:
+    """What a program makes of blocks."""
+    try:
+        async for block in blocks:
+            burst = Burst(program.run(block))
+            del block
+            while made := burst.take() if program.instant else await run_in_thread(burst.take, label=program.label):
+                while made:
+                    yield made.pop()
+            if program.finished:
+                return
+    finally:
+        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
+            await close(blocks)
 
-    :ivar ended: whether there is nothing more.
+
+class Burst:
+    """Takes blocks from a plain iterator for a while at a time, in a thread.
+
+    :ivar open: whether there is something to close.
     """
 
-    def __init__(self, source: Source, program: Program | None, *, traced: bool) -> None:
-        self.ended = False
-        self._source = source
-        self._program = program
-        self._traced = traced
-        self._fragments: Iterator[Fragment] | None = None
-        self._numbers = itertools.count()
-        self._batches: Iterator[pa.RecordBatch] = iter(())
-        self._origin = 0
-        self._made: Iterator[Block] = iter(())
+    __slots__ = ("_blocks", "_error", "open")
 
-    @property
-    def open(self) -> bool:
-        """Whether there is something to close."""
-        return self._fragments is not None and not self.ended
+    def __init__(self, blocks: Iterator[Block]) -> None:
+        self.open = False
+        self._blocks = blocks
+        self._error: Exception | None = None
 
-    def pull(self) -> list[Block]:
-        """The next blocks, last one first: those that one read gives, or so many as come in a period; maybe none."""
+    def take(self) -> list[Block]:
+        """The next blocks, last one first; none at the end.
+
+        :raises Exception: the iterator's own, after all that it gave.
+        """
+        if self._error is not None:
+            raise self._error
+        self.open = True
         began = time.perf_counter()
-        pulled: list[Block] = []
-        while True:
-            for block in self._made:
-                pulled.append(block)
-                if time.perf_counter() - began > PERIOD:
-                    return pulled[::-1]
-            if self._program is not None and self._program.finished:
-                self.close()
-            if self.ended or pulled or time.perf_counter() - began > PERIOD:
-                return pulled[::-1]
-            self._read_next()
+        taken: list[Block] = []
+        size = 0
+        try:
+            for block in self._blocks:
+                taken.append(block)
+                size += block.size
+                if size >= _BURST_BYTES or time.perf_counter() - began > PERIOD:
+                    return taken[::-1]
+        except Exception as exc:
+            if not taken:
+                self.open = False
+                raise
+            self._error = exc
+        self.open = False
+        return taken[::-1]
 
     def close(self) -> None:
-        """Close what is open."""
-        self.ended = True
-        close_in_thread(self._batches)
-        close_in_thread(self._fragments)
-
-    def _read_next(self) -> None:
-        if self._fragments is None:
-            self._fragments = iter(self._source.fragments())
-        for batch in self._batches:
-            block = Block(batch)
-            if self._traced:
-                block = Block(batch, range(self._origin, self._origin + batch.num_rows))
-                self._origin += batch.num_rows
-            self._made = iter((block,)) if self._program is None else self._program.run(block)
-            return
-        for fragment in self._fragments:
-            self._origin = origin_of(next(self._numbers), 0)
-            self._batches = self._source.read(fragment)
-            return
-        self.ended = True
+        """Close the iterator."""
+        close_in_thread(self._blocks)
 
 
 def close_in_thread(iterator: Any) -> None:
@@ -109,34 +109,42 @@ def close_in_thread(iterator: Any) -> None:
         pass
 
 
-async def through(blocks: AsyncIterator[Block], program: Program) -> AsyncGenerator[Block]:
-    """What a program makes of blocks."""
-    try:
-        async for block in blocks:
-            todo = program.run(block)
-            del block
-            if program.instant:
-                for made in todo:
-                    yield made
-            else:
-                more = True
-                while more:
-                    some, more = await run_in_thread(lambda: _for_a_period(todo))  # noqa: B023 - called at once
-                    while some:
-                        yield some.pop()
-            if program.finished:
-                return
-    finally:
-        with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
-            await close(blocks)
+def _made(source: Source, program: Program | None, progress: Progress | None) -> Iterator[Block]:
+    """What a program makes of the blocks of a source.
+
+    :param progress: of an earlier run, where a checkpoint is kept: what is finished is left out.
+    """
+    fragments = _all(source) if progress is None else progress.unfinished()
+    for number, fragment, skip in fragments:
+        offset = skip
+        batches = source.read(fragment, skip=skip)
+        try:
+            for batch in batches:
+                block = Block(batch) if progress is None else _unfinished(batch, number, offset, progress)
+                offset += batch.num_rows
+                if program is None:
+                    yield block
+                    continue
+                yield from program.run(block)
+                if program.finished:
+                    return
+        finally:
+            close_in_thread(batches)
+        if progress is not None:
+            progress.end(number, offset)
 
 
-def _for_a_period(todo: Iterator[Block]) -> tuple[list[Block], bool]:
-    """Some blocks, last one first, and whether there may be more."""
-    began = time.perf_counter()
-    made: list[Block] = []
-    for block in todo:
-        made.append(block)
-        if time.perf_counter() - began > PERIOD:
-            return made[::-1], True
-    return made[::-1], False
+def _all(source: Source) -> Iterator[tuple[int, Fragment, int]]:
+    for number, fragment in enumerate(source.fragments()):
+        yield number, fragment, 0
+
+
+def _unfinished(batch: pa.RecordBatch, number: int, start: int, progress: Progress) -> Block:
+    """What is not finished of a batch, with its origins."""
+    left = progress.left(number, start, batch.num_rows)
+    if len(left) == 1:
+        first, end = left[0]
+        return Block(batch.slice(first - start, end - first), range(origin_of(number, first), origin_of(number, end)))
+    offsets = [offset for first, end in left for offset in range(first, end)]
+    taken = batch.take(pa.array([offset - start for offset in offsets], type=pa.int64()))
+    return Block(taken, [origin_of(number, offset) for offset in offsets])

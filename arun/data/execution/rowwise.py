@@ -7,7 +7,8 @@ one, so a slow row never holds up others; only where order is kept are those aft
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import anyio
 
 from arun.data.block import Block, Row, Shaper
+from arun.data.engines import ActorCall, OpenActors
 from arun.data.execution.fan import fan
 from arun.data.execution.plain import Failure, listed, rows_of, tell_failure
 from arun.data.execution.statistics import StepStatistics
@@ -47,7 +49,8 @@ async def rowwise(
 ) -> AsyncGenerator[Block]:
     """What the steps of one segment make of the rows of blocks."""
     first = steps[0]
-    calls = [_Call(step, counter) for step, counter in zip(steps, counters, strict=True)]
+    opened = [await step.function.open() if isinstance(step.function, ActorCall) else None for step in steps]
+    calls = [_Call(step, actors, counter) for step, actors, counter in zip(steps, opened, counters, strict=True)]
     shaper = Shaper(steps[-1].label, steps[-1].schema)
     rows = _Rows(blocks, first)
 
@@ -55,11 +58,14 @@ async def rowwise(
         spec: _Spec = handle.spec
         found = [spec.row]
         handle.describe = lambda: f"row {spec.number}"
+        number: int | None = spec.number
         for call in calls:
-            found = await call(found)
+            found = await call(found, number)
+            if not call.keeps_rows:
+                number = None
         return found
 
-    limit = first.concurrency or Policy().limit
+    limit = first.concurrency or getattr(first.function, "batch_limit", None) or Policy().limit
     name = " + ".join(step.label for step in steps)
     ordered = first.ordered and first.prefix is None
     done = fan(rows.specs, work, execution, limit=limit, ordered=ordered, name=name)
@@ -74,6 +80,9 @@ async def rowwise(
     finally:
         with anyio.CancelScope(shield=True):
             await close(done)
+            for actors in opened:
+                if actors is not None:
+                    await actors.aclose()
 
 
 class _Rows:
@@ -89,6 +98,9 @@ class _Rows:
         self._taken = 0
         self._early: dict[int, Handle[list[Row]]] = {}
         self._room: anyio.Event | None = None
+        #: of origins that have several rows: how many are still at work, and what has come of the others
+        self._at_work: dict[int, int] = {}
+        self._held: dict[int, list[Row]] = {}
 
     async def specs(self) -> AsyncGenerator[_Spec]:
         """One for each row."""
@@ -96,6 +108,7 @@ class _Rows:
         try:
             async for block in self._blocks:
                 self.dropped.extend(block.dropped)
+                self._count(block.origins)
                 for offset in range(0, block.rows, size):
                     piece = block.slice(offset, size)
                     origins: Sequence[int | None] = piece.origins or [None] * piece.rows
@@ -132,8 +145,10 @@ class _Rows:
         traced = False
         for handle in handles:
             result: list[Row] = handle.outcome_now.value  # type: ignore[union-attr]  # errors are not handed on
-            rows += result
             origin = handle.spec.origin
+            if origin in self._at_work and not self._is_last(origin, result):
+                continue
+            rows += result
             if origin is not None:
                 traced = True
                 if result:
@@ -144,6 +159,21 @@ class _Rows:
             return None
         dropped, self.dropped = self.dropped, []
         return Block(shaper.batch(rows), origins if traced else None, dropped)
+
+    def _count(self, origins: Sequence[int] | None) -> None:
+        if origins is not None and not isinstance(origins, range):
+            self._at_work.update((origin, rows) for origin, rows in Counter(origins).items() if rows > 1)
+
+    def _is_last(self, origin: int, result: list[Row]) -> bool:
+        """Whether all rows of an origin have ended; then ``result`` is what has come of all of them."""
+        held = self._held.setdefault(origin, [])
+        held += result
+        self._at_work[origin] -= 1
+        if self._at_work[origin]:
+            return False
+        del self._at_work[origin]
+        result[:] = self._held.pop(origin)
+        return True
 
     async def _wait_for_window(self) -> None:
         # What came early waits in memory: no more than two windows of it.
@@ -156,17 +186,21 @@ class _Rows:
 class _Call:
     """A user's function, called for one row."""
 
-    def __init__(self, step: RowFunction, counter: StepStatistics) -> None:
+    def __init__(self, step: RowFunction, opened: OpenActors | None, counter: StepStatistics) -> None:
         self._step = step
         self._counter = counter
         self._kind = step.kind
-        self._function = listed(step.function) if step.gives_many and "async" not in step.kind else step.function
+        self.keeps_rows = step.operation != "filter" and not step.gives_many and step.on_error != "skip"
+        self._function: Callable[[Row], Any] = opened or step.function
+        if step.gives_many and "async" not in step.kind:
+            self._function = listed(step.function)
 
-    async def __call__(self, rows: list[Row]) -> list[Row]:
+    async def __call__(self, rows: list[Row], given: int | None) -> list[Row]:
+        """:param given: number of the only row in what the step is given; None where it is as good as any."""
         step, counter = self._step, self._counter
         found: list[Row] = []
         for row in rows:
-            number = counter.rows_in
+            number = counter.rows_in if given is None else given
             counter.rows_in += 1
             counter.begin()
             began = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ("StageStatistics", "StepStatistics")
+__all__ = ("StageStatistics", "Statistics", "StepStatistics")
 
 
 class StepStatistics(msgspec.Struct, gc=False):
@@ -43,7 +43,7 @@ class StageStatistics(msgspec.Struct):
     :ivar waited_in: seconds that it waited for its inputs.
     :ivar waited_out: seconds that it waited for whoever takes its blocks.
     :ivar peak_blocks: most blocks that have waited for whoever takes them.
-    :ivar spilled: bytes that waited on disk.
+    :ivar spilled: blocks that waited on disk.
     :ivar steps: what it does.
     """
 
@@ -57,3 +57,29 @@ class StageStatistics(msgspec.Struct):
     peak_blocks: int = 0
     spilled: int = 0
     steps: list[StepStatistics] = []
+
+
+class Statistics(msgspec.Struct, frozen=True):
+    """What a run has done, by stage.
+
+    :ivar seconds: from its start to its end, or till now.
+    """
+
+    stages: tuple[StageStatistics, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        lines = [f"{self.seconds:.3f} s"]
+        for stage in self.stages:
+            lines.append(
+                f"[{stage.number}] {stage.name}: {stage.rows:,} rows in {stage.blocks:,} blocks, {stage.size:,} bytes; "
+                f"waited {stage.waited_in:.3f} s for input, {stage.waited_out:.3f} s for its readers; at most "
+                f"{stage.peak_blocks} blocks waited"
+            )
+            lines.extend(
+                f"      {step.name}: {step.rows_in:,} -> {step.rows_out:,} rows in {step.seconds:.3f} s"
+                + (f", {step.failed:,} failed" if step.failed else "")
+                + (f", at most {step.peak_in_flight} at a time" if step.peak_in_flight else "")
+                for step in stage.steps
+            )
+        return "\n".join(lines)

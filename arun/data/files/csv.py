@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import msgspec
 import pyarrow as pa
@@ -63,6 +63,7 @@ class CsvOptions(msgspec.Struct, frozen=True):
 class CsvSource(msgspec.Struct, frozen=True, kw_only=True):
     """CSV files; made by :func:`csv_source`."""
 
+    resumable: ClassVar[bool] = True
     name: str
     tables: _Tables
     columns: tuple[str, ...] | None = None

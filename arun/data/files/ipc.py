@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import msgspec
 import pyarrow as pa
@@ -37,6 +37,7 @@ def ipc_source(paths: Paths, columns: Sequence[str] | None = None, *, filesystem
 class IpcSource(msgspec.Struct, frozen=True, kw_only=True):
     """Arrow IPC files; made by :func:`ipc_source`."""
 
+    resumable: ClassVar[bool] = True
     name: str
     headers: _Headers
     columns: tuple[str, ...] | None = None

@@ -10,7 +10,7 @@ import datetime
 import decimal
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import msgspec
 import pyarrow as pa
@@ -60,6 +60,7 @@ def jsonl_source(
 class JsonLinesSource(msgspec.Struct, frozen=True, kw_only=True):
     """Ranges of lines of JSON; made by :func:`jsonl_source`."""
 
+    resumable: ClassVar[bool] = True
     name: str
     lines: _Lines
     fragment_bytes: int

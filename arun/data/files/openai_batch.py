@@ -1,7 +1,4 @@
-"""Batches of OpenAI's batch API: JSON lines of requests in, JSON lines of responses out.
-
-https://platform.openai.com/docs/api-reference/batch: the objects of a request's input and output.
-"""
+"""Batches of OpenAI's batch API: JSON lines of requests in, JSON lines of results out."""
 
 from __future__ import annotations
 
@@ -12,52 +9,13 @@ from typing import Any, Final
 import msgspec
 import pyarrow as pa
 
+from arun.batch_lines import BatchError, BatchResponse, BatchResult, result_line
 from arun.data.files.jsonl import JsonLinesSource, jsonl_source
 from arun.data.files.parts import FileSink, Mode
 from arun.data.files.paths import Paths
 from arun.errors import DataError
 
-__all__ = ("BatchError", "BatchRequest", "BatchResponse", "BatchResult", "batch_sink", "batch_source", "result_line")
-
-
-class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of the input.
-
-    :ivar url: the endpoint, such as ``/v1/chat/completions``.
-    :ivar body: of the request, as JSON.
-    """
-
-    custom_id: str
-    method: str = "POST"
-    url: str
-    body: msgspec.Raw
-
-
-class BatchResponse(msgspec.Struct, frozen=True, kw_only=True):
-    """What the endpoint answered.
-
-    :ivar body: as JSON.
-    """
-
-    status_code: int
-    request_id: str
-    body: msgspec.Raw
-
-
-class BatchError(msgspec.Struct, frozen=True, kw_only=True):
-    """Why there is no answer."""
-
-    code: str
-    message: str
-
-
-class BatchResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A line of the output."""
-
-    id: str
-    custom_id: str
-    response: BatchResponse | None
-    error: BatchError | None
+__all__ = ("batch_sink", "batch_source")
 
 
 def batch_source(paths: Paths, *, filesystem: Any = None) -> JsonLinesSource:
@@ -81,11 +39,6 @@ def batch_sink(
     The parameters are those of :class:`~arun.data.files.FileSink`.
     """
     return FileSink(path, _BatchFormat(), mode=mode, part_bytes=part_bytes, filesystem=filesystem)
-
-
-def result_line(result: BatchResult) -> bytes:
-    """The line of the output file, with its end."""
-    return msgspec.json.encode(result) + b"\n"
 
 
 _REQUESTS: Final = pa.schema([(name, pa.string()) for name in ("custom_id", "method", "url", "body")])

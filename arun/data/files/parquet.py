@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, Final, Self
+from typing import Any, ClassVar, Final, Self
 
 import msgspec
 import pyarrow as pa
@@ -47,6 +47,7 @@ def parquet_source(paths: Paths, columns: Sequence[str] | None = None, *, filesy
 class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
     """Row groups of Parquet files; made by :func:`parquet_source`."""
 
+    resumable: ClassVar[bool] = True
     name: str
     footers: _Footers
     columns: tuple[str, ...] | None = None
@@ -60,6 +61,11 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
         :raises DataError: the files' columns don't fit together, or a column was asked for that none has.
         """
         return chosen(self.footers.schema, self.columns, self.name)
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """Those that the paths stand for."""
+        return tuple(file for file, _ in self.footers.pieces)
 
     def fragments(self) -> Iterator[Fragment]:
         """The row groups, but for those that by their statistics hold no row that the predicate wants."""

@@ -21,7 +21,7 @@ from arun.data.files.parquet import ParquetFormat
 from arun.data.files.paths import locate
 from arun.data.schemas import conflict, conform, unify
 from arun.data.sink import Part
-from arun.errors import DataError, MisuseError, SchemaError
+from arun.errors import DataError, MisuseError
 
 __all__ = ("Compression", "Encoder", "FileSink", "Format", "Mode", "csv_sink", "ipc_sink", "jsonl_sink", "parquet_sink")
 
@@ -78,6 +78,8 @@ class FileSink:
     :param filesystem: of pyarrow or fsspec, where the path is no URL.
     """
 
+    resumable: Final = True
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -111,29 +113,34 @@ class FileSink:
         if self._is_file and mode == "append":
             raise MisuseError(f"{self.name} is one file, which can't be appended to; name a folder")
 
-    def begin(self) -> None:
-        """Look at what is there already, and make the folder."""
-        self._mark, self._replaced = "", []
+    def begin(self, mark: str = "", *, again: bool = False) -> None:
+        """Look at what is there already, and make the folder.
+
+        :param mark: in the names of all parts of a job that is checkpointed.
+        :param again: an earlier process has begun already; what has the mark is its work.
+        """
+        self._mark, self._replaced = f"-{mark}" if mark else "", []
         info = self._filesystem.get_file_info(self._path)
         if self._is_file:
-            self._begin_file(info)
+            self._begin_file(info, again=again)
             return
         if info.type == _Type.File:
             raise DataError(f"{self._given!r} is a file; name a folder, or a file that ends in {self._how.suffix}")
         self._filesystem.create_dir(self._path, recursive=True)
         there = self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._path, recursive=True))
         files = [info.path for info in there if info.type == _Type.File]
-        left = [path for path in files if os.path.basename(path).startswith(_TEMPORARY)]
         success = f"{self._path}/{_SUCCESS}"
-        kept = sorted(path for path in files if path not in left and path != success)
+        ours = [path for path in files if mark and path.endswith(f"{self._mark}{self._suffix}")]
+        left = [path for path in files if os.path.basename(path).startswith(_TEMPORARY) and not self._is_whole(path)]
+        kept = sorted(set(files) - {*ours, *left, success})
         if kept and self._mode == "error":
             raise DataError(
                 f"{self._given!r} has files already ({len(kept)}, such as {os.path.basename(kept[0])}); "
                 'mode="overwrite" replaces them, mode="append" adds to them'
             )
-        if kept:
-            self._mark = f"-{uuid.uuid4().hex[:8]}"
-        stale = [] if self._mode == "append" else left  # another run that appends may be writing its own
+        self._mark = self._mark or (f"-{uuid.uuid4().hex[:8]}" if kept else "")
+        # Another run that appends may be writing its own.
+        stale = [path for path in left if self._mode != "append" or (mark and f"{self._mark}." in path)]
         for path in (*stale, *{success}.intersection(files)):
             self._filesystem.delete_file(path)
         if self._mode == "overwrite":
@@ -149,13 +156,12 @@ class FileSink:
         """Show what is hidden, remove what is replaced, and say that the folder is whole."""
         if self._is_file:
             return
-        if self._replaced:
-            whole = f"{self._path}/{self._whole}"
-            for info in self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._path)):
-                if info.path.startswith(whole):
-                    self._filesystem.move(info.path, f"{self._path}/{info.path[len(whole) :]}")
-            for path in self._replaced:
-                self._filesystem.delete_file(path)
+        whole = f"{self._path}/{self._whole}"
+        for info in self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._path)) if self._mark else ():
+            if info.path.startswith(whole):
+                self._filesystem.move(info.path, f"{self._path}/{info.path[len(whole) :]}")
+        for path in self._replaced:
+            self._filesystem.delete_file(path)
         self._filesystem.open_output_stream(f"{self._path}/{_SUCCESS}").close()
 
     @property
@@ -163,10 +169,14 @@ class FileSink:
         """How the names of this run's hidden parts begin."""
         return f"{_TEMPORARY}whole{self._mark}-"
 
-    def _begin_file(self, info: Any) -> None:
+    def _is_whole(self, path: str) -> bool:
+        """Whether it is a part of this job that is still hidden."""
+        return bool(self._mark) and os.path.basename(path).startswith(self._whole)
+
+    def _begin_file(self, info: Any, *, again: bool) -> None:
         if info.type == _Type.Directory:
             raise DataError(f"{self._given!r} is a folder; name a file, or write a slash behind it for parts")
-        if info.type == _Type.File and self._mode == "error":
+        if info.type == _Type.File and self._mode == "error" and not again:
             raise DataError(f'{self._given!r} exists already; mode="overwrite" replaces it')
         folder = self._path.rpartition("/")[0]
         if folder:
@@ -206,7 +216,7 @@ class _PartFile:
             self._schema = _widened(self._schema, block.schema)
         why = conflict(self._schema, block.schema)
         if why is not None:
-            raise SchemaError(
+            raise DataError(
                 f"{self._path}: in a later block {why}; all blocks must have the same columns: cast it, or drop it"
             )
         self._rows += block.num_rows

@@ -154,8 +154,10 @@ def locate(given: str, filesystem: Any = None) -> tuple[Any, str]:
     try:
         if scheme in _NATIVE:
             path, _, options = rest.partition("?")
-            bucket = path.partition("/")[0]
-            return pyarrow.fs.FileSystem.from_uri(f"{scheme}://{bucket}?{options}")[0], path.rstrip("/")
+            bucket, slash, key = path.partition("/")
+            # The path is kept out of it, as globs are no URIs.
+            native, bucket = pyarrow.fs.FileSystem.from_uri(f"{scheme}://{bucket}?{options}")
+            return native, f"{bucket}{slash}{key}".rstrip("/")
         remote, path = fsspec.url_to_fs(given)
     except (ImportError, ValueError, OSError) as exc:
         raise DataError(f"{given}: {exc}") from exc

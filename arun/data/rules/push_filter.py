@@ -5,8 +5,9 @@
     read parquet -> sort(id) -> filter(x > 3)       before: everything is read and sorted
     read parquet where x > 3 -> sort(id)            after: row groups without such rows are not read
 
-Past select, repartition, sort, random_shuffle and union, which neither make nor change the columns that it reads; not
-past functions, which may. Not past a node that something else reads, too.
+Past select, sort, random_shuffle without a seed, and union, which neither make nor change the columns that it reads,
+nor treat a row otherwise when others are missing. Not past functions, which may, nor past another filter, whose rows it
+may not be fit for. Not past a node that something else reads, too.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def _visit(node: Node, coming: Step | None) -> Passed:
             return Passed(node, [coming])
         case Union() if coming is not None:
             return Passed(node, [coming] * len(node.inputs))
-        case AllToAll() if coming is not None and node.barrier.keeps_rows:
+        case AllToAll() if coming is not None and node.barrier.traits.row_by_row:
             return Passed(node, [coming])
         case Read() if isinstance(coming, Where) and not node.filtered:
             fewer = node.source.where(coming.expression)

@@ -36,13 +36,13 @@ def _visit(node: Node, coming: Step | None) -> Passed:
             return Passed(node, [coming])
         case Union() if coming is not None:
             return Passed(node, [coming] * len(node.inputs))
-        case AllToAll() if node.barrier.keeps_rows:
-            needed = node.barrier.columns
+        case AllToAll() if node.barrier.traits.keeps_rows:
+            needed = node.barrier.traits.columns
             passes = isinstance(coming, Select) and needed is not None and set(needed) <= set(coming.columns)
             return Passed(node, [coming]) if passes else Passed(node, (), above)
-        case AllToAll() if node.barrier.columns is not None:
+        case AllToAll() if node.barrier.traits.columns is not None:
             # Where nobody has asked for fewer columns, only a source that then reads less is worth it.
-            select = Select(tuple(dict.fromkeys(node.barrier.columns)))
+            select = Select(tuple(dict.fromkeys(node.barrier.traits.columns)))
             return Passed(node, [select if isinstance(below, Read) else None for below in node.inputs], above)
         case Read() if isinstance(coming, Select):
             fewer_read = node.source.select(coming.columns)

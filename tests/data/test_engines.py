@@ -1,0 +1,178 @@
+"""Engines and actors as steps of a dataset: real pools and actors, with an engine that needs no model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from actors.actor import actor
+from actors.engine import EngineSpec
+from actors.local_cluster import LocalCluster
+from actors.pool import EnginePool
+from arun import MisuseError, Runtime
+from arun.data import Dataset, from_rows
+from arun.errors import RequestError
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("nothing_left")]
+Row = dict[str, Any]
+
+
+@contextlib.asynccontextmanager
+async def open_pool(*, runner: Any = "generate", replicas: int = 1, **options: Any) -> AsyncIterator[EnginePool]:
+    spec = EngineSpec(model="echo", engine="echo", runner=runner, engine_args=options)
+    async with (
+        Runtime(),
+        LocalCluster(isolation="task", cpus=8) as cluster,
+        EnginePool(cluster, spec, replicas=replicas) as pool,
+    ):
+        yield pool
+
+
+def prompts(*texts: str) -> Dataset:
+    return from_rows([{"id": number, "prompt": text} for number, text in enumerate(texts)])
+
+
+async def test_each_row_gets_its_answer_and_what_it_took() -> None:
+    async with open_pool(replicas=2) as pool:
+        rows = await prompts("to be or not", "a b").generate(pool, max_tokens=2).take()
+    assert rows == [
+        {
+            "id": 0,
+            "prompt": "to be or not",
+            "answer": "to be",
+            "answer_finish_reason": "length",
+            "answer_prompt_tokens": 4,
+            "answer_completion_tokens": 2,
+        },
+        {
+            "id": 1,
+            "prompt": "a b",
+            "answer": "a b",
+            "answer_finish_reason": "stop",
+            "answer_prompt_tokens": 2,
+            "answer_completion_tokens": 2,
+        },
+    ]
+
+
+async def test_a_prompt_may_be_computed_and_a_chat_may_be_text() -> None:
+    async with open_pool() as pool:
+        dataset = prompts("x").generate(pool, prompt=lambda row: f"{row['prompt']} y", output="said", max_tokens=8)
+        assert (await dataset.take())[0]["said"] == "x y"
+        chat = prompts("hello you").chat(pool, messages="prompt", max_tokens=8)
+        assert (await chat.take())[0]["answer"] == "hello you"
+        messages = from_rows([{"messages": [{"role": "user", "content": "hello you"}]}])
+        assert (await messages.chat(pool, max_tokens=8).take())[0]["answer"] == "hello you"
+
+
+async def test_a_refused_prompt_is_a_failed_row_by_policy() -> None:
+    async with open_pool(fail_on="poison") as pool:
+        dataset = prompts("good", "poison", "fine")
+        rows = await dataset.generate(pool, rows={"on_error": "collect"}).take()
+        assert [row["answer"] for row in rows] == ["good", None, "fine"]
+        assert "poison" in rows[1]["error"]
+        assert await dataset.generate(pool, rows={"on_error": "skip"}).map_batches(lambda batch: batch).count() == 2
+        with pytest.raises(RequestError) as caught:
+            await dataset.generate(pool).collect()
+        assert any("in generate(answer), row 1" in note for note in caught.value.__notes__)
+
+
+async def test_a_prompt_column_that_is_not_there_is_told() -> None:
+    async with open_pool() as pool:
+        with pytest.raises(
+            MisuseError, match="there is no column 'question' with the prompt; the columns are id, prompt"
+        ):
+            await prompts("x").generate(pool, prompt="question").collect()
+
+
+async def test_rows_that_begin_alike_are_asked_together_and_come_in_order() -> None:
+    asked: list[str] = []
+
+    class Noting:
+        batch_limit = 1
+
+        async def complete(self, prompt: str, **options: Any) -> Any:
+            asked.append(prompt)
+            usage = SimpleNamespace(prompt_tokens=1, completion_tokens=1)
+            return SimpleNamespace(text=prompt, finish_reason="stop", usage=usage)
+
+    texts = [f"system {i % 3} question {i}" for i in range(9)]
+    table = await prompts(*texts).generate(Noting()).collect()
+    assert asked == sorted(texts)
+    assert table["answer"].to_pylist() == texts
+    asked.clear()
+    await prompts(*texts).generate(Noting(), by_prefix=False).collect()
+    assert asked == texts
+
+
+async def test_a_chat_may_begin_with_what_the_system_says() -> None:
+    class Noting:
+        async def complete(self, prompt: Any, **options: Any) -> Any:
+            usage = SimpleNamespace(prompt_tokens=1, completion_tokens=1)
+            return SimpleNamespace(text=json.dumps(prompt), finish_reason="stop", usage=usage)
+
+    (row,) = await prompts("hello").chat(Noting(), messages="prompt", system="be kind").take()
+    assert json.loads(row["answer"]) == [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "hello"},
+    ]
+
+
+async def test_the_fields_of_an_answer_become_columns() -> None:
+    class Verdict(msgspec.Struct):
+        good: bool
+        score: int
+
+    class Judge:
+        async def complete(self, prompt: str, *, structured_outputs: type, lane: str) -> Any:
+            assert structured_outputs is Verdict
+            usage = SimpleNamespace(prompt_tokens=1, completion_tokens=1)
+            text = json.dumps({"good": True, "score": len(prompt)}) if prompt != "bad" else "{"
+            return SimpleNamespace(text=text, finish_reason="stop", usage=usage)
+
+    judged = prompts("abc", "bad").generate(Judge(), fields=Verdict, rows={"on_error": "collect"})
+    first, second = await judged.take()
+    assert (first["good"], first["score"], first["error"]) == (True, 3, None)
+    assert second["good"] is None
+    assert "truncated" in second["error"]
+
+
+async def test_each_row_gets_its_vector() -> None:
+    async with open_pool(runner="pooling") as pool:
+        table = await prompts("a b", "c").embed(pool, prompt="prompt").collect()
+    assert [len(vector) for vector in table["embedding"].to_pylist()] == [16, 16]
+    assert str(table.schema.field("embedding").type.value_type) == "float"
+    assert table["embedding_prompt_tokens"].to_pylist() == [2, 1]
+
+
+async def test_a_replica_that_dies_costs_no_row() -> None:
+    async with open_pool(replicas=2, die_after=200) as pool:
+        table = await prompts(*[f"w{i} x y z" for i in range(120)]).generate(pool, max_tokens=4).collect()
+    assert table["answer"].to_pylist() == [f"w{i} x y z" for i in range(120)]
+
+
+@actor(concurrency=2)
+class Adder:
+    def __init__(self, by: int) -> None:
+        self.by = by
+
+    async def add(self, row: dict[str, int]) -> dict[str, int]:
+        return {"n": row["n"] + self.by}
+
+
+async def test_rows_go_to_actors_that_live_as_long_as_the_run() -> None:
+    async with Runtime(), LocalCluster(isolation="task", cpus=8) as cluster:
+        dataset = from_rows([{"n": i} for i in range(20)]).map_actor(cluster, Adder, "add", 5, replicas=3, in_flight=2)
+        assert (await dataset.collect())["n"].to_pylist() == list(range(5, 25))
+        assert cluster.list() == []
+        assert "map_actor(Adder.add)" in dataset.explain()
+        (step,) = dataset.stats().stages[0].steps
+        assert step.peak_in_flight == 6
+        with pytest.raises(MisuseError, match="has no method 'sub'"):
+            from_rows([]).map_actor(cluster, Adder, "sub")
