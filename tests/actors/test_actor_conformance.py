@@ -9,11 +9,8 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-<<<<<<< HEAD
-import numpy as np
-=======
 import anyio
->>>>>>> main
+import numpy as np
 import pytest
 
 from actors.bundles import Placement
