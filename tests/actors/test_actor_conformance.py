@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import numpy as np
 import pytest
 
 from actors.bundles import Placement
 from arun.errors import ActorDied, ActorNotFound, MisuseError, PlacementError, RemoteError
 from tests.actors.conftest import make_cluster
-from tests.actors.samples import Counter, Diary, FailsToStart, HangsAtStart, Point, Wide
+from tests.actors.samples import Arrays, Counter, Diary, FailsToStart, HangsAtStart, Point, Wide
 
 if TYPE_CHECKING:
     from actors.cluster import Cluster
@@ -52,6 +53,15 @@ async def test_arguments_and_results_are_decoded_by_their_annotations(cluster: C
     assert await counter.mirror(Point(1, 2)) == Point(2, 1)
     assert await counter.mirror({"x": 1}) == Point(0, 1)
     assert await counter.total(Point(1), Point(2, 3), extra=4) == 10
+
+
+async def test_arrays_are_arguments_results_and_items(cluster: Cluster) -> None:
+    arrays = await cluster.spawn(Arrays)
+    large = np.ones((300, 1000))
+    assert (await arrays.scale(large, by=3)).sum() == 900_000
+    assert [row.sum() async for row in arrays.rows(large[:5])] == [1000] * 5
+    with pytest.raises(MisuseError, match=r"values is wrong: Expected `numpy\.ndarray`, got `str`"):
+        await arrays.scale("many")
 
 
 async def test_an_argument_of_the_wrong_type_is_refused_by_name(cluster: Cluster) -> None:

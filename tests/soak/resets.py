@@ -1,4 +1,4 @@
-"""Rapid reset: a client opens and cancels as fast as it may, another calls, a server serves both; three processes."""
+"""Rapid reset: a client opens and cancels as fast as it may, another one calls, a server serves both."""
 
 from __future__ import annotations
 
