@@ -37,8 +37,6 @@ __all__ = ("SplitCoordinator", "split")
 
 #: Most bytes of rows sent in one message; larger blocks are cut.
 _MESSAGE: Final = 16 * 2**20
-#: Seconds that a coordinator without consumers and owner goes on: a worker may still have to start.
-_LINGER: Final = 60.0
 
 
 async def split(
@@ -50,6 +48,7 @@ async def split(
     equal: bool = False,
     by: str | Sequence[str] = (),
     options: RunOptions | None = None,
+    linger: float = 60.0,
 ) -> tuple[Dataset, ...]:
     """Datasets that share one run, for consumers that may be in other processes; see :meth:`arun.data.Dataset.split`.
 
@@ -57,6 +56,7 @@ async def split(
     actors of Ray: there they find it by its name. Else they can be read in this process only.
 
     :param name: of the actor; by default one of its own.
+    :param linger: seconds that a detached actor goes on when nobody refers to it: a worker may still have to start.
     :raises MisuseError: the plan can't be sent to another process; an option means nothing.
     """
     settings = options or RunOptions()
@@ -71,6 +71,7 @@ async def split(
         by,
         settings,
         name if lifetime == "detached" else None,
+        linger,
         name=name,
         lifetime=lifetime,
         # A turn for each consumer's presence and pull, and for those of iterations that are about to end.
@@ -103,6 +104,7 @@ class SplitCoordinator:
         by: str | Sequence[str],
         options: RunOptions,
         own_name: str | None,
+        linger: float,
     ) -> None:
         self._splits = Splits(
             lambda: dataset.astream(options),
@@ -114,6 +116,7 @@ class SplitCoordinator:
             most=_MESSAGE,
         )
         self._own_name = own_name
+        self._linger = linger
         self._present = 0
         self._leaving: Background[None] | None = None
 
@@ -159,7 +162,7 @@ class SplitCoordinator:
             self._leaving = Runtime.current().start(self._end, self._own_name, name="end of a split's coordinator")
 
     async def _end(self, name: str) -> None:
-        await anyio.sleep(_LINGER)
+        await anyio.sleep(self._linger)
         self._leaving = None  # it is not called back any more
         await detached.end(await run_in_thread(lambda: detached.find(name)), name, grace=5.0)
 

@@ -157,7 +157,13 @@ def scan_of(source: Source) -> Relation | None:
     """A source as files that DuckDB scans itself; None where it could not, or would read something else. May block."""
     if not isinstance(source, ParquetSource) or source.predicate is not None:
         return None
-    files = source.files
-    if not all(file.is_local for file in files):
+    schema, pieces = source.schema(), source.footers.pieces
+    if not all(file.is_local and _has(piece.physical_schema, schema) for file, piece in pieces):
         return None
-    return Relation.of_files([file.path for file in files], source.schema())
+    return Relation.of_files([file.path for file, _ in pieces], schema)
+
+
+def _has(physical: pa.Schema, wanted: pa.Schema) -> bool:
+    """Whether a file has all columns, of these very types: DuckDB takes names and types from the first file."""
+    names = physical.names
+    return all(names.count(field.name) == 1 and physical.field(field.name).type == field.type for field in wanted)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 
 from actors.local_cluster import LocalCluster
@@ -123,13 +125,22 @@ async def test_workers_of_ray_pull_their_parts_and_one_that_dies_hands_on_what_i
         return asyncio.run(run())
 
     async with RayCluster.connect() as cluster:
-        parts = await split(from_iterable(numbers), 3, cluster=cluster, name="shared")
-        assert "shared" in [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+        parts = await split(from_iterable(numbers), 3, cluster=cluster, name="shared", linger=5)
+
+        def there() -> bool:
+            return "shared" in [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+
+        assert there()
         consuming = [consume.remote(part, dies=number == 0) for number, part in enumerate(parts)]
         got = []
         for one in consuming[1:]:
             got += await one
         with pytest.raises(ray.exceptions.RayError):
             await consuming[0]
-        await cluster.stop("shared")
+        assert there()
+        del parts
+        gc.collect()
+        with anyio.fail_after(60):
+            while there():  # noqa: ASYNC110 - Ray tells nobody
+                await asyncio.sleep(0.2)
     assert Counter(got) == Counter(range(ROWS))  # nothing that the dead one had was done

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arun.data import read_parquet
 from arun.data.barriers import (
     Limits,
     Relation,
@@ -376,6 +377,13 @@ def folder(tmp_path: Path) -> Iterator[str]:
 
 def files(folder: str) -> list[Path]:
     return [path for path in Path(folder).rglob("*") if path.is_file()]
+
+
+async def test_files_of_several_schemas_are_sorted_as_one(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": pa.array([3, 2], pa.int32())}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"x": pa.array([2**40, 1], pa.int64()), "y": ["b", "c"]}), tmp_path / "b.parquet")
+    rows = await read_parquet(tmp_path).sort("x").collect()
+    assert rows.to_pydict() == {"x": [1, 2, 3, 2**40], "y": ["c", None, None, "b"]}
 
 
 async def test_what_does_not_fit_is_spilled_and_removed(folder: str) -> None:
