@@ -102,14 +102,11 @@ def create(
 
 
 def find(name: str) -> Any:
-    """Ray's handle of a detached actor; blocks for a round trip to its head node.
-
-    :raises ActorNotFound: there is none of that name.
-    """
+    """Ray's handle of a detached actor, or None; blocks for a round trip to its head node."""
     try:
         return import_ray().get_actor(name, namespace=NAMESPACE)
     except ValueError:
-        raise ActorNotFound(f"no actor is named {name!r}; detached in this Ray: {_listed(names())}") from None
+        return None
 
 
 def names() -> list[str]:
@@ -279,7 +276,3 @@ def _end_of(told: str) -> str:
     if unavailable is not None:
         return f"died, or Ray can't reach it ({unavailable[1].strip()})"
     return how_it_died(told)
-
-
-def _listed(known: list[str]) -> str:
-    return ", ".join(map(repr, known)) or "none"

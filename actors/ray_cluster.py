@@ -267,11 +267,12 @@ class RayCluster(Cluster):
 
         :raises ActorNotFound: there is none; the message has those there are.
         """
-        try:
-            return await anyio.to_thread.run_sync(detached.find, name)
-        except ActorNotFound as missing:
+        found = await anyio.to_thread.run_sync(detached.find, name)
+        if found is None:
             own = ", ".join(repr(info.name) for info in self.list()) or "none"
-            raise ActorNotFound(f"{missing}; actors of this cluster: {own}") from None
+            others = ", ".join(map(repr, await anyio.to_thread.run_sync(detached.names))) or "none"
+            raise ActorNotFound(f"no actor is named {name!r}; this cluster has: {own}; detached in this Ray: {others}")
+        return found
 
     async def _close(self) -> None:
         await super()._close()
