@@ -30,10 +30,12 @@ setup: $(STAMP) ## install everything into .venv; the other targets do it by the
 demo: $(STAMP) ## ask a real model about real rows, and watch the partial reductions
 	@$(BIN)/arun demo $(ARGS)
 
-# The fast tests share the cores, two a core, since many wait for a process that they have started; a Ray or an engine
-# takes them all for itself. Without caches of bytecode, each of those processes would compile arun anew.
+# The fast tests share the cores: two workers a core, since many wait for a process that they have started, and at most
+# 16, since each collects all tests. A Ray or an engine takes the cores all for itself. Without caches of bytecode, each
+# of those processes would compile arun anew.
 unexport PYTHONDONTWRITEBYTECODE
-FAST = $(BIN)/python -m pytest -n $$((2 * $$(nproc))) --dist worksteal -m "not ray and not engine" $(ARGS)
+WORKERS := $(shell n=$$((2 * $$(nproc))); echo $$((n < 16 ? n : 16)))
+FAST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not ray and not engine" $(ARGS)
 SLOW = $(BIN)/python -m pytest -m "ray or engine" $(ARGS)
 
 test: $(STAMP) ## all tests: the fast ones, then those with a real Ray, then those with a real vLLM

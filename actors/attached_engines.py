@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import anyio
 
 from actors.answers import Delta, Reset
+from actors.finish import finish
 from actors.pool_stats import PoolStats, ReplicaProgress
 from actors.pool_supervisor import Answered, PoolFacts, PoolSupervisor, PoolView
 from actors.supervision import Supervisor
@@ -66,8 +67,8 @@ class AttachedEngines:
         self,
         cluster: Cluster,
         pool: str | None,
-        order: PoolOrder | None = None,
-        tell: Callable[[ReplicaProgress], object] = lambda progress: None,
+        order: PoolOrder | None,
+        tell: Callable[[ReplicaProgress], object],
     ) -> None:
         if pool is None:
             raise MisuseError("lifetime='detached' needs name=...: without a name nobody could attach to the pool")
@@ -99,7 +100,7 @@ class AttachedEngines:
                     f"there is no detached pool {self.pool!r}; start it with cluster.engines(spec, name={self.pool!r}, "
                     f"lifetime='detached'). In full: {missing}"
                 ) from None
-            self._supervisor, created = await self._spawn(self._order), True
+            self._supervisor, created = await self._create(self._order)
         else:
             if self._order is not None and not self._order.get_if_exists:
                 raise MisuseError(
@@ -111,8 +112,8 @@ class AttachedEngines:
             self._facts = await self._supervisor.opened()
         except BaseException:
             if created:
-                with anyio.CancelScope(shield=True):
-                    await self.end()
+                ending = Runtime.current().start(self.end, name=f"end of pool {self.pool}")
+                await finish(ending)  # noqa: ASYNC102 - finish() lets no cancellation cut it short
             raise
 
     def submit(self, request: GenerateRequest, reroute: Reroute = "continue") -> AttachedStream:
@@ -162,18 +163,24 @@ class AttachedEngines:
     def _actor(self) -> str:
         return f"{_PREFIX}{self.pool}"
 
-    async def _spawn(self, order: PoolOrder) -> Any:
-        return await self._cluster.spawn(
-            PoolSupervisor,
-            self.pool,
-            order.spec,
-            order.settings,
-            self._cluster.patience,
-            name=self._actor,
-            lifetime="detached",
-            restarts=_SUPERVISOR,
-            get_if_exists=order.get_if_exists,
-        )
+    async def _create(self, order: PoolOrder) -> tuple[Any, bool]:
+        """The supervisor, and whether it is new: another program may have been faster."""
+        try:
+            supervisor = await self._cluster.spawn(
+                PoolSupervisor,
+                self.pool,
+                order.spec,
+                order.settings,
+                self._cluster.settings,
+                name=self._actor,
+                lifetime="detached",
+                restarts=_SUPERVISOR,
+            )
+        except MisuseError:
+            if not order.get_if_exists:
+                raise
+            return await self._cluster.get(self._actor, PoolSupervisor), False
+        return supervisor, True
 
     async def _watch(self) -> None:
         heard = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from actors.attached_engines import AttachedEngines
 from actors.ray_cluster import RayCluster
 
 if TYPE_CHECKING:
@@ -18,11 +17,9 @@ _started: Final[set[str]] = set()
 
 def attached_pool(name: str) -> EnginePool:
     """The detached pool of that name; to be used after :func:`start_attached`."""
-    from actors.pool import EnginePool
-
     if name not in _pools:
         cluster = RayCluster.connect()
-        _pools[name] = cluster, EnginePool.of(AttachedEngines(cluster, name))
+        _pools[name] = cluster, cluster.pool(name)
     return _pools[name][1]
 
 

@@ -251,8 +251,8 @@ class Cluster(ABC):
         """
 
     @property
-    def patience(self) -> dict[str, float]:
-        """How long this cluster waits for what, in seconds, as its parameters name it."""
+    def settings(self) -> dict[str, Any]:
+        """What a cluster is made with that another process uses in this one's place, as the parameters are named."""
         return {"grace": self._grace, "silence": self._silence}
 
     async def holds(self, reservation: Reservation) -> bool:
@@ -273,10 +273,9 @@ class Cluster(ABC):
 
         :param name: as given to ``engines(..., name=, lifetime="detached")``.
         """
-        from actors.attached_engines import AttachedEngines
         from actors.pool import EnginePool
 
-        return EnginePool.of(AttachedEngines(self, name))
+        return EnginePool.attached(self, name)
 
     async def aclose(self) -> None:
         """Stop every actor, last started first, and give back every reservation. Idempotent, never cut short."""

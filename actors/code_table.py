@@ -55,15 +55,10 @@ class Luggage:
 
         :raises MisuseError: it can't be pickled, or takes more than 64 MiB.
         """
-        return _CODE, self._add(dumps_code(code, what), what)
+        return _CODE, self.add(dumps_code(code, what), what)
 
-    def pack_types(self) -> None:
-        """Add the registered classes that the workers can't import; the codec needs them there."""
-        for entry in registered():
-            if not importable(entry.cls):
-                self._add(_dumps_type(entry), f"the registered class {entry.name}")
-
-    def _add(self, blob: bytes, what: str) -> str:
+    def add(self, blob: bytes, what: str) -> str:
+        """Add what is pickled already; returns its hash."""
         if len(blob) > _MOST_BYTES:
             raise MisuseError(
                 f"{what} takes {len(blob)} bytes with all that it closes over; at most {_MOST_BYTES} are sent. Give it "
@@ -83,6 +78,16 @@ class CodeTable:
     def __init__(self) -> None:
         self._users: OrderedDict[str, int] = OrderedDict()
         self._writing = anyio.Lock()
+        self._types: dict[str, tuple[Registered, bytes]] = {}
+
+    def pack_types(self, luggage: Luggage) -> None:
+        """Add the registered classes that the workers can't import; the codec needs them there."""
+        for entry in registered():
+            if not importable(entry.cls):
+                known = self._types.get(entry.name)
+                if known is None or known[0] is not entry:
+                    known = self._types[entry.name] = (entry, _dumps_type(entry))
+                luggage.add(known[1], f"the registered class {entry.name}")
 
     async def check_in(self, luggage: Luggage) -> tuple[str, ...]:
         """Put code there that is not there yet; :meth:`check_out` the result when the order is through."""

@@ -27,12 +27,12 @@ from arun.logs import get_logger
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from actors.interface import ActorSpec
     from actors.member import Member
     from actors.supervision import RestartPolicy
-    from arun.channel import Connection
+    from arun.channel import Connection, TLSConfig
 
 __all__ = ("Attachment", "NameTaken", "card_of", "create", "end", "find", "names", "supervisor_of")
 
@@ -75,7 +75,9 @@ class NameTaken(Exception):
     """There is a detached actor of that name."""
 
 
-def create(spec: ActorSpec, *, env: Mapping[str, str], supervisor: Supervisor | None) -> tuple[Any, Card]:
+def create(
+    spec: ActorSpec, *, env: Mapping[str, str], supervisor: Supervisor | None, tls: TLSConfig | None
+) -> tuple[Any, Card]:
     """Let Ray start a detached actor; blocks for a round trip to its head node.
 
     :return: Ray's handle, and what every client will be told.
@@ -93,20 +95,18 @@ def create(spec: ActorSpec, *, env: Mapping[str, str], supervisor: Supervisor | 
     if env:
         options["runtime_env"] = {"env_vars": dict(env)}
     try:
-        return import_ray().remote(DetachedHost).options(**options).remote(pickling.dumps(spec), card), card
+        host = import_ray().remote(DetachedHost).options(**options)
+        return host.remote(pickling.dumps(spec), card, tls), card
     except ValueError as exc:  # Ray's error for a name that is taken
         raise NameTaken(str(exc)) from exc
 
 
 def find(name: str) -> Any:
-    """Ray's handle of a detached actor; blocks for a round trip to its head node.
-
-    :raises ActorNotFound: there is none of that name.
-    """
+    """Ray's handle of a detached actor, or None; blocks for a round trip to its head node."""
     try:
         return import_ray().get_actor(name, namespace=NAMESPACE)
     except ValueError:
-        raise ActorNotFound(f"no actor is named {name!r}; detached in this Ray: {_listed(names())}") from None
+        return None
 
 
 def names() -> list[str]:
@@ -151,12 +151,16 @@ class Attachment:
     """One client's way to a detached actor, through its restarts.
 
     It takes the place of a :class:`~actors.team.Team`: what died is not started again by it, only attached to again.
+
+    :param on_over: called when there is nothing to attach to any more; by then its name may be another's.
     """
 
-    def __init__(self, actor: Any, card: Card) -> None:
+    def __init__(self, actor: Any, card: Card, tls: TLSConfig | None, on_over: Callable[[Member], object]) -> None:
         self.members: list[Member] = []
         self.over = False
+        self.tls = tls
         self._actor = actor
+        self._on_over = on_over
         self._supervised = card.supervisor is not None
         self._work: Background[None] | None = None
 
@@ -175,16 +179,15 @@ class Attachment:
             await self._work.ended()
 
     async def _follow(self, member: Member) -> None:
-        if not self._supervised:
-            member.give_up(GiveUp("its restart policy is 'temporary'", 0))
-            return
-        while member.is_down:
+        reason = "Ray says that it has ended for good" if self._supervised else "its restart policy is 'temporary'"
+        while self._supervised and member.is_down and not self.over:
             if await member.restart(anyio.current_time(), 0):
                 return
-            if self.over:
-                member.give_up(GiveUp("Ray says that it has ended for good", 0))
-                return
-            await anyio.sleep(_LOOK_SECONDS)
+            if not self.over:
+                await anyio.sleep(_LOOK_SECONDS)
+        if member.is_down:
+            member.give_up(GiveUp(reason, 0))
+            self._on_over(member)
 
 
 class DetachedBody:
@@ -222,11 +225,12 @@ class DetachedBody:
         if where.node == ray.get_runtime_context().get_node_id():
             with contextlib.suppress(ProcessLookupError):
                 self._pidfd = os.pidfd_open(where.pid)
-        return await connect_tcp(where.host, where.port, token=self._token)
+        return await connect_tcp(where.host, where.port, token=self._token, tls=self._attachment.tls)
 
     async def connect_health(self) -> Connection:
         assert self._where is not None  # connected
-        return await connect_tcp(self._where.host, self._where.health_port, token=self._token)
+        port, tls = self._where.health_port, self._attachment.tls
+        return await connect_tcp(self._where.host, port, token=self._token, tls=tls)
 
     async def wait_ended(self) -> End:
         await self._attached.wait()
@@ -272,7 +276,3 @@ def _end_of(told: str) -> str:
     if unavailable is not None:
         return f"died, or Ray can't reach it ({unavailable[1].strip()})"
     return how_it_died(told)
-
-
-def _listed(known: list[str]) -> str:
-    return ", ".join(map(repr, known)) or "none"

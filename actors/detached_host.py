@@ -27,6 +27,8 @@ from arun.telemetry import configure_logging_as_parent
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from arun.channel import TLSConfig
+
 __all__ = ("NAMESPACE", "Card", "DetachedHost", "delay_of_restart")
 
 NAMESPACE = "arun"
@@ -54,12 +56,14 @@ class Card(NamedTuple):
 class DetachedHost:
     """The class that Ray makes a detached actor of. Every client gets a token of its own, over Ray's control plane.
 
+    :param tls: encrypts its messages; every client needs one that fits.
     :raises ActorDied: it died too often. Ray does not start an actor again whose constructor fails.
     """
 
-    def __init__(self, blob: bytes, card: Card) -> None:
+    def __init__(self, blob: bytes, card: Card, tls: TLSConfig | None) -> None:
         configure_logging_as_parent()
         self._card = card
+        self._tls = tls
         self._host = Host(lambda: pickling.loads(blob))
         self._delay = 0.0
         self._opening: Background[Doors] | None = None
@@ -110,7 +114,7 @@ class DetachedHost:
 
     async def _open_doors(self) -> Doors:
         await anyio.sleep(self._delay)
-        return await open_doors(self._host, secrets.token_bytes(32))
+        return await open_doors(self._host, secrets.token_bytes(32), self._tls)
 
     async def _come_back(self) -> None:
         """Start again without being asked: it may have work of its own to do."""

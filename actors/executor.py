@@ -148,7 +148,7 @@ class RayExecutor:
         pool = self._current_pool()
         luggage = Luggage()
         reference = refer_to(action, luggage.pack)
-        luggage.pack_types()
+        self._table.pack_types(luggage)
         code = await self._table.check_in(luggage)
         try:
             order = order_of(action, reference, state, inputs, context, code, self._attachable(context.resources))

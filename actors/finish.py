@@ -31,4 +31,4 @@ async def finish(work: Background[T]) -> T:
             cancelled = exc
     if cancelled is not None:
         raise cancelled
-    return await work.wait()
+    return work.result()  # no await: in a scope that is cancelled it would not come back

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from arun.channel import Handler, Server
 
-__all__ = ("HEALTH", "HealthThread", "Vitals")
+__all__ = ("HEALTH", "Health", "HealthThread", "Vitals")
 
 HEALTH = "@health"
 """The method of a health connection."""
@@ -43,19 +43,60 @@ class Vitals(msgspec.Struct, frozen=True, kw_only=True):
     mailbox: int
 
 
-class HealthThread:
-    """Answers :data:`HEALTH` for the event loop and the thread that it is made in.
+class Health:
+    """Answers :data:`HEALTH` for the event loop and the thread that it is made in; from another thread's loop.
 
-    :param serve: starts a channel server with the handler that it is given; called in the new thread's loop.
-    :param load: messages that run, that wait, that may wait; called in the new thread.
+    :param load: messages that run, that wait, that may wait; called in that other thread.
     """
 
-    def __init__(self, serve: Callable[[Handler], Awaitable[Server]], load: Callable[[], tuple[int, int, int]]) -> None:
-        self._serve = serve
+    def __init__(self, load: Callable[[], tuple[int, int, int]]) -> None:
         self._load = load
         self._watched = asyncio.get_running_loop()
         self._watched_thread = threading.get_ident()
         self._asked_at = 0.0  # the oldest question without a sign; 0: there is none
+
+    async def answer(self, method: str, payload: msgspec.Raw) -> AsyncIterator[Vitals]:
+        """The handler of a health connection."""
+        if method != HEALTH:
+            raise MisuseError(f"this connection answers {HEALTH!r} only, not {method!r}")
+        sign, here = anyio.Event(), asyncio.get_running_loop()
+        asked_at = self._asked_at = self._asked_at or anyio.current_time()
+
+        def turned() -> None:
+            self._asked_at = 0.0
+            here.call_soon_threadsafe(sign.set)
+
+        try:
+            self._watched.call_soon_threadsafe(turned)
+        except RuntimeError:  # closed: the process is ending
+            sign.set()
+        with anyio.move_on_after(_SIGN_SECONDS):
+            await sign.wait()
+        blocked = not sign.is_set()
+        running, waiting, mailbox = self._load()
+        yield Vitals(
+            blocked_for=anyio.current_time() - asked_at if blocked else 0.0,
+            where=self._where() if blocked else "",
+            running=running,
+            waiting=waiting,
+            mailbox=mailbox,
+        )
+
+    def _where(self) -> str:
+        frame = sys._current_frames().get(self._watched_thread)
+        return "an unknown line" if frame is None else line_of(innermost_user_frame(frame))
+
+
+class HealthThread:
+    """Serves :class:`Health` in a thread of its own.
+
+    :param serve: starts a channel server with the handler that it is given; called in the new thread's loop.
+    :param health: of the event loop that is watched.
+    """
+
+    def __init__(self, serve: Callable[[Handler], Awaitable[Server]], health: Health) -> None:
+        self._serve = serve
+        self._health = health
         self._ready = threading.Event()
         self._server: Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -88,36 +129,6 @@ class HealthThread:
 
     async def _listen(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._server = await self._serve(self._answer)
+        self._server = await self._serve(self._health.answer)
         self._ready.set()
         await asyncio.Event().wait()  # a daemon thread: it ends with the process
-
-    async def _answer(self, method: str, payload: msgspec.Raw) -> AsyncIterator[Vitals]:
-        if method != HEALTH:
-            raise MisuseError(f"this connection answers {HEALTH!r} only, not {method!r}")
-        sign, here = anyio.Event(), asyncio.get_running_loop()
-        asked_at = self._asked_at = self._asked_at or anyio.current_time()
-
-        def turned() -> None:
-            self._asked_at = 0.0
-            here.call_soon_threadsafe(sign.set)
-
-        try:
-            self._watched.call_soon_threadsafe(turned)
-        except RuntimeError:  # closed: the process is ending
-            sign.set()
-        with anyio.move_on_after(_SIGN_SECONDS):
-            await sign.wait()
-        blocked = not sign.is_set()
-        running, waiting, mailbox = self._load()
-        yield Vitals(
-            blocked_for=anyio.current_time() - asked_at if blocked else 0.0,
-            where=self._where() if blocked else "",
-            running=running,
-            waiting=waiting,
-            mailbox=mailbox,
-        )
-
-    def _where(self) -> str:
-        frame = sys._current_frames().get(self._watched_thread)
-        return "an unknown line" if frame is None else line_of(innermost_user_frame(frame))

@@ -144,14 +144,16 @@ class _Serving:
     async def _items(self, callee: _Callee, method: str, payload: msgspec.Raw) -> AsyncIterator[object]:
         args, kwargs, turn = await self._begin(callee, method, payload)
         stream, turns = callee.function(*args, **kwargs), self._turns
+        step, release = stream.__anext__, turns.release
         try:
             while True:
                 try:
-                    item = await anext(stream, _END)
-                finally:
-                    self._end_turn(turn)
-                if item is _END:
+                    item = await step()
+                except StopAsyncIteration:
                     return
+                finally:
+                    turn.held = False
+                    release()
                 yield item
                 if not turns.take():
                     await turns.wait()
@@ -197,9 +199,6 @@ class _Serving:
     def _end_turn(self, turn: Turn) -> None:
         turn.held = False
         self._turns.release()
-
-
-_END = object()
 
 
 class _Callee:

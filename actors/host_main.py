@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import select
 import shutil
@@ -22,8 +21,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from actors import pickling
-from actors.health import HealthThread
+from actors.health import Health, HealthThread
 from actors.host import Host
+from actors.parent_watch import continue_without_parent
 from arun.channel import serve_unix
 from arun.logs import get_logger
 from arun.telemetry import configure_logging_as_parent
@@ -35,8 +35,6 @@ __all__ = ("HEALTH_SUFFIX", "HostOrder", "main")
 
 HEALTH_SUFFIX = ".health"
 """What the path of the health socket has on top of the actor's."""
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 log = get_logger("actors.host")
 
@@ -89,7 +87,7 @@ def main() -> None:
         shutil.rmtree(sys.argv[1], ignore_errors=True)
         sys.exit(1)
     leash = _take_over_stdin()
-    _continue_without_owner()
+    continue_without_parent()
     os.set_inheritable(order.status_fd, False)
     sys.path[:] = [*order.sys_path, *(entry for entry in sys.path if entry not in order.sys_path)]
     _set_or_unset("PYTHONPATH", order.pythonpath)
@@ -110,7 +108,7 @@ async def _serve(order: HostOrder, leash: int) -> None:
         daemon=True,
     ).start()
     health = HealthThread(
-        lambda handler: serve_unix(handler, path=order.path + HEALTH_SUFFIX, token=order.token), host.load
+        lambda handler: serve_unix(handler, path=order.path + HEALTH_SUFFIX, token=order.token), Health(host.load)
     )
     server = await serve_unix(host.handle, path=order.path, token=order.token)
     health.wait_listening()
@@ -144,11 +142,6 @@ def _watch_owner(leash: int, order: HostOrder, stop: Callable[[], object]) -> No
     time.sleep(order.grace)
     _remove_folder(order.path)
     _kill_process_group()
-
-
-def _continue_without_owner() -> None:
-    """Have the kernel send SIGCONT when the owner is gone: a stopped process could not even see that."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT))
 
 
 def _take_over_stdin() -> int:

@@ -24,11 +24,12 @@ import tempfile
 import time
 import uuid
 
-__all__ = ("ProcessGuard",)
+__all__ = ("ProcessGuard", "continue_without_parent")
 
 _MARK = "ARUN_ENGINE_MARK"
 _SETTLED = b"."
 _LOOK_SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SHARED = ("psm_", "sem.mp-", "vllm")  # of multiprocessing and of vLLM
 
 
@@ -68,6 +69,16 @@ class ProcessGuard:
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._process.wait()
+
+
+def continue_without_parent() -> None:
+    """Have the kernel send SIGCONT when the parent is gone: a stopped process could not see that, and so not end.
+
+    It does nothing to a process that runs.
+    """
+    import ctypes  # not for the guard, which has nothing to do with it
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT))
 
 
 def _guard(entry: bytes, folder: str) -> None:

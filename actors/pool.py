@@ -164,10 +164,10 @@ class EnginePool:
         self._stand_on(engines, on_progress)
 
     @classmethod
-    def of(cls, engines: Engines) -> Self:
-        """A pool on engines that exist already; for ``cluster.pool()``."""
+    def attached(cls, cluster: Cluster, name: str) -> Self:
+        """The detached pool of that name; what ``cluster.pool(name)`` gives."""
         pool = cls.__new__(cls)
-        pool._stand_on(engines, None)
+        pool._stand_on(AttachedEngines(cluster, name, None, pool._tell), None)
         return pool
 
     def _stand_on(self, engines: Engines, on_progress: Callable[[ReplicaProgress], object] | None) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import msgspec
@@ -75,14 +75,14 @@ class PoolView(msgspec.Struct, frozen=True):
 class PoolSupervisor:
     """One pool and its engines.
 
-    :param patience: of its cluster, as :attr:`~actors.Cluster.patience` of the one that it was started from.
+    :param cluster: what its own is made with, :attr:`~actors.Cluster.settings` of the one that it was started from.
     """
 
-    def __init__(self, pool: str, spec: EngineSpec, settings: PoolSettings, patience: dict[str, float]) -> None:
+    def __init__(self, pool: str, spec: EngineSpec, settings: PoolSettings, cluster: dict[str, Any]) -> None:
         from actors.ray_cluster import RayCluster
 
         self._pool = pool
-        self._cluster: Cluster = RayCluster.connect(None, **patience)
+        self._cluster: Cluster = RayCluster.connect(None, **cluster)
         self._engines = OwnedEngines(pool, self._cluster, spec, settings, self._tell)
         self._watchers: set[_Watcher] = set()
         self._opening: Background[None] | None = None

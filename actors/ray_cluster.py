@@ -9,18 +9,18 @@ import sys
 import threading
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
 import anyio.to_thread
 
 from actors import detached, pickling
-from actors.actor import link_of
 from actors.bundles import Group, Placement, Reservation
 from actors.cluster import Cluster, ClusterResources, DetachedOrder, Isolation, NodeResources
 from actors.finish import finish
 from actors.interface import specify
-from actors.ray_host import RayBody, import_ray
+from actors.ray_host import RayBody, Way, import_ray
+from actors.ray_servers import ServersGuard
 from arun.errors import ActorNotFound, MissingExtraError, MisuseError, PlacementError
 from arun.runtime import Background, Runtime
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from actors.detached_host import Card
     from actors.interface import ActorSpec
     from actors.supervision import Supervisor
+    from arun.channel import TLSConfig
 
 __all__ = ("RayCluster",)
 
@@ -51,7 +52,8 @@ class RayCluster(Cluster):
     >>> async with RayCluster.connect() as cluster:
     ...     counter = await cluster.spawn(Counter, start=3)
 
-    Make it with :meth:`connect`. Actors end with this process, since Ray ends a dead driver's actors.
+    Make it with :meth:`connect`. Actors end with this process, since Ray ends a dead driver's actors; detached ones do
+    not. These have one namespace for all programs on that Ray, so a name is taken once.
     """
 
     def __init__(
@@ -62,12 +64,13 @@ class RayCluster(Cluster):
         placement_timeout: float,
         grace: float,
         silence: float,
+        way: Way,
     ) -> None:
         super().__init__(grace=grace, silence=silence)
+        self._way = way
         self._placement_timeout = placement_timeout
         self._session = _RaySession(address, options)
         self._opening: Background[None] | None = None
-        self._attached: set[str] = set()
 
     @classmethod
     def connect(
@@ -77,6 +80,8 @@ class RayCluster(Cluster):
         placement_timeout: float = 10.0,
         grace: float = 5.0,
         silence: float = 30.0,
+        transport: Literal["tcp", "ray"] = "tcp",
+        tls: TLSConfig | None = None,
         **ray_init_options: Any,
     ) -> RayCluster:
         """A cluster to be entered with ``async with``; nothing starts before.
@@ -87,9 +92,13 @@ class RayCluster(Cluster):
         :param placement_timeout: seconds that :meth:`reserve` waits for resources that others hold now.
         :param grace: seconds that ``on_stop`` gets before a process is killed.
         :param silence: seconds after which an actor's process that does not even answer for its health is killed.
+        :param transport: how messages go: "tcp", to a socket that each actor listens on; or "ray", in Ray's own calls,
+            many times slower, where a firewall lets nothing but Ray through.
+        :param tls: encrypts those sockets. The paths are those of the nodes and of this machine; every node's
+            certificate must be for its address, or all for ``TLSConfig(hostname=...)``.
         :param ray_init_options: for ``ray.init``, for example ``num_cpus=8``.
         :raises MissingExtraError: Ray is not installed.
-        :raises MisuseError: the address is a ``ray://`` one.
+        :raises MisuseError: the address is a ``ray://`` one; or options that can't go together.
         """
         if importlib.util.find_spec("ray") is None:
             raise MissingExtraError("RayCluster", extra="ray", package="ray")
@@ -98,7 +107,18 @@ class RayCluster(Cluster):
                 f"RayCluster can't use {address}: a Ray client is outside of the cluster, out of reach of the actors' "
                 "sockets; run this program on a node of the cluster with address='auto', or submit it as a Ray job"
             )
-        return cls(address, ray_init_options, placement_timeout=placement_timeout, grace=grace, silence=silence)
+        if transport not in {"tcp", "ray"}:
+            raise MisuseError(f"transport={transport!r}: it must be 'tcp' or 'ray'")
+        if transport == "ray" and tls is not None:
+            raise MisuseError("transport='ray' has no sockets of its own to encrypt; RAY_USE_TLS is for Ray's")
+        return cls(
+            address,
+            ray_init_options,
+            placement_timeout=placement_timeout,
+            grace=grace,
+            silence=silence,
+            way=Way(transport, tls),
+        )
 
     async def start(self) -> None:
         """Connect, as ``async with`` does. Ray is started in a thread, so the event loop goes on."""
@@ -145,23 +165,27 @@ class RayCluster(Cluster):
         return await anyio.to_thread.run_sync(_resources)
 
     async def stop(self, actor: object) -> None:
-        name = actor if isinstance(actor, str) else link_of(actor).name
-        found = None
-        if name in self._attached or (isinstance(actor, str) and not self._roster.has(name)):
-            self._require_open()
-            found = await self._found(name)
-        if found is None or self._roster.has(name):
+        if isinstance(actor, str) and not self._roster.has(actor):
+            name: str | None = actor
+        else:
+            name = self._roster.attached_name(actor)
+        if name is None:
             await super().stop(actor)
-        if found is not None:
-            self._attached.discard(name)
-            await finish(Runtime.current().start(detached.end, found, name, self._grace, name=f"end of actor {name}"))
+            return
+        self._require_open()
+        found = await self._found(name)
+        if self._roster.has(name):
+            await super().stop(name)
+        await finish(Runtime.current().start(detached.end, found, name, self._grace, name=f"end of actor {name}"))
 
     def is_detached(self, actor: object) -> bool:
         """Whether a handle is of a detached actor, which other processes may attach to by its name."""
-        return link_of(actor).name in self._attached
+        return self._roster.attached_name(actor) is not None
 
     def check_detachable(self) -> None:
         self._require_open()
+        if self._way.transport == "ray":
+            raise MisuseError("detached actors listen on sockets: they need RayCluster.connect(transport='tcp')")
         if self._session.started_ray:
             raise MisuseError(
                 "nothing detached can be in the Ray of this cluster: this program started it, and it ends with the "
@@ -169,8 +193,8 @@ class RayCluster(Cluster):
             )
 
     @property
-    def patience(self) -> dict[str, float]:
-        return {**super().patience, "placement_timeout": self._placement_timeout}
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings, "placement_timeout": self._placement_timeout, **self._way._asdict()}
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -182,7 +206,7 @@ class RayCluster(Cluster):
         self._require_open()
         if isolation == "task":
             raise MisuseError("isolation='task' is LocalCluster's: Ray's actors have processes of their own")
-        return lambda spec: RayBody(spec, group=group, env=env)
+        return lambda spec: RayBody(spec, group=group, env=env, way=self._way)
 
     async def _look_for(self, name: str) -> None:
         self._require_open()
@@ -223,7 +247,8 @@ class RayCluster(Cluster):
     async def _make(self, spec: ActorSpec, env: Mapping[str, str], supervisor: Supervisor | None) -> object | None:
         """Start a detached actor, which ends if it is not ready in the end; None where the name is taken."""
         try:
-            actor, card = await anyio.to_thread.run_sync(partial(detached.create, spec, env=env, supervisor=supervisor))
+            create = partial(detached.create, spec, env=env, supervisor=supervisor, tls=self._way.tls)
+            actor, card = await anyio.to_thread.run_sync(create)
         except detached.NameTaken:
             return None
         try:
@@ -234,20 +259,20 @@ class RayCluster(Cluster):
             raise
 
     async def _attach(self, actor: Any, card: Card) -> object:
-        handle = await self._roster.attach(pickling.loads(card.spec), detached.Attachment(actor, card))
-        self._attached.add(card.name)
-        return handle
+        attachment = detached.Attachment(actor, card, self._way.tls, self._roster.forget)
+        return await self._roster.attach(pickling.loads(card.spec), attachment)
 
     async def _found(self, name: str) -> Any:
         """Ray's handle of the detached actor of that name.
 
         :raises ActorNotFound: there is none; the message has those there are.
         """
-        try:
-            return await anyio.to_thread.run_sync(detached.find, name)
-        except ActorNotFound as missing:
+        found = await anyio.to_thread.run_sync(detached.find, name)
+        if found is None:
             own = ", ".join(repr(info.name) for info in self.list()) or "none"
-            raise ActorNotFound(f"{missing}; actors of this cluster: {own}") from None
+            others = ", ".join(map(repr, await anyio.to_thread.run_sync(detached.names))) or "none"
+            raise ActorNotFound(f"no actor is named {name!r}; this cluster has: {own}; detached in this Ray: {others}")
+        return found
 
     async def _close(self) -> None:
         await super()._close()
@@ -258,7 +283,8 @@ class RayCluster(Cluster):
             with anyio.fail_after(seconds):
                 for group in groups:
                     native: Any = group.native
-                    await native.ready()
+                    # In a thread, because Ray sends the code for it to its head node first.
+                    await (await anyio.to_thread.run_sync(native.ready))
                     group.nodes = await anyio.to_thread.run_sync(_nodes, native)
         except TimeoutError:
             now = placement.explain(await self.resources())
@@ -342,8 +368,11 @@ def _connected(address: str | None, options: Mapping[str, Any]) -> Generator[boo
                 address="local" if address is None else address,
                 **{"log_to_driver": False, "logging_level": logging.WARNING, **quiet, **options},
             )
+        started = address in {None, "local"}
+        if started:
+            stack.callback(ServersGuard(ray._private.worker._global_node).close)
         stack.callback(ray.shutdown)
-        yield address in {None, "local"}
+        yield started
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """An actor in a process of Ray's: both of its ends.
 
 Ray is the control plane: it starts, places and kills the process and carries class, arguments and token to it. Messages
-go over a TCP channel to the address that the process listens on.
+go over a TCP channel to the address that the process listens on; or, where only Ray may listen, in Ray's own calls.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import os
 import re
 import secrets
 import signal
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import anyio
 
 from actors import pickling
 from actors.body import End
-from actors.health import HealthThread
+from actors.health import Health, HealthThread
 from actors.host import Host
+from actors.ray_wire import RayDoor, connect_over_ray
 from arun.channel import Connection, Server, connect_tcp, serve_tcp
 from arun.errors import ChannelLost
 from arun.logs import get_logger
@@ -27,12 +28,13 @@ from arun.runtime import Runtime
 from arun.telemetry import configure_logging_as_parent
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
 
     from actors.bundles import Group
     from actors.interface import ActorSpec
+    from arun.channel import TLSConfig
 
-__all__ = ("Doors", "RayBody", "RayHost", "Whereabouts", "how_it_died", "import_ray", "open_doors", "placed")
+__all__ = ("Doors", "RayBody", "RayHost", "Way", "Whereabouts", "how_it_died", "import_ray", "open_doors", "placed")
 
 log = get_logger("actors.ray_host")
 
@@ -45,6 +47,17 @@ def import_ray() -> Any:
     import ray
 
     return ray
+
+
+class Way(NamedTuple):
+    """How messages go to Ray's actors.
+
+    :ivar transport: "tcp": to a socket of the actor's; "ray": in Ray's own calls.
+    :ivar tls: of those sockets.
+    """
+
+    transport: Literal["tcp", "ray"] = "tcp"
+    tls: TLSConfig | None = None
 
 
 class Whereabouts(NamedTuple):
@@ -65,15 +78,16 @@ class Doors(NamedTuple):
     where: Whereabouts
 
 
-async def open_doors(host: Host, token: bytes) -> Doors:
+async def open_doors(host: Host, token: bytes, tls: TLSConfig | None) -> Doors:
     """Listen on the node's address, and begin the life of what is behind it.
 
     :param token: of the owner.
+    :param tls: encrypts what goes through them.
     """
     ray = import_ray()
     address = ray.util.get_node_ip_address()
-    health = HealthThread(lambda handler: serve_tcp(handler, token=token, host=address), host.load)
-    server = await serve_tcp(host.handle, token=token, host=address)
+    health = HealthThread(lambda handler: serve_tcp(handler, token=token, host=address, tls=tls), Health(host.load))
+    server = await serve_tcp(host.handle, token=token, host=address, tls=tls)
     host.begin(server.aclose)
     where = Whereabouts(
         address,
@@ -92,11 +106,33 @@ class RayHost:
         configure_logging_as_parent()
         self._blob = blob
         self._host: Host | None = None
+        self._doors: dict[str, RayDoor] = {}
 
-    async def listen(self, token: bytes) -> Whereabouts:
+    async def listen(self, token: bytes, tls: TLSConfig | None) -> Whereabouts:
         """Listen on the node's address; the object is started over the channel."""
         self._host = Host(lambda: pickling.loads(self._blob))
-        return (await open_doors(self._host, token)).where
+        return (await open_doors(self._host, token, tls)).where
+
+    async def listen_over_ray(self) -> Whereabouts:
+        """As :meth:`listen`, but to :meth:`down` and :meth:`up` only."""
+        self._host = host = Host(lambda: pickling.loads(self._blob))
+        door = RayDoor(host.handle)
+        self._doors = {"messages": door, "health": RayDoor(Health(host.load).answer)}
+        host.begin(door.aclose)
+        return Whereabouts("", 0, 0, os.getpid(), import_ray().get_runtime_context().get_node_id())
+
+    async def down(self, door: str, wire: str) -> AsyncIterator[bytes]:
+        """Frames to a client of that door, see :class:`~actors.ray_wire.RayDoor`."""
+        frames = self._doors[door].down(wire)
+        try:
+            async for data in frames:
+                yield data
+        finally:
+            await frames.aclose()
+
+    async def up(self, door: str, wire: str, data: bytes) -> None:
+        """Frames from that client."""
+        await self._doors[door].up(wire, data)
 
     async def wait_dead(self) -> None:
         """Never returns: the call fails when the process is gone."""
@@ -114,17 +150,22 @@ class RayBody:
 
     :param env: environment variables of its process.
     :param group: placement group whose first bundle takes it; by default anywhere, without claim to a CPU.
+    :param way: how its messages go.
     """
 
-    def __init__(self, spec: ActorSpec, *, group: Group | None, env: Mapping[str, str]) -> None:
+    def __init__(self, spec: ActorSpec, *, group: Group | None, env: Mapping[str, str], way: Way) -> None:
         ray = import_ray()
         # A restarted process would begin without its state, and a retried call might run twice.
         options: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": 0}
+        if way.transport == "ray":
+            # A group has a thread and an event loop of its own, so that a busy actor tells its health.
+            options["concurrency_groups"] = {"health": 1000}
         if env:
             options["runtime_env"] = {"env_vars": dict(env)}
         if group is not None:
             options |= placed(group)
         self._name = spec.name
+        self._way = way
         self._actor: Any = ray.remote(RayHost).options(**options).remote(pickling.dumps(spec))
         self._where: Whereabouts | None = None
         self._token = secrets.token_bytes(32)
@@ -137,23 +178,32 @@ class RayBody:
 
     @property
     def address(self) -> str:
-        return "" if self._where is None else f"{self._where.host}:{self._where.port}"
+        if self._where is None:
+            return ""
+        return f"{self._where.host}:{self._where.port}" if self._where.port else f"ray:{self._actor._actor_id.hex()}"
 
     async def connect(self) -> Connection:
         ray = import_ray()
         try:
-            where: Whereabouts = await self._actor.listen.remote(self._token)
+            if self._way.transport == "ray":
+                where: Whereabouts = await self._actor.listen_over_ray.remote()
+            else:
+                where = await self._actor.listen.remote(self._token, self._way.tls)
         except ray.exceptions.RayActorError as exc:
             raise ChannelLost(f"Ray could not start the actor {self._name!r}: {exc}") from exc
         self._where = where
         if where.node == ray.get_runtime_context().get_node_id():
             with contextlib.suppress(ProcessLookupError):
                 self._pidfd = os.pidfd_open(where.pid)
-        return await connect_tcp(where.host, where.port, token=self._token)
+        if self._way.transport == "ray":
+            return await self._connect_over_ray("messages")
+        return await connect_tcp(where.host, where.port, token=self._token, tls=self._way.tls)
 
     async def connect_health(self) -> Connection:
         assert self._where is not None  # connected
-        return await connect_tcp(self._where.host, self._where.health_port, token=self._token)
+        if self._way.transport == "ray":
+            return await self._connect_over_ray("health", concurrency_group="health")
+        return await connect_tcp(self._where.host, self._where.health_port, token=self._token, tls=self._way.tls)
 
     async def wait_ended(self) -> End:
         return await self._end.wait()
@@ -185,6 +235,14 @@ class RayBody:
             self._pidfd = None
         if scope.cancelled_caught:
             log.warning("actor.outlives_kill", actor=self._name, pid=self.pid, seconds=_KILL_TIMEOUT)
+
+    async def _connect_over_ray(self, door: str, **options: Any) -> Connection:
+        actor = self._actor
+        return await connect_over_ray(
+            lambda wire: actor.down.options(num_returns="streaming", **options).remote(door, wire),
+            lambda wire, data: actor.up.options(**options).remote(door, wire, data),
+            peer=self.address,
+        )
 
     async def _watch_end(self) -> End:
         ray = import_ray()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from actors.actor import link_of
+from actors.detached import Attachment
 from actors.interface import ActorSpec, specify
 from actors.lives import Monitor
 from actors.member import Member
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from actors.actor import ActorHandle
     from actors.body import Body
     from actors.bundles import Group
-    from actors.detached import Attachment
     from actors.lives import ActorHealth, ActorInfo
     from actors.supervision import RestartPolicy
 
@@ -129,6 +129,16 @@ class Roster:
         if groups is None:
             for team in self._teams:
                 await team.settled()
+
+    def attached_name(self, actor: object) -> str | None:
+        """The name of an actor that was only attached to; None for one that lives here."""
+        member = self._find(actor)
+        return member.spec.name if member is not None and isinstance(member.team, Attachment) else None
+
+    def forget(self, member: Member) -> None:
+        """Give its name away: it lives elsewhere, and has ended there."""
+        if self._members.get(member.spec.name) is member:
+            del self._members[member.spec.name]
 
     def get(self, name: str, cls: type | None = None) -> ActorHandle:
         """The handle of the actor with that name.

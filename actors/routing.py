@@ -325,6 +325,8 @@ class Route:
     def received(self, delta: Delta) -> Delta:
         """Count a delta in, and give it the usage of the whole answer."""
         count = len(delta.token_ids)
+        if not count and not self.tokens and delta.usage is not None:  # of a server that tells no token ids
+            count = delta.usage.completion_tokens
         self.tokens += count
         if self.replica is not None:
             self.replica.counts.tokens += count

@@ -25,6 +25,8 @@ class _Logger:
         self._name = name
 
     def __getattr__(self, method: str) -> Any:
+        if method.startswith("__"):  # vLLM's workers ask every value of every module for its __dict__, and use it
+            raise AttributeError(f"a logger has no {method}")
         loud = method in _LOUD
         if not loud and "structlog" not in sys.modules:  # so nobody has configured it
             return _drop

@@ -50,7 +50,7 @@ REFERENCE = {
         "actors.engine",
         "actors.fitting",
         "actors.echo_engine",
-        "actors.remote_http",
+        "actors.remote_engine",
         "actors.models",
     ],
 }

@@ -21,6 +21,7 @@ from arun.errors import PayloadError, ProtocolError
 __all__ = (
     "FRAME_BYTES",
     "FRAME_MESSAGES",
+    "INLINE_BYTES",
     "LENGTH_BYTES",
     "SESSION_FRAME_BYTES",
     "STRUCTURE_BYTES",
@@ -41,6 +42,9 @@ FRAME_MESSAGES = 4096
 FRAME_BYTES = 2**20
 
 LENGTH_BYTES = 4
+INLINE_BYTES = 2**16
+"""A larger payload goes out in parts, and does not lie in a frame with others; no peer takes less than this."""
+
 # With the head of the array that a frame is.
 SESSION_FRAME_BYTES = FRAME_BYTES + 5
 """Largest frame after the handshake."""
@@ -129,7 +133,8 @@ class FrameReader(Generic[M]):
             raise ProtocolError(f"{self._peer} sent a frame of {length} bytes; 2 to {self._frame_bytes} are legal here")
 
     def _decode(self, body: memoryview) -> list[M]:
-        count, _ = array_head(body)
+        # Up to 15 messages are told by one byte.
+        count = body[0] & 0x0F if body[0] & 0xF0 == 0x90 else array_head(body)[0]
         if not 1 <= count <= FRAME_MESSAGES:
             raise ProtocolError(f"{self._peer} sent a frame of {count} messages; 1 to {FRAME_MESSAGES} are legal")
         try:
@@ -150,6 +155,8 @@ def encode_payload(value: object, what: str, limit: int) -> Payload:
         payload = _ENCODER.encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError):
         payload = _encode_extended(value, what)
+    if len(payload) <= INLINE_BYTES:
+        return payload
     if len(payload) > limit:
         raise PayloadError(
             f"{what} of type {type(value).__qualname__} has {len(payload)} bytes, the peer takes {limit}; "

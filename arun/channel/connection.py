@@ -48,6 +48,7 @@ class Connection:
     tasks belong to the current Runtime, so it is bound to no frame; end it with ``aclose()``.
 
     :ivar peer: the peer's name, such as ``127.0.0.1:4711``, ``unix:/run/a.sock`` or ``memory``.
+    :ivar limits: of this side.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Connection:
         #: there is something to write; whatever else is pending when the writer runs goes along
         self.wake_writer: Callable[[], None] = wire.wake
         self._handler = handler or _refuse
-        self._limits = limits
+        self.limits = limits
         self._reader = reader or FrameReader(peer, SessionMessage, SESSION_FRAME_BYTES)
         self._on_closed = on_closed
         self._bytes_received = 0
@@ -121,7 +122,9 @@ class Connection:
         :raises MisuseError: on another event loop than the connection's, or in another thread.
         """
         decoder = decoder_for(item_type)
-        return Stream(self, self._open(method, payload, window), decoder, self._cancel_from_thread)
+        inbound = self._open(method, payload, window)
+        self._wire.wake()
+        return Stream(self, inbound, decoder, self._cancel_from_thread)
 
     async def call(self, method: str, payload: object = None, *, result_type: Any = Any) -> Any:
         """A stream of exactly one item: send the request, wait for its result.
@@ -134,6 +137,8 @@ class Connection:
         inbound = self._open(method, payload, 2)  # two, so that a second item shows itself
         if self.session.opened == 1:
             self._wire.flush()  # nobody to wait for
+        else:
+            self._wire.wake()
         result: Raw | Batch | None = None
         try:
             while True:
@@ -206,7 +211,7 @@ class Connection:
     @property
     def congested(self) -> bool:
         """Whether so much waits to be written that handlers must not add to it."""
-        return self.session.outbox.size > self._limits.send_buffer
+        return self.session.outbox.size > self.limits.send_buffer
 
     async def wait_for_room(self) -> None:
         """Wait until the writer has caught up."""
@@ -306,7 +311,7 @@ class Connection:
             await self._ending.wait()
             await self._handlers_ended()
             if not self._broken:
-                with anyio.move_on_after(self._limits.goodbye_timeout):
+                with anyio.move_on_after(self.limits.goodbye_timeout):
                     self.session.say_goodbye(self._reason or "")
                     self._wire.finish()
                     await self._wire.wait_finished()
@@ -338,9 +343,7 @@ class Connection:
                 f"got {len(method)} characters and a window of {window}"
             )
         encoded = encode_payload(payload, f"payload of {method!r}", self.session.allowed.message_bytes)
-        inbound = self.session.open(method, encoded, window, traceparent())
-        self._wire.wake()
-        return inbound
+        return self.session.open(method, encoded, window, traceparent())
 
     def _apply(self, effects: Effects) -> None:
         for outbound, payload in effects.started:

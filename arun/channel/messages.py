@@ -44,7 +44,7 @@ Size: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Digest: TypeAlias = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=512)]
 Text: TypeAlias = Annotated[str, Meta(max_length=65536)]
-Traceparent: TypeAlias = Annotated[str, Meta(pattern="^([0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$")]
+Traceparent: TypeAlias = Annotated[str, Meta(max_length=55)]
 
 
 class _Message(Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False):

@@ -14,6 +14,7 @@ import msgspec
 from arun.channel.codec import (
     FRAME_BYTES,
     FRAME_MESSAGES,
+    INLINE_BYTES,
     LENGTH_BYTES,
     Payload,
     Scattered,
@@ -22,10 +23,7 @@ from arun.channel.codec import (
 )
 from arun.channel.messages import Item, ItemPart, Items, OpenPart
 
-__all__ = ("INLINE_BYTES", "PART_BYTES", "Outbox", "Run", "Transfer", "item_prefix")
-
-INLINE_BYTES = 2**16
-"""A larger payload goes out in parts. A run of items has as much at most, so that others go along in its frame."""
+__all__ = ("PART_BYTES", "Outbox", "Run", "Transfer", "item_prefix")
 
 PART_BYTES = 2**18
 
@@ -38,20 +36,22 @@ class Run:
 
     :ivar payloads: the encoded items, in order.
     :ivar size: bytes that it has in a frame, at most.
-    :ivar taken: whether it went into a frame, so that the stream's next item needs another Run.
+    :ivar room: bytes that it may still take; below 0 once it went into a frame, so that the next item needs another.
+    :ivar left: items that it may still take.
     """
 
-    __slots__ = ("_prefix", "payloads", "size", "taken")
+    __slots__ = ("_prefix", "left", "payloads", "room", "size")
 
-    def __init__(self, prefix: bytes) -> None:
+    def __init__(self, prefix: bytes, most: int) -> None:
         self._prefix = prefix
         self.payloads: list[bytes] = []
         self.size = len(prefix) + _HEADER_BYTES
-        self.taken = False
+        self.room = INLINE_BYTES - self.size
+        self.left = most
 
     def add_to(self, parts: list[bytes]) -> None:
         """Add the bytes of the message: an Item, or Items if there are several."""
-        self.taken = True
+        self.room = -1
         if len(self.payloads) == 1:
             parts.append(self._prefix)
         else:
@@ -150,23 +150,16 @@ class Outbox:
         self.size += len(message)
         self.appended += 1
 
-    def append_item(self, payload: bytes, prefix: bytes, run: Run | None, most: int) -> Run:
-        """Add an encoded item of a stream to its last run, or to a new one if that is full or gone.
+    def append_run(self, prefix: bytes, most: int) -> Run:
+        """Add a message for items of a stream that come until it is taken.
 
         :param prefix: of the stream's Items, see :func:`item_prefix`.
-        :param run: what the stream's last item was added to.
         :param most: items of one run.
-        :returns: the run that it was added to.
         """
-        size = len(payload)
-        if run is None or run.taken or len(run.payloads) >= most or run.size + size > INLINE_BYTES:
-            run = Run(prefix)
-            self._messages.append(run)
-            self.size += run.size
-            self.appended += 1
-        run.payloads.append(payload)
-        run.size += size
-        self.size += size
+        run = Run(prefix, most)
+        self._messages.append(run)
+        self.size += run.size
+        self.appended += 1
         return run
 
     def append_transfer(self, transfer: Transfer) -> None:
@@ -192,7 +185,13 @@ class Outbox:
         pending = self._messages
         if not pending:
             return None
-        parts: list[bytes] = [b"", b""]
+        only = pending[0]
+        if len(pending) == 1 and isinstance(only, bytes):
+            pending.clear()
+            self.size -= len(only)
+            self.taken += 1
+            return self._counted((len(only) + 1).to_bytes(LENGTH_BYTES, "big") + _ARRAY_OF_ONE + only)
+        parts: list[bytes] = [b""]
         count = held = 0
         while pending and count < FRAME_MESSAGES:
             message = pending[0]
@@ -219,9 +218,9 @@ class Outbox:
                     self._transfers.append(message)  # type: ignore[arg-type]  # a Transfer
         self.size -= held
         self.taken += count
-        parts[1] = array_header(count)
-        parts[0] = sum(map(len, parts)).to_bytes(LENGTH_BYTES, "big")
-        return self._counted(b"".join(parts))
+        parts[0] = array_header(count)
+        body = b"".join(parts)
+        return self._counted(len(body).to_bytes(LENGTH_BYTES, "big") + body)
 
     def _take_part(self) -> bytes:
         transfer = self._transfers.popleft()
@@ -246,5 +245,6 @@ def item_prefix(stream: int) -> bytes:
     return encode_message(Item(stream, msgspec.Raw(b"\xc0")))[:-1]
 
 
+_ARRAY_OF_ONE = array_header(1)
 # The beginning of an encoded Items: an array of three, and its tag. What follows is as in an Item.
 _ITEMS_HEAD = encode_message(Items(1, msgspec.Raw(b"\xc0")))[:2]

@@ -121,6 +121,7 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
 async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncIterator[object]) -> None:
     session, wake = connection.session, connection.wake_writer
     send, limit, what = session.send, session.allowed.message_bytes, f"item of {outbound.method!r}"
+    outbox, send_buffer = session.outbox, connection.limits.send_buffer
     streak = 0
     async for item in iterator:
         payload = encode_payload(item, what, limit)
@@ -133,7 +134,7 @@ async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncI
         if outbound.transfer is not None:
             # What the item is made of belongs to the iterator again once it goes on.
             await connection.wait_through(outbound)
-        if connection.congested:
+        if outbox.size > send_buffer:
             await connection.wait_for_room()
         streak += 1
         if streak >= CHECKPOINT_ITEMS:

@@ -37,11 +37,12 @@ returned `Effects` say.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from msgspec import Raw
 
-from arun.channel.codec import array_head, encode_message
+from arun.channel.codec import INLINE_BYTES, array_head, encode_message
 from arun.channel.halves import Allowed, Arrival, Batch, Effects, Inbound, Lost, Outbound, Started, State
 from arun.channel.messages import (
     Cancel,
@@ -59,7 +60,7 @@ from arun.channel.messages import (
     Pong,
     SessionMessage,
 )
-from arun.channel.outbox import INLINE_BYTES, Outbox, Transfer
+from arun.channel.outbox import Outbox, Transfer
 from arun.channel.statistics import ConnectionStatistics
 from arun.errors import ProtocolError, StreamRefused
 
@@ -158,8 +159,8 @@ class Session:
                 f"end some before opening {method!r}, or raise Limits(streams=...) there"
             )
         inbound = Inbound(self._next_stream, method, window, self._limits.window_bytes)
-        if isinstance(payload, bytes) and len(payload) <= INLINE_BYTES:
-            opened = Open(inbound.id, method, window, inbound.window_bytes, Raw(payload), 0, traceparent)
+        if len(payload) <= INLINE_BYTES:  # so it is in one piece
+            opened = Open(inbound.id, method, window, inbound.window_bytes, Raw(payload), 0, traceparent)  # type: ignore[arg-type]  # as said
             self._send(opened)
         else:
             opened = Open(inbound.id, method, window, inbound.window_bytes, _NIL, len(payload), traceparent)
@@ -207,14 +208,21 @@ class Session:
         """
         if outbound.items_left <= 0 or outbound.bytes_left <= 0 or outbound.state != "open":
             return False
+        size = len(payload)
         outbound.items_left -= 1
-        outbound.bytes_left -= len(payload)
-        if isinstance(payload, bytes) and len(payload) <= INLINE_BYTES:
-            outbound.run = self.outbox.append_item(payload, outbound.prefix, outbound.run, outbound.batch)
-        else:
-            # Nothing may overtake it.
-            outbound.run = None
-            self._transfer(outbound, LargeItem(outbound.id, len(payload)), ItemPart, payload)
+        outbound.bytes_left -= size
+        if size > INLINE_BYTES:
+            outbound.run = None  # nothing may overtake it
+            self._transfer(outbound, LargeItem(outbound.id, size), ItemPart, payload)
+            return True
+        run = outbound.run
+        if run is None or not run.left or run.room < size:
+            run = outbound.run = self.outbox.append_run(outbound.prefix, outbound.batch)
+        run.payloads.append(payload)  # type: ignore[arg-type]  # bytes: what is small is never in pieces
+        run.left -= 1
+        run.room -= size
+        run.size += size
+        self.outbox.size += size
         return True
 
     def finish(self, outbound: Outbound, message: End | Fail) -> None:
@@ -242,7 +250,7 @@ class Session:
             elif type(message) is Items:
                 self._on_items(message, *array_head(message.payloads), message.payloads, effects)
             else:
-                self._receive_control(message, effects)
+                _ON[type(message)](self, message, effects)
         self._breached = None
         return effects
 
@@ -269,38 +277,29 @@ class Session:
         raw = _own(raw)
         inbound.items.append(Batch(count, size, raw) if head else raw)
 
-    def _receive_control(self, message: SessionMessage, effects: Effects) -> None:
-        match message:
-            case Open():
-                self._on_open(message, effects)
-            case Credit() | Cancel():
-                self._on_opener(message, effects)
-            case ItemPart() | LargeItem():
-                self._on_large_item(message, effects)
-            case OpenPart():
-                self._on_open_part(message, effects)
-            case End() | Fail():
-                inbound = self._inbound.get(message.stream)
-                if inbound is None:
-                    raise self._illegal(type(message), message.stream, self._inbound_state(message.stream))
-                if inbound.arriving is not None and isinstance(message, End):
-                    raise self._within_an_item(End, inbound)
-                self._advance(inbound, message.stream, type(message))
-                inbound.arriving = None
-                self._drop_transfer(inbound)
-                del self._inbound[message.stream]
-                self._credit_due.pop(message.stream, None)
-                inbound.outcome = inbound.outcome or message
-                effects.ready.append(inbound)
-            case Ping():
-                self._pong_due = message.number
-                effects.disturbances += 1
-            case Pong():
-                raise ProtocolError(f"{self.peer} answered a Ping that was never sent")
-            case Goodbye():
-                effects.goodbye = message.reason
-            case _:
-                raise AssertionError(f"unreachable: {message!r}")
+    def _on_end(self, message: End | Fail, effects: Effects) -> None:
+        inbound = self._inbound.get(message.stream)
+        if inbound is None:
+            raise self._illegal(type(message), message.stream, self._inbound_state(message.stream))
+        if inbound.arriving is not None and isinstance(message, End):
+            raise self._within_an_item(End, inbound)
+        self._advance(inbound, message.stream, type(message))
+        inbound.arriving = None
+        self._drop_transfer(inbound)
+        del self._inbound[message.stream]
+        self._credit_due.pop(message.stream, None)
+        inbound.outcome = inbound.outcome or message
+        effects.ready.append(inbound)
+
+    def _on_ping(self, message: Ping, effects: Effects) -> None:
+        self._pong_due = message.number
+        effects.disturbances += 1
+
+    def _on_pong(self, message: Pong, effects: Effects) -> None:
+        raise ProtocolError(f"{self.peer} answered a Ping that was never sent")
+
+    def _on_goodbye(self, message: Goodbye, effects: Effects) -> None:
+        effects.goodbye = message.reason
 
     def _on_open(self, message: Open, effects: Effects) -> None:
         if message.stream <= self._last_served:
@@ -505,6 +504,22 @@ class Session:
 
     def _illegal(self, kind: type[SessionMessage], stream: int, state: State) -> ProtocolError:
         return ProtocolError(f"{self.peer} sent {kind.__name__} for stream {stream}, which is {state}")
+
+
+# What a session does with a message; items apart, which are most of them.
+_ON: dict[type[SessionMessage], Callable[[Session, Any, Effects], None]] = {
+    Open: Session._on_open,
+    OpenPart: Session._on_open_part,
+    LargeItem: Session._on_large_item,
+    ItemPart: Session._on_large_item,
+    Credit: Session._on_opener,
+    Cancel: Session._on_opener,
+    End: Session._on_end,
+    Fail: Session._on_end,
+    Ping: Session._on_ping,
+    Pong: Session._on_pong,
+    Goodbye: Session._on_goodbye,
+}
 
 
 def _own(payload: Raw) -> Raw:

@@ -35,6 +35,8 @@ def traceparent() -> str:
 
 def enter_trace(value: str) -> None:
     """Make a traceparent that arrived, or none, that of the running task, whatever it has inherited."""
+    if value and not _VALID.fullmatch(value):
+        value = ""
     if value == traceparent():
         return
     TRACEPARENT.set(value)

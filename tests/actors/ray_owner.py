@@ -16,8 +16,8 @@ import structlog
 from actors.bundles import Placement
 from actors.ray_cluster import RayCluster
 from arun.errors import MisuseError
-from tests.actors.programs import children
 from tests.actors.samples import Diary, Wide
+from tests.faults.nemesis import descendants
 
 
 async def main(how: str, diary: str) -> None:
@@ -36,7 +36,7 @@ async def main(how: str, diary: str) -> None:
         while "hanging" not in await wide.notes():
             pass
         actors = [info.pid for info in cluster.list() if info.alive]
-        servers = children(os.getpid())
+        servers = descendants(os.getpid())
         print(*actors, *servers, flush=True)
         if how == "return":
             call.cancel()

@@ -9,12 +9,14 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
+import numpy as np
 import pytest
 
 from actors.bundles import Placement
 from arun.errors import ActorDied, ActorNotFound, MisuseError, PlacementError, RemoteError
 from tests.actors.conftest import make_cluster
-from tests.actors.samples import Counter, Diary, FailsToStart, HangsAtStart, Point, Wide
+from tests.actors.samples import Arrays, Counter, Diary, FailsToStart, HangsAtStart, Point, Wide
 
 if TYPE_CHECKING:
     from actors.cluster import Cluster
@@ -51,6 +53,15 @@ async def test_arguments_and_results_are_decoded_by_their_annotations(cluster: C
     assert await counter.mirror(Point(1, 2)) == Point(2, 1)
     assert await counter.mirror({"x": 1}) == Point(0, 1)
     assert await counter.total(Point(1), Point(2, 3), extra=4) == 10
+
+
+async def test_arrays_are_arguments_results_and_items(cluster: Cluster) -> None:
+    arrays = await cluster.spawn(Arrays)
+    large = np.ones((300, 1000))
+    assert (await arrays.scale(large, by=3)).sum() == 900_000
+    assert [row.sum() async for row in arrays.rows(large[:5])] == [1000] * 5
+    with pytest.raises(MisuseError, match=r"values is wrong: Expected `numpy\.ndarray`, got `str`"):
+        await arrays.scale("many")
 
 
 async def test_an_argument_of_the_wrong_type_is_refused_by_name(cluster: Cluster) -> None:
@@ -274,6 +285,18 @@ async def test_a_cancelled_spawn_leaves_nothing(cluster: Cluster, tmp_path: Path
     spawning.cancel()
     with pytest.raises(asyncio.CancelledError):
         await spawning
+    assert cluster.list() == []
+    assert not is_running(pid)
+
+
+@needs_process
+async def test_a_spawn_in_a_cancelled_scope_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    os.mkfifo(path)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(cluster.spawn, HangsAtStart, str(path))
+        pid = int(await asyncio.to_thread(path.read_text))  # waits for it to be written
+        tasks.cancel_scope.cancel()
     assert cluster.list() == []
     assert not is_running(pid)
 

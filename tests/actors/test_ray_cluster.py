@@ -30,7 +30,7 @@ def test_nothing_is_left_of_a_ray_of_our_own_however_the_owner_ends(how: str, tm
         if how.startswith("SIG"):
             owner.send_signal(getattr(signal, how))
         more, errors = owner.communicate(timeout=40)
-        assert wait_gone(pids, 20) == []
+        assert wait_gone(pids, 10) == []
     assert more == ""  # not Ray's word about the killed actor, nor an actor's print
     assert "Traceback" not in errors or how == "SIGINT"
     assert owner.returncode == {"return": 0, "SIGINT": -2, "SIGTERM": -15, "SIGKILL": -9}[how]

@@ -57,16 +57,17 @@ def tokens(options: Options) -> list[Row]:
 
 
 def batch(options: Options) -> list[Row]:
-    """Prompts of mixed length through ``pool.map`` of a pool that is up, and through ray.data.llm."""
+    """Prompts of mixed length through ``pool.map`` of a pool that is up, and through ray.data.llm.
+
+    Its engine starts with each pipeline, so its time has that in it, too.
+    """
     count = options.n(1000)
     taken = _measured("batch", 1, count)
     pool, peer = taken["pool"], taken["peer"]
-    started = (peer["all"] - peer["first"]) / (count - peer["at_once"])
     return [
         Row(f"a prompt of a batch of {count:,} (peer: ray.data.llm)", "ms", pool["all"] / count, None,
             peer["all"] / count, [
             Check("more prompts/s", peer["all"] / pool["all"], 1, at_least=True),
-            Check("also once the peer's engine has started", started * count / pool["all"], 1, at_least=True),
         ]),
         Row("its first result", "ms", pool["first"], None, peer["first"], [
             Check("at least 5 times sooner", peer["first"] / pool["first"], 5, at_least=True),
@@ -172,7 +173,6 @@ def _async_llm(model: str) -> Any:
             max_model_len=MODEL_LEN,
             enforce_eager=True,
             disable_log_stats=True,
-            distributed_executor_backend="uni",
         )
         llm = async_llm.from_engine_args(args)
         kind: Any = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
@@ -201,7 +201,8 @@ async def _batch(_: int, count: int) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="arun-bench-") as sockets:
         set_environment(model, sockets=sockets)  # before Ray starts, whose workers inherit it
-        async with RayCluster.connect(num_cpus=os.cpu_count()) as cluster:
+        # As many as Ray Data's stages claim: they only count, and each has an actor waiting for one.
+        async with RayCluster.connect(num_cpus=8) as cluster:
             async with cluster.engines(spec) as pool:
                 await pool.complete("warm", max_tokens=8)
                 began, times = time.perf_counter(), []
@@ -221,6 +222,7 @@ def ray_data_llm(model: str, prompts: list[str]) -> dict[str, float]:
     config = llm.vLLMEngineProcessorConfig(
         model_source=model,
         engine_kwargs={"max_model_len": MODEL_LEN, "enforce_eager": True},
+        placement_group_config={"bundles": [{"CPU": 1}]},  # else it wants a GPU
         concurrency=1,
         log_engine_metrics=False,
         chat_template_stage=False,
@@ -234,10 +236,10 @@ def ray_data_llm(model: str, prompts: list[str]) -> dict[str, float]:
     began = time.perf_counter()
     times = [time.perf_counter() - began for _ in processor(ray_data.from_items(prompts)).iter_rows()]
     assert len(times) == len(prompts)
-    at_once = sum(each < times[0] + 0.1 for each in times)
-    return {"all": times[-1], "first": times[0], "at_once": at_once}
+    return {"all": times[-1], "first": times[0]}
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray sets it for an actor with one CPU: all compute alike
     measure = {"tokens": _tokens, "batch": _batch}[sys.argv[1]]
     print(json.dumps(asyncio.run(measure(*map(int, sys.argv[2:])))))

@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from arun.channel import Limits, connect_tcp, connect_unix, memory_pair, serve_tcp, serve_unix
 from arun.channel.codec import FrameReader, encode_message
 from arun.channel.handshake import Secret
-from arun.channel.messages import Challenge, Goodbye, Hello, Item, Open, SessionMessage, Welcome
+from arun.channel.messages import NEWEST_VERSION, Challenge, Goodbye, Hello, Item, Open, SessionMessage, Welcome
 from arun.channel.outbox import Outbox
 from arun.errors import ChannelLost, MisuseError, PortInUse, ProtocolError
 from arun.runtime import Runtime
@@ -376,6 +376,16 @@ async def test_another_version_is_refused_with_the_numbers(runtime):
     await server.aclose()
 
 
+async def test_the_newest_version_that_both_speak_is_spoken(runtime):
+    server = await serve_tcp(echo, token=TOKEN)
+    async with await anyio.connect_tcp(*server.address) as stream:
+        raw = RawPeer(stream)
+        await raw.authenticate(oldest=1, newest=7)
+        [welcome] = await raw.receive(Welcome)
+        assert welcome.version == NEWEST_VERSION
+    await server.aclose()
+
+
 async def test_a_silent_peer_is_dropped_at_the_deadline(runtime):
     server = await serve_tcp(echo, token=TOKEN, limits=Limits(handshake_timeout=0.02))
     async with await anyio.connect_tcp(*server.address) as stream:
@@ -579,6 +589,26 @@ async def test_items_are_coalesced_into_frames(runtime):
     a._wire._stream.send = counting
     assert len([n async for n in b.open("count", window=1000)]) == 640
     assert len(frames) <= 640 // 32
+    await a.aclose()
+
+
+async def test_a_large_payload_goes_out_in_frames_of_256_kib(runtime):
+    sizes = []
+
+    async def large(method, payload):
+        yield b"x" * 2_000_000
+
+    a, b = memory_pair(handler_a=large)
+    send = a._wire._stream.send
+
+    async def counting(data):
+        sizes.append(len(data))
+        await send(data)
+
+    a._wire._stream.send = counting
+    assert len(await b.call("large")) == 2_000_000
+    assert max(sizes) <= 2**18 + 32
+    assert len(sizes) <= 2_000_000 / 2**18 + 3
     await a.aclose()
 
 

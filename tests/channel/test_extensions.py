@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import array
+import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -43,28 +44,39 @@ def table() -> pa.Table:
     })
 
 
-VALUES: dict[str, Any] = {
-    "small": np.arange(10),
-    "large": np.arange(LARGE, dtype="f4").reshape(100, -1),
-    "Fortran order": np.arange(LARGE).reshape(100, -1).T,
-    "strided": np.arange(LARGE * 2)[::2],
-    "no dimension": np.array(1.5),
-    "nothing in it": np.empty((3, 0, 2), "i8"),
-    "big-endian": np.arange(LARGE, dtype=">i4"),
-    "times": np.arange("2026-01", "2027-01", dtype="M8[D]"),
-    "texts": np.array(["a", "bcd"]),
-    "read-only": np.frombuffer(bytes(LARGE), "u1"),
-    "tensor": torch.arange(LARGE).reshape(2, -1),
-    "small tensor": torch.ones(3, dtype=torch.bfloat16),
-    "transposed tensor": torch.ones(300, 500).T,
-    "empty tensor": torch.empty(0, 4),
-    "tensor with a gradient": torch.ones(LARGE, requires_grad=True),
-    "tensor without dimension": torch.tensor(7),
-    "table": table(),
-    "slice of a table": table().slice(5, 100),
-    "empty table": table().slice(0, 0),
-    "batch": pa.record_batch({"n": list(range(LARGE))}),
+def torch() -> Any:
+    import torch  # not at the top: it takes every process that collects the tests a second and a half
+
+    return torch
+
+
+MAKERS: dict[str, Callable[[], Any]] = {
+    "small": lambda: np.arange(10),
+    "large": lambda: np.arange(LARGE, dtype="f4").reshape(100, -1),
+    "Fortran order": lambda: np.arange(LARGE).reshape(100, -1).T,
+    "strided": lambda: np.arange(LARGE * 2)[::2],
+    "no dimension": lambda: np.array(1.5),
+    "nothing in it": lambda: np.empty((3, 0, 2), "i8"),
+    "big-endian": lambda: np.arange(LARGE, dtype=">i4"),
+    "times": lambda: np.arange("2026-01", "2027-01", dtype="M8[D]"),
+    "texts": lambda: np.array(["a", "bcd"]),
+    "read-only": lambda: np.frombuffer(bytes(LARGE), "u1"),
+    "tensor": lambda: torch().arange(LARGE).reshape(2, -1),
+    "small tensor": lambda: torch().ones(3, dtype=torch().bfloat16),
+    "transposed tensor": lambda: torch().ones(300, 500).T,
+    "empty tensor": lambda: torch().empty(0, 4),
+    "tensor with a gradient": lambda: torch().ones(LARGE, requires_grad=True),
+    "tensor without dimension": lambda: torch().tensor(7),
+    "table": table,
+    "slice of a table": lambda: table().slice(5, 100),
+    "empty table": lambda: table().slice(0, 0),
+    "batch": lambda: pa.record_batch({"n": list(range(LARGE))}),
 }
+
+
+@functools.cache
+def made(name: str) -> Any:
+    return MAKERS[name]()
 
 
 def assert_same(there: Any, here: Any) -> None:
@@ -74,28 +86,28 @@ def assert_same(there: Any, here: Any) -> None:
         assert not there.flags.writeable
         assert there.flags.aligned
         np.testing.assert_array_equal(there, here)
-    elif isinstance(here, torch.Tensor):
+    elif type(here).__module__ == "torch":
         assert there.dtype == here.dtype
         assert there.shape == here.shape
-        assert torch.equal(there, here)
+        assert torch().equal(there, here)
     else:
         assert there.equals(here)
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", MAKERS)
 async def test_what_is_sent_arrives_equal(link, name):
     async def same(method, payload):
-        value = decode_payload(payload, type(VALUES[name]))
-        assert_same(value, VALUES[name])
+        value = decode_payload(payload, type(made(name)))
+        assert_same(value, made(name))
         yield value
         yield {"again": [value, 1]}
 
     connection = await link(same)
-    stream = connection.open("same", VALUES[name])
-    assert_same(await anext(stream), VALUES[name])
+    stream = connection.open("same", made(name))
+    assert_same(await anext(stream), made(name))
     again = await anext(stream)
-    assert_same(again["again"][0], VALUES[name])
+    assert_same(again["again"][0], made(name))
     assert [item async for item in stream] == []
 
 
@@ -141,7 +153,7 @@ async def test_a_generator_may_use_its_array_again_for_the_next_item(link):
 
 @pytest.mark.parametrize("name", ["large", "Fortran order", "big-endian", "read-only", "tensor", "batch"])
 def test_what_is_encoded_is_the_value_s_own_memory(name):
-    value = VALUES[name]
+    value = made(name)
     payload = encode_payload(value, "it", 2**30)
     assert isinstance(payload, Scattered)
     own = {address(value)} if name != "batch" else {address(column) for column in value.columns}
@@ -151,9 +163,9 @@ def test_what_is_encoded_is_the_value_s_own_memory(name):
 
 @pytest.mark.parametrize("name", ["large", "Fortran order", "big-endian", "tensor", "batch"])
 def test_what_is_decoded_is_a_view_of_what_arrived(name):
-    arrived = bytearray(b"".join(encode_payload(VALUES[name], "it", 2**30).pieces))
+    arrived = bytearray(b"".join(encode_payload(made(name), "it", 2**30).pieces))
     value = decoder_for(Any).decode(msgspec.Raw(arrived))
-    assert_same(value, VALUES[name])
+    assert_same(value, made(name))
     start = np.frombuffer(arrived, "u1").ctypes.data
     at = address(value if name != "batch" else value.column(0)) - start
     assert 0 < at < len(arrived)
@@ -161,7 +173,7 @@ def test_what_is_decoded_is_a_view_of_what_arrived(name):
 
 
 def address(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
+    if type(value).__module__ == "torch":
         return value.data_ptr()
     if isinstance(value, pa.Array):
         return value.buffers()[1].address
@@ -172,19 +184,19 @@ def address(value: Any) -> int:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("make", "said"),
     [
-        (np.array([object()]), "dtype object can't be sent"),
-        (np.zeros(3, [("a", "i4"), ("b", "O")]), "can't be sent; its elements"),
-        (torch.ones(3, device="meta"), r"copy it to the CPU first: tensor.cpu\(\)"),
-        (torch.eye(3).to_sparse(), "layout torch.sparse_coo"),
-        ([np.ones(3), object()], "objects of type object is unsupported"),
+        (lambda: np.array([object()]), "dtype object can't be sent"),
+        (lambda: np.zeros(3, [("a", "i4"), ("b", "O")]), "can't be sent; its elements"),
+        (lambda: torch().ones(3, device="meta"), r"copy it to the CPU first: tensor.cpu\(\)"),
+        (lambda: torch().eye(3).to_sparse(), "layout torch.sparse_coo"),
+        (lambda: [np.ones(3), object()], "objects of type object is unsupported"),
     ],
     ids=["objects", "a field of objects", "on no device", "sparse", "an object beside an array"],
 )
-def test_what_cannot_be_sent_is_refused_with_the_reason(value, said):
+def test_what_cannot_be_sent_is_refused_with_the_reason(make, said):
     with pytest.raises(PayloadError, match=said):
-        encode_payload(value, "it", 2**30)
+        encode_payload(make(), "it", 2**30)
 
 
 def forged(name: str, described: Any, memory: bytes) -> bytes:

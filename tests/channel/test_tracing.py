@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from actors import LocalCluster
-from arun.channel import TRACEPARENT, traceparent
+from arun.channel import TRACEPARENT, decode_payload, memory_pair, traceparent
 
 from .conftest import Link
 
@@ -44,6 +44,15 @@ async def test_what_is_no_traceparent_is_not_sent(link):
     connection = await link(tell)
     TRACEPARENT.set("no traceparent")
     assert [told async for told in connection.open("tell")] == ["", ""]
+
+
+async def test_what_a_peer_sends_in_its_place_is_not_believed(runtime):
+    here, _ = memory_pair(handler_b=tell)
+    inbound = here.session.open("tell", b"\xc0", 1, "00-nothing-that-a-trace-has")
+    here.wake_writer()
+    await here.wait(inbound)
+    assert decode_payload(inbound.items[0]) == ""
+    await here.aclose()
 
 
 async def test_a_handler_carries_it_on_to_what_it_opens(link):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from arun.logs import get_logger
+
 _RUN = """
 import sys
 import arun.logs
@@ -22,3 +24,9 @@ def test_what_nobody_has_asked_for_is_dropped_without_importing_structlog() -> N
     assert "thing.happened" not in ran.stderr
     assert "thing.broke" in ran.stderr
     assert "number=2" in ran.stderr.replace("\x1b[0m", "").replace("\x1b[36m", "").replace("\x1b[35m", "")
+
+
+def test_a_logger_answers_only_for_methods_of_a_logger() -> None:
+    assert callable(get_logger("test").info)
+    for name in ("__dict__", "__wrapped__", "__array__"):
+        assert not hasattr(get_logger("test"), name)

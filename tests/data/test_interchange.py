@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from typing import Any
 
-import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -61,6 +60,8 @@ def test_what_does_not_speak_arrow_is_refused() -> None:
 
 
 def test_a_frame_goes_to_and_fro() -> None:
+    import pandas as pd
+
     when = pd.Timestamp(2024, 1, 2, tz="Europe/Berlin")
     frame = pd.DataFrame({"n": [1, 2], "s": ["x", None], "t": [when, when], "c": pd.Categorical(["a", "b"])})
     source = pandas_source(frame)
@@ -71,6 +72,8 @@ def test_a_frame_goes_to_and_fro() -> None:
 
 
 def test_an_index_with_a_meaning_is_a_column() -> None:
+    import pandas as pd
+
     frame = pd.DataFrame({"n": [1, 2]}, index=pd.Index(["a", "b"], name="key"))
     assert rows(pandas_source(frame)) == [{"n": 1, "key": "a"}, {"n": 2, "key": "b"}]
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from random import Random
 
@@ -72,11 +73,16 @@ def kill_owner(setting: Setting, seed: int, *, after: int) -> list[str]:
                 return [f"the program ended by itself: {owner.stderr.read()}"]
             owned = marked(Path(folder))
             os.kill(owner.pid, signal.SIGKILL)
+        killed = time.monotonic()
         wait_gone(list(owned), ORPHAN_SECONDS)
         left = marked(Path(folder))  # also those that were started meanwhile
         found = [f"{ORPHAN_SECONDS} s after its owner was killed there is {pid} {left[pid]}" for pid in left]
         for pid in left:
-            os.kill(pid, signal.SIGKILL)
+            if wait_gone([pid], 30):
+                os.kill(pid, signal.SIGKILL)
+                found.append(f"{pid} had to be killed")
+            else:
+                found.append(f"{pid} was gone after {time.monotonic() - killed:.0f} s")
         files = set(os.listdir(Path(folder, "tmp"))) - {"ray"}
         found += [f"its owner was killed, and left {name}" for name in sorted(files)]
         promise = msgspec.structs.replace(setting.promise, to_the_end=False)

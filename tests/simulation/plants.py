@@ -65,15 +65,16 @@ _CHANNEL = (
         "wake-up lost on last credit",
         "channel",
         _SESSION,
-        "        effects.ready.append(outbound)\n\n    @property",
-        "        if outbound.items_left > message.items:\n            effects.ready.append(outbound)\n\n    @property",
+        'than its window")\n        effects.ready.append(outbound)\n',
+        'than its window")\n        if outbound.items_left > message.items:\n'
+        "            effects.ready.append(outbound)\n",
     ),
     Plant(
         "late item after cancel accepted",
         "channel",
         _SESSION,
-        '        if inbound.state != "open":\n            return\n        if not inbound.items:',
-        "        if not inbound.items:",
+        '        if inbound.state != "open":\n            self.late_items += count\n            return\n',
+        "",
     ),
     Plant(
         "end after the loss passes for the stream's own",

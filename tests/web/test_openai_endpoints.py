@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import httpx2
-import openai
 import pytest
 import pytest_asyncio
-from openai.types import Completion as OpenAICompletion
-from openai.types import CreateEmbeddingResponse
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from actors import EnginePool, EngineSpec, LocalCluster
 from arun.web.openai import openai_app
 from tests.web.conftest import Serve
 from tests.web.samples import Breaking, Talker
+
+if TYPE_CHECKING:
+    import openai
 
 pytestmark = pytest.mark.asyncio
 
@@ -52,11 +51,15 @@ async def http(serve: Serve, pools: dict[str, EnginePool]) -> httpx2.AsyncClient
 
 @pytest_asyncio.fixture
 async def client(http: httpx2.AsyncClient) -> AsyncIterator[openai.AsyncOpenAI]:
+    import openai  # not at the top: it takes every process that collects the tests most of a second
+
     async with openai.AsyncOpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
 async def test_models_are_listed_and_told(client: openai.AsyncOpenAI) -> None:
+    import openai
+
     listed = [model async for model in client.models.list()]
     assert [model.id for model in listed] == ["echo", "slow", "talker", "breaking", "vectors"]
     assert (await client.models.retrieve("echo")).object == "model"
@@ -138,6 +141,9 @@ async def test_embeddings_come_in_both_forms(client: openai.AsyncOpenAI, form: A
 
 
 async def test_what_is_sent_has_openais_types_to_the_letter(http: httpx2.AsyncClient) -> None:
+    from openai.types import Completion, CreateEmbeddingResponse
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
     ask: dict[str, Any] = {"model": "talker", "messages": HELLO, "n": 2, "logprobs": True, "top_logprobs": 2}
     whole = await http.post("/v1/chat/completions", json=ask)
     ChatCompletion.model_validate_json(whole.content, strict=True, extra="forbid")
@@ -150,7 +156,7 @@ async def test_what_is_sent_has_openais_types_to_the_letter(http: httpx2.AsyncCl
         ChatCompletionChunk.model_validate_json(chunk, strict=True, extra="forbid")
     assert json.loads(chunks[-1])["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
     text = await http.post("/v1/completions", json={"model": "talker", "prompt": ["x", "y"], "logprobs": 1})
-    OpenAICompletion.model_validate_json(text.content, strict=True, extra="forbid")
+    Completion.model_validate_json(text.content, strict=True, extra="forbid")
     vectors = await http.post("/v1/embeddings", json={"model": "vectors", "input": "a"})
     CreateEmbeddingResponse.model_validate_json(vectors.content, strict=True, extra="forbid")
 
@@ -196,6 +202,8 @@ async def test_a_request_that_is_too_large_is_refused(serve: Serve, pools: dict[
 
 
 async def test_one_bad_prompt_among_several_is_the_error_of_the_request(client: openai.AsyncOpenAI) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="refuses prompts with 'poison'"):
         await client.completions.create(model="slow", prompt=["x", "poison", "y"], max_tokens=1)
 
@@ -203,6 +211,8 @@ async def test_one_bad_prompt_among_several_is_the_error_of_the_request(client: 
 async def test_a_full_pool_is_a_429_with_a_time_to_wait(
     client: openai.AsyncOpenAI, http: httpx2.AsyncClient, pools: dict[str, EnginePool]
 ) -> None:
+    import openai
+
     held = [pools["echo"].generate("x y z") for _ in range(2)]
     with pytest.raises(openai.RateLimitError, match="requests wait already") as caught:
         await client.chat.completions.create(model="echo", messages=HELLO)
@@ -212,6 +222,8 @@ async def test_a_full_pool_is_a_429_with_a_time_to_wait(
 
 
 async def test_a_closed_pool_is_a_503(client: openai.AsyncOpenAI, pools: dict[str, EnginePool]) -> None:
+    import openai
+
     await pools["echo"].aclose()
     with pytest.raises(openai.InternalServerError, match="is not open") as caught:
         await client.chat.completions.create(model="echo", messages=HELLO, stream=True)
@@ -219,6 +231,8 @@ async def test_a_closed_pool_is_a_503(client: openai.AsyncOpenAI, pools: dict[st
 
 
 async def test_an_error_in_the_middle_of_a_stream_reaches_the_client(client: openai.AsyncOpenAI) -> None:
+    import openai
+
     stream = await client.completions.create(model="breaking", prompt="fail", stream=True)
     assert (await anext(stream)).choices[0].text == "Good"
     with pytest.raises(openai.APIError, match="it broke off"):

@@ -108,7 +108,7 @@ async def test_it_is_an_engine_like_any_other_and_needs_no_process(url: str, loc
             assert (there.text, there.finish_reason, there.usage) == (here.text, here.finish_reason, here.usage)
         assert pool.stats().replicas[0].pid == os.getpid()
         assert [delta.text async for delta in pool.generate(CHAT)] == ["to", " be", " or", " not"]
-        assert (await pool.info())[0].load.tokens == 3 * 3 + 4
+        assert (await pool.info())[0].load.tokens == pool.stats().replicas[0].tokens == 3 * 3 + 4
 
 
 async def test_several_answers_and_stop_strings(url: str) -> None:

@@ -115,6 +115,12 @@ def found(tokens: list[bytes], *places: str | bytes) -> list[int]:
     return [n for n, place in enumerate(seen) for token in tokens if any(form in place for form in forms(token))]
 
 
+def files_that_show(tokens: list[bytes], folder: Path) -> list[Path]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    return [path for path in files if found(tokens, path.read_bytes())]
+
+
 def test_tokens_are_found_where_they_are():
     assert found([b"\x00secret"], "nothing", repr(b"\x00secret"), b"..\x00secret", "0073 00736563726574") == [1, 2, 3]
 
@@ -159,6 +165,25 @@ async def test_no_token_is_in_argv_environment_logs_repr_or_tracebacks(tokens, c
     out, err = capfd.readouterr()
     assert "told" in "".join(logs)
     assert found(tokens, out, err, *logs) == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.ray
+async def test_no_token_of_a_ray_actor_is_in_its_argv_environment_or_ray_s_logs(tokens):
+    import ray
+
+    from actors.ray_cluster import RayCluster
+
+    async with RayCluster.connect(num_cpus=2) as cluster:
+        counter = await cluster.spawn(Counter)
+        assert await counter.incr() == 1
+        [info] = cluster.list()
+        assert info.pid is not None
+        assert tokens
+        for pid in (os.getpid(), info.pid):
+            assert found(tokens, *shown_by(pid)) == []
+        logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    assert files_that_show(tokens, logs) == []
 
 
 class _Lines:

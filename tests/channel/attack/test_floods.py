@@ -84,7 +84,9 @@ async def test_rapid_reset_is_slowed_to_its_budget_and_leaves_others_alone(runti
             attack.cancel_scope.cancel()
         assert handler.most <= limits.streams
         assert handler.started <= limits.streams + 50 + limits.disturbances * taken + 50
-        assert answers > 600, "the honest client, one call at a time, is served more often than the attacker"
+        assert answers > resets / 50, (
+            "the honest client, one call at a time, has its turn between the attacker's frames"
+        )
         assert resident() - before < 20 * 2**20
         await anyio.aclose_forcefully(peer.stream)
         while here.server.connections > 1:
@@ -269,7 +271,7 @@ def in_parts(payload: bytes, size: int = 2**19) -> bytes:
             "4194304 bytes besides",
             id="no bytes, 2 million times",
         ),
-        pytest.param(frame(Open(1, "run", 1, 1, NIL, 0, "00-zz")), "is not valid", id="a trace that is none"),
+        pytest.param(frame(Open(1, "run", 1, 1, NIL, 0, "0" * 56)), "is not valid", id="a trace that is too long"),
         pytest.param(frame([9, 1, 1]), "Expected `array` of", id="a surplus element"),
         pytest.param(frame([9]), "Expected `array` of", id="an element missing"),
         pytest.param(frame([99, 1]), "Invalid value 99", id="an unknown kind"),
