@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -241,13 +240,13 @@ class Plan:
     def __init__(self, roots: Sequence[Node]) -> None:
         self.roots = tuple(roots)
         self.nodes = tuple(_topological(self.roots))
-        self._consumers: Counter[int] = Counter(
-            node.id for consumer in self.nodes for node in consumer.inputs
-        ) + Counter(root.id for root in self.roots)
+        self._consumers: dict[int, int] = {}
+        for node in (*(below for consumer in self.nodes for below in consumer.inputs), *self.roots):
+            self._consumers[node.id] = self._consumers.get(node.id, 0) + 1
 
     def consumers(self, node: Node) -> int:
         """How many read what a node gives. A rule must not pull apart a node that has several: it would run twice."""
-        return self._consumers[node.id]
+        return self._consumers.get(node.id, 0)
 
     def rewrite(self, change: Callable[[Node, Callable[[Node], bool]], Node]) -> Plan:
         """The plan in which each node, over its rewritten inputs, has been through ``change``.

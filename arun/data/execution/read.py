@@ -33,7 +33,8 @@ async def read(source: Source, program: Program | None, execution: Execution) ->
     label = f"read {source.name}"
     burst = Burst(_made(source, program, execution.progress))
     try:
-        while blocks := await run_in_thread(burst.take, label=label):
+        while not burst.over:
+            blocks = await run_in_thread(burst.take, label=label)
             while blocks:
                 yield blocks.pop()
     finally:
@@ -48,7 +49,8 @@ async def through(blocks: AsyncIterator[Block], program: Program) -> AsyncGenera
         async for block in blocks:
             burst = Burst(program.run(block))
             del block
-            while made := burst.take() if program.instant else await run_in_thread(burst.take, label=program.label):
+            while not burst.over:
+                made = burst.take() if program.instant else await run_in_thread(burst.take, label=program.label)
                 while made:
                     yield made.pop()
             if program.finished:
@@ -62,17 +64,19 @@ class Burst:
     """Takes blocks from a plain iterator for a while at a time, in a thread.
 
     :ivar open: whether there is something to close.
+    :ivar over: whether it has given all.
     """
 
-    __slots__ = ("_blocks", "_error", "open")
+    __slots__ = ("_blocks", "_error", "open", "over")
 
     def __init__(self, blocks: Iterator[Block]) -> None:
         self.open = False
+        self.over = False
         self._blocks = blocks
         self._error: Exception | None = None
 
     def take(self) -> list[Block]:
-        """The next blocks, last one first; none at the end.
+        """The next blocks, last one first.
 
         :raises Exception: the iterator's own, after all that it gave.
         """
@@ -93,6 +97,8 @@ class Burst:
                 self.open = False
                 raise
             self._error = exc
+        else:
+            self.over = True
         self.open = False
         return taken[::-1]
 

@@ -56,4 +56,5 @@ def push_down(plan: Plan, visit: Visit) -> Plan:
         for step in result.above:
             made = OneToOne((step,), made)
         new[node.id] = made
-    return Plan([new[root.id] for root in plan.roots])
+    roots = [new[root.id] for root in plan.roots]
+    return plan if all(a is b for a, b in zip(roots, plan.roots, strict=True)) else Plan(roots)
