@@ -287,11 +287,11 @@ def _barrier(node: AllToAll, inputs: Sequence[ray.data.Dataset], options: RunOpt
             return _settled(dataset).repartition(count)
         case Repartition(rows=rows):
             return _settled(dataset).repartition(target_num_rows_per_block=rows)
-        case Aggregate(keys=keys) as aggregate:
+        case Aggregate() as aggregate:
             used = {one.column for one in aggregate.aggregations.values() if one.column is not None}
             # Without keys there is one group also of no rows.
-            no_rows = pa.table({}) if keys else nothing(used)
-            return _combined([_map(dataset, Mark(keys))], Combine(aggregate, options), no_rows)
+            no_rows = pa.table({}) if aggregate.keys else nothing(used)
+            return _combined([_map(dataset, Mark(aggregate.keys))], Combine(aggregate, options), no_rows)
         case Distinct() as distinct:
             return _combined([_map(dataset, Mark(None))], Combine(distinct, options), pa.table({}))
         case Join() as join:
