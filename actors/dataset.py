@@ -288,20 +288,17 @@ def _barrier(node: AllToAll, inputs: Sequence[ray.data.Dataset], options: RunOpt
         case Repartition(rows=rows):
             return _settled(dataset).repartition(target_num_rows_per_block=rows)
         case Aggregate() as aggregate:
-            marked = _map(dataset, Mark(aggregate.keys))
-            if not aggregate.keys:  # there is one group also of no rows
-                used = {one.column for one in aggregate.aggregations.values() if one.column is not None}
-                import ray.data
-
-                marked = marked.union(ray.data.from_arrow(nothing(used)))
-            return _combined(marked, Combine(aggregate, options))
+            used = {one.column for one in aggregate.aggregations.values() if one.column is not None}
+            # Without keys there is one group also of no rows.
+            no_rows = pa.table({}) if aggregate.keys else nothing(used)
+            return _combined([_map(dataset, Mark(aggregate.keys))], Combine(aggregate, options), no_rows)
         case Distinct() as distinct:
-            return _combined(_map(dataset, Mark(None)), Combine(distinct, options))
+            return _combined([_map(dataset, Mark(None))], Combine(distinct, options), pa.table({}))
         case Join() as join:
             keys = join.on if isinstance(join.on, Mapping) else {k: k for k in _listed(join.on)}
             left = _map(dataset, Mark(tuple(keys), 0))
             right = _map(inputs[1], Mark(tuple(keys.values()), 1))
-            return _combined(left.union(right), Combine(join, options))
+            return _combined([left, right], Combine(join, options), pa.table({}))
         case _:
             raise AssertionError(f"{node.label} was refused before")
 
@@ -310,12 +307,22 @@ def _listed(on: str | Sequence[str]) -> Sequence[str]:
     return (on,) if isinstance(on, str) else on
 
 
-def _combined(dataset: ray.data.Dataset, combine: Combine) -> ray.data.Dataset:
-    grouped = dataset.groupby(BUCKET)
-    return grouped.map_groups(combine.__call__, batch_format="pyarrow")
+def _combined(marked: Sequence[ray.data.Dataset], combine: Combine, no_rows: pa.Table) -> ray.data.Dataset:
+    """What comes of the groups; the blocks of a dataset without rows have no columns, which Ray can't group by."""
+    import ray.data
+
+    some = [one for one in (each.materialize() for each in marked) if one.count()]
+    if not some:
+        if not len(no_rows):
+            return ray.data.from_arrow(no_rows)
+        some = [ray.data.from_arrow(no_rows)]
+    together = some[0].union(*some[1:]) if len(some) > 1 else some[0]
+    return together.groupby(BUCKET).map_groups(combine.__call__, batch_format="pyarrow")
 
 
 def _sort(sort: Sort, dataset: ray.data.Dataset) -> ray.data.Dataset:
+    if not dataset.count():  # blocks without rows have no columns to sort by
+        return dataset
     down = [sort.descending] * len(sort.by) if isinstance(sort.descending, bool) else sort.descending
     keys: list[str] = []
     descending: list[bool] = []

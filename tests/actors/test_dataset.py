@@ -125,8 +125,12 @@ async def test_groups_are_the_same_on_ray(ray_session: None, path: str) -> None:
         dataset = read_parquet(path).group_by(*keys).aggregate(**wanted)
         here, there = await dataset.collect(), await on_ray_data(dataset)
         assert sorted(map(key, rows_of(there))) == sorted(map(key, rows_of(here)))
-    nobody = read_parquet(path).filter(pc.field("id") < 0).group_by().aggregate(rows="count")
-    assert rows_of(await on_ray_data(nobody)) == [{"rows": 0}]
+    nobody = read_parquet(path).filter(pc.field("id") < 0)
+    assert rows_of(await on_ray_data(nobody.group_by().aggregate(rows="count"))) == [{"rows": 0}]
+    for nothing in (nobody.group_by("k").aggregate(rows="count"), nobody.sort("id"), nobody.distinct()):
+        assert rows_of(await on_ray_data(nothing)) == []
+    left = read_parquet(path).select("id").join(nobody.select("id"), "id", "left")
+    assert len(await on_ray_data(left)) == len(ROWS)
 
 
 @pytest.mark.ray
