@@ -68,6 +68,8 @@ class Connection:
         self._wire = wire
         #: there is something to write; whatever else is pending when the writer runs goes along
         self.wake_writer: Callable[[], None] = wire.wake
+        #: the same, and at once if that can be done without waiting
+        self.flush_writer: Callable[[], None] = wire.flush
         self._handler = handler or _refuse
         self.limits = limits
         self._reader = reader or FrameReader(peer, SessionMessage, SESSION_FRAME_BYTES)
@@ -105,7 +107,7 @@ class Connection:
         """What the connection has done so far and what is under way."""
         return self.session.statistics(self._bytes_received)
 
-    def open(self, method: str, payload: object = None, *, item_type: Any = Any, window: int = 256) -> Stream[Any]:
+    def open(self, method: str, payload: object = None, *, item_type: Any = Any, window: int = 1024) -> Stream[Any]:
         """Start a run of the peer's handler and return its items as they come.
 
         The request is queued at once; nothing needs to be awaited for it to be sent.

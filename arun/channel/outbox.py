@@ -37,7 +37,7 @@ class Run:
     :ivar payloads: the encoded items, in order.
     :ivar size: bytes that it has in a frame, at most.
     :ivar room: bytes that it may still take; below 0 once it went into a frame, so that the next item needs another.
-    :ivar left: items that it may still take.
+    :ivar left: items that it may still take; 0 when it is complete and may as well be on its way.
     """
 
     __slots__ = ("_prefix", "left", "payloads", "room", "size")

@@ -119,7 +119,7 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
 
 
 async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncIterator[object]) -> None:
-    session, wake = connection.session, connection.wake_writer
+    session, wake, flush = connection.session, connection.wake_writer, connection.flush_writer
     send, limit, what = session.send, session.allowed.message_bytes, f"item of {outbound.method!r}"
     outbox, send_buffer = session.outbox, connection.limits.send_buffer
     streak = 0
@@ -130,7 +130,10 @@ async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncI
                 return
             await connection.wait(outbound)
             streak = 0
-        wake()
+        if outbound.run is not None and not outbound.run.left:
+            flush()  # what is complete is on its way while the next is made
+        else:
+            wake()
         if outbound.transfer is not None:
             # What the item is made of belongs to the iterator again once it goes on.
             await connection.wait_through(outbound)

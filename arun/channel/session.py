@@ -219,8 +219,8 @@ class Session:
         if run is None or not run.left or run.room < size:
             run = outbound.run = self.outbox.append_run(outbound.prefix, outbound.batch)
         run.payloads.append(payload)  # type: ignore[arg-type]  # bytes: what is small is never in pieces
-        run.left -= 1
         run.room -= size
+        run.left = run.left - 1 if run.room > INLINE_BYTES // 2 else 0
         run.size += size
         self.outbox.size += size
         return True

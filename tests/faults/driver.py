@@ -16,8 +16,8 @@ import msgspec
 from tests.actors.programs import ENVIRONMENT, ROOT, wait_gone
 from tests.faults.checker import problems
 from tests.faults.history import engine_records, owner_records
-from tests.faults.nemesis import marked
-from tests.faults.rounds import Setting
+from tests.faults.nemesis import descendants, marked
+from tests.faults.rounds import Setting, files
 
 __all__ = ("ORPHAN_SECONDS", "kill_owner", "start", "wait_for")
 
@@ -71,11 +71,11 @@ def kill_owner(setting: Setting, seed: int, *, after: int) -> list[str]:
                     break
             else:
                 return [f"the program ended by itself: {owner.stderr.read()}"]
-            owned = marked(Path(folder))
+            owned = marked(Path(folder)) | descendants(owner.pid)  # guards inherit nothing
             os.kill(owner.pid, signal.SIGKILL)
         killed = time.monotonic()
-        wait_gone(list(owned), ORPHAN_SECONDS)
-        left = marked(Path(folder))  # also those that were started meanwhile
+        late = {pid: owned[pid] for pid in wait_gone(list(owned), ORPHAN_SECONDS)}
+        left = late | marked(Path(folder))  # also those that were started meanwhile
         found = [f"{ORPHAN_SECONDS} s after its owner was killed there is {pid} {left[pid]}" for pid in left]
         for pid in left:
             if wait_gone([pid], 30):
@@ -83,7 +83,6 @@ def kill_owner(setting: Setting, seed: int, *, after: int) -> list[str]:
                 found.append(f"{pid} had to be killed")
             else:
                 found.append(f"{pid} was gone after {time.monotonic() - killed:.0f} s")
-        files = set(os.listdir(Path(folder, "tmp"))) - {"ray"}
-        found += [f"its owner was killed, and left {name}" for name in sorted(files)]
+        found += [f"its owner was killed, and left {name}" for name in sorted(files(Path(folder, "tmp")))]
         promise = msgspec.structs.replace(setting.promise, to_the_end=False)
         return found + problems(owner_records(Path(folder)), engine_records(Path(folder)), promise)

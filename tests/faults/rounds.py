@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from actors.cluster import Cluster
     from actors.pool import DeltaStream, EnginePool
 
-__all__ = ("Setting", "run_rounds")
+__all__ = ("Setting", "files", "run_rounds")
 
 REQUESTS = 64
 REPLICAS = 2
@@ -287,9 +287,13 @@ def _echo(words: list[str], tokens: int) -> list[int]:
     return [zlib.crc32(piece.encode()) for piece in pieces]
 
 
+def files(temporary: Path) -> set[str]:
+    """What of ours there is in a folder for temporary files: Ray keeps its logs there, and torch its cache."""
+    return {name for name in os.listdir(temporary) if name != "ray" and not name.startswith("torchinductor_")}
+
+
 def _files(setting: Setting) -> set[str]:
-    """What of ours there is in the folder for temporary files, and of vLLM's in shared memory."""
-    found = set(os.listdir(tempfile.gettempdir())) - {"ray"}  # Ray keeps its logs
+    found = files(Path(tempfile.gettempdir()))
     if setting.engine == "vllm":
         found |= {f"/dev/shm/{name}" for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-", "vllm"))}
     return found
