@@ -157,16 +157,18 @@ class RayBody:
         ray = import_ray()
         # A restarted process would begin without its state, and a retried call might run twice.
         options: dict[str, Any] = {"max_restarts": 0, "max_task_retries": 0, "num_cpus": 0}
+        groups: dict[str, Any] = {}
         if way.transport == "ray":
             # A group has a thread and an event loop of its own, so that a busy actor tells its health.
-            options["concurrency_groups"] = {"health": 1000}
+            groups["concurrency_groups"] = {"health": 1000}
         if env:
             options["runtime_env"] = {"env_vars": dict(env)}
         if group is not None:
             options |= placed(group)
         self._name = spec.name
         self._way = way
-        self._actor: Any = ray.remote(RayHost).options(**options).remote(pickling.dumps(spec))
+        host = ray.remote(**groups)(RayHost) if groups else ray.remote(RayHost)
+        self._actor: Any = host.options(**options).remote(pickling.dumps(spec))
         self._where: Whereabouts | None = None
         self._token = secrets.token_bytes(32)
         self._pidfd: int | None = None

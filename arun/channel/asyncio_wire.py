@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,6 @@ import anyio
 from anyio.abc import SocketAttribute
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from arun.channel.wire import Carried
     from arun.runtime import Runtime
 
@@ -29,13 +26,9 @@ _UNREAD_BYTES = 2**14
 
 
 class AsyncioWire(asyncio.Protocol):
-    """One socket. A :class:`~arun.channel.wire.Wire`; made as the protocol of an asyncio transport.
+    """One socket. A :class:`~arun.channel.wire.Wire`; made as the protocol of an asyncio transport."""
 
-    :param on_made: called with this when there is a transport.
-    """
-
-    def __init__(self, on_made: Callable[[AsyncioWire], object] | None = None) -> None:
-        self._on_made = on_made
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport: Any = None
         self._carried: Carried | None = None
@@ -53,15 +46,14 @@ class AsyncioWire(asyncio.Protocol):
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        first, self._transport = self._transport is None, transport
-        # What was given to the transport is on its way as soon as it takes more.
-        self._transport.set_write_buffer_limits(high=0)
+        self._transport = transport
+        self._encrypted = transport.get_extra_info("sslcontext") is not None
+        # What was given to the transport is on its way as soon as it takes more. TLS's takes high=0 for always.
+        self._transport.set_write_buffer_limits(high=1 if self._encrypted else 0, low=0)
         raw = transport.get_extra_info("socket")
         if raw is not None and raw.family in {socket.AF_INET, socket.AF_INET6}:
             # asyncio does so only for sockets that it made itself.
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if first and self._on_made is not None:
-            self._on_made(self)
 
     def data_received(self, data: bytes) -> None:
         if self._carried is not None:
@@ -136,23 +128,6 @@ class AsyncioWire(asyncio.Protocol):
     def extra(self, attribute: Any, default: Any = None) -> Any:
         names = {SocketAttribute.raw_socket: "socket", SocketAttribute.remote_address: "peername"}
         return self._transport.get_extra_info(names[attribute], default)
-
-    async def start_tls(self, context: ssl.SSLContext, server_hostname: str | None = None) -> None:
-        self._encrypted = True
-        try:
-            self._transport = await self._loop.start_tls(
-                self._transport, self, context, server_side=server_hostname is None, server_hostname=server_hostname
-            )
-        except BaseException:
-            self._transport.abort()
-            self.connection_lost(None)  # asyncio does not tell that of a connection that is not made yet
-            raise
-        # Nothing may lie in it, as above; TLS's transport takes high=0 for always.
-        self._transport.set_write_buffer_limits(high=1, low=0)
-
-    def pause(self) -> None:
-        """Leave in the kernel what arrives, until the next ``receive`` or ``start_tls``."""
-        self._transport.pause_reading()
 
     def _start(self) -> None:
         carried = self._carried

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import functools
 import os
 import socket
 import ssl
@@ -13,8 +12,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import anyio
-import anyio.lowlevel
-from anyio.abc import Listener, SocketAttribute, SocketStream
+from anyio.abc import AnyByteStream, Listener, SocketAttribute, SocketStream
+from anyio.streams.tls import TLSStream
 
 from arun.channel.asyncio_wire import AsyncioWire
 from arun.channel.connection import Connection
@@ -40,8 +39,6 @@ _DEFAULT_LIMITS = Limits()
 _ACCEPT_PAUSE = 0.1
 # Seconds after a logged failure of a stranger in which others' are only counted.
 _QUIET_SECONDS = 1.0
-# Turns of asyncio's loop from an accept() to the protocol's connection_made.
-_ACCEPT_TURNS = 4
 # sizeof(sockaddr_un.sun_path) less the final zero, on Linux.
 _UNIX_PATH_BYTES = 107
 
@@ -66,25 +63,19 @@ async def connect_tcp(
         channel server.
     """
     context = None if tls is None else tls.client_context()
+    name = None if tls is None else tls.hostname or host
 
     async def dial() -> Wire:
         wire: Wire
         if _on_asyncio():
             loop = asyncio.get_running_loop()
-            made = functools.partial(AsyncioWire, None if context is None else AsyncioWire.pause)
             # uvloop, which Ray's actors and many web servers run on, knows no happy eyeballs.
             several: Any = {"happy_eyeballs_delay": 0.25} if isinstance(loop, asyncio.BaseEventLoop) else {}
-            wire = (await loop.create_connection(made, host, port, **several))[1]
+            made = loop.create_connection(AsyncioWire, host, port, ssl=context, server_hostname=name, **several)
+            wire = (await made)[1]
         else:
-            wire = StreamWire(await anyio.connect_tcp(host, port))
-        try:
-            _notice_loss(wire, limits)
-            if tls is not None and context is not None:
-                await wire.start_tls(context, server_hostname=tls.hostname or host)
-        except BaseException:
-            with anyio.CancelScope(shield=True):
-                await wire.aclose()
-            raise
+            wire = StreamWire(await _encrypted(await anyio.connect_tcp(host, port), context, name))
+        _notice_loss(wire.extra(SocketAttribute.raw_socket), limits)
         return wire
 
     secret = Secret(token)
@@ -260,66 +251,88 @@ class Server:
     async def _accept_on_asyncio(self) -> None:
         """Accept for ever; a task for each client until it is authenticated."""
         loop = asyncio.get_running_loop()
-        authenticating: dict[Wire, asyncio.Task[None]] = {}
+        authenticating: dict[asyncio.Task[None], socket.socket] = {}
 
-        async def accept(wire: Wire) -> None:
+        def accept(listening: socket.socket) -> None:
             try:
-                await self._accept(wire)
-            finally:
-                authenticating.pop(wire, None)
+                sock, _ = listening.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as exc:
+                log.warning("server.accept_failed", address=self._name, error=repr(exc))
+                loop.remove_reader(listening)
+                loop.call_later(_ACCEPT_PAUSE, listen, listening)
+                return
+            sock.setblocking(False)
+            task = loop.create_task(self._accept_socket(sock), name=f"handshake of {self._name}")
+            authenticating[task] = sock
+            task.add_done_callback(authenticating.pop)
 
-        def made(wire: AsyncioWire) -> None:
-            if self._context is not None:
-                wire.pause()
-            authenticating[wire] = loop.create_task(accept(wire), name=f"handshake of {self._name}")
+        def listen(listening: socket.socket) -> None:
+            if listening.fileno() >= 0:  # else closed meanwhile
+                loop.add_reader(listening, accept, listening)
 
-        servers: list[asyncio.Server] = []
+        listeners = getattr(self._listener, "listeners", (self._listener,))
+        sockets = [listener.extra(SocketAttribute.raw_socket) for listener in listeners]
         try:
-            for listener in getattr(self._listener, "listeners", (self._listener,)):
-                sock = listener.extra(SocketAttribute.raw_socket)
-                serve = loop.create_unix_server if isinstance(self.address, str) else loop.create_server
-                servers.append(await serve(lambda: AsyncioWire(made), sock=sock, start_serving=False))
-                await servers[-1].start_serving()
+            for listening in sockets:
+                listen(listening)
             await anyio.sleep_forever()
         finally:
+            for listening in sockets:
+                loop.remove_reader(listening)
             with anyio.CancelScope(shield=True):
-                # What was accepted a moment ago has no transport yet, and would never get one from a closed server.
-                for server in servers:
-                    for sock in server.sockets:
-                        loop.remove_reader(sock.fileno())
-                for _ in range(_ACCEPT_TURNS):
-                    await anyio.lowlevel.checkpoint()
-                for server in servers:
-                    server.close()
-                for wire, task in list(authenticating.items()):
+                for task, sock in tuple(authenticating.items()):
                     task.cancel()
                     await asyncio.wait((task,))
-                    await wire.aclose()
+                    sock.close()  # its task may not have begun
+
+    async def _accept_socket(self, sock: socket.socket) -> None:
+        async def made() -> Wire:
+            wire = AsyncioWire()
+            # With TLS, what uvloop returns is a protocol of its own.
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: wire, sock, ssl=self._context)
+            return wire
+
+        async def drop() -> None:
+            sock.close()
+
+        await self._accept(sock, made, drop)
 
     async def _accept_stream(self, stream: SocketStream) -> None:
-        await self._accept(StreamWire(stream))
+        async def made() -> Wire:
+            return StreamWire(await _encrypted(stream, self._context))
 
-    async def _accept(self, wire: Wire) -> None:
-        peer = self._peer_name(wire)
+        await self._accept(stream.extra(SocketAttribute.raw_socket), made, stream.aclose)
+
+    async def _accept(
+        self, sock: socket.socket, make: Callable[[], Awaitable[Wire]], drop: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Authenticate a client.
+
+        :param make: gives its wire, TLS included.
+        :param drop: hangs up while there is none.
+        """
+        peer = self._peer_name(sock)
         if self._half_open >= self._limits.half_open:
             self._warn("authentication.refused", peer=peer, half_open=self._half_open)
-            await wire.aclose()
+            await drop()
             return
         self._half_open += 1
+        wire: Wire | None = None
         try:
             with anyio.fail_after(self._limits.handshake_timeout):
                 if not isinstance(self.address, str):
-                    _notice_loss(wire, self._limits)
-                if self._context is not None:
-                    await wire.start_tls(self._context)
+                    _notice_loss(sock, self._limits)
+                wire = await make()
                 agreed = await authenticate_client(wire, self._known(), peer, self._limits)
         except (ProtocolError, anyio.EndOfStream, anyio.BrokenResourceError, OSError) as exc:
             self._warn("authentication.failed", peer=peer, error=repr(exc))
-            await wire.aclose()
+            await (drop() if wire is None else wire.aclose())
             return
         except BaseException:
             with anyio.CancelScope(shield=True):
-                await wire.aclose()
+                await (drop() if wire is None else wire.aclose())
             raise
         finally:
             self._half_open -= 1
@@ -355,11 +368,13 @@ class Server:
         log.warning(event, **details, unlogged=self._unlogged)
         self._quiet_until, self._unlogged = now + _QUIET_SECONDS, 0
 
-    def _peer_name(self, wire: Wire) -> str:
+    def _peer_name(self, sock: socket.socket) -> str:
         if isinstance(self.address, str):
             return f"unix:{self.address}"
-        address = wire.extra(SocketAttribute.remote_address, None)
-        return _tcp_name(*address[:2]) if isinstance(address, tuple) else "a client that has gone"
+        try:
+            return _tcp_name(*sock.getpeername()[:2])
+        except OSError:
+            return "a client that has gone"
 
 
 class _Guest(NamedTuple):
@@ -453,9 +468,36 @@ async def _refuse_taken_path(path: str) -> None:
     raise PortInUse(f"another process listens on {path}; stop it, or pass another path")
 
 
-def _notice_loss(wire: Wire, limits: Limits) -> None:
+async def _encrypted(
+    stream: SocketStream, context: ssl.SSLContext | None, server_hostname: str | None = None
+) -> AnyByteStream:
+    """The stream under TLS, if there is a context; for asyncio's transports, asyncio does that.
+
+    :param server_hostname: for a client, whose name the server's certificate must have.
+    """
+    if context is None:
+        return stream
+    try:
+        return await TLSStream.wrap(
+            stream,
+            server_side=server_hostname is None,
+            hostname=server_hostname,
+            ssl_context=context,
+            standard_compatible=False,  # a goodbye ends a connection, TLS need not
+        )
+    except anyio.BrokenResourceError as exc:
+        await anyio.aclose_forcefully(stream)
+        if isinstance(exc.__cause__, ssl.SSLError):
+            raise exc.__cause__ from None
+        raise
+    except BaseException:
+        with anyio.CancelScope(shield=True):
+            await anyio.aclose_forcefully(stream)
+        raise
+
+
+def _notice_loss(raw: socket.socket, limits: Limits) -> None:
     """Let the kernel find out whether the other machine is there. It answers for a process that is busy."""
-    raw: socket.socket = wire.extra(SocketAttribute.raw_socket)
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     seconds = limits.silence
     for name, value in (

@@ -6,12 +6,10 @@ something to write. All of a connection's other code is the same over every wire
 
 from __future__ import annotations
 
-import ssl
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
-from anyio.streams.tls import TLSStream
 
 if TYPE_CHECKING:
     from anyio.abc import AnyByteStream
@@ -57,14 +55,6 @@ class Wire(Protocol):
         """Write, before ``start``; errors as for ``receive``."""
         ...
 
-    async def start_tls(self, context: ssl.SSLContext, server_hostname: str | None = None) -> None:
-        """Encrypt from here on, before anything else has arrived.
-
-        :param server_hostname: for a client, whose name the server's certificate must have.
-        :raises OSError: the peer did not do its part; an ssl.SSLError where TLS says why.
-        """
-        ...
-
     def start(self, carried: Carried, runtime: Runtime, name: str) -> None:
         """From now on everything goes to and comes from this connection."""
 
@@ -107,20 +97,6 @@ class StreamWire:
 
     async def send(self, data: bytes) -> None:
         await self._stream.send(data)
-
-    async def start_tls(self, context: ssl.SSLContext, server_hostname: str | None = None) -> None:
-        try:
-            self._stream = await TLSStream.wrap(
-                self._stream,
-                server_side=server_hostname is None,
-                hostname=server_hostname,
-                ssl_context=context,
-                standard_compatible=False,  # a goodbye ends a connection, TLS need not
-            )
-        except anyio.BrokenResourceError as exc:
-            if isinstance(exc.__cause__, ssl.SSLError):
-                raise exc.__cause__ from None
-            raise
 
     def start(self, carried: Carried, runtime: Runtime, name: str) -> None:
         self._works = [
