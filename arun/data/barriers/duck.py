@@ -222,10 +222,11 @@ class _Feed:
 
     def __init__(self, table: Table, wake: Callable[[], None]) -> None:
         self.table = table
-        self.schema = with_row(table.carried) if table.numbered else table.carried
+        numbered = table.numbered or not len(table.carried)  # DuckDB reads no table without columns
+        self.schema = with_row(table.carried) if numbered else table.carried
         self._blocks: AsyncIterator[pa.RecordBatch] = table.relation.blocks  # type: ignore[assignment]  # it has some
         self._first = table.relation.first
-        self._row = 0 if table.numbered else None
+        self._row = 0 if numbered else None
         self._wake = wake
         self._changed = threading.Condition()
         self._waiting: deque[pa.RecordBatch] = deque()
