@@ -97,10 +97,17 @@ async def cluster(address: str) -> AsyncIterator[RayCluster]:
         yield cluster
 
 
+def environment() -> dict[str, str]:
+    """Of the programs: they come with a token if the Ray of this process wants one, as it does after a ray.init()."""
+    return ENVIRONMENT | {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH_")}
+
+
 async def run(*arguments: str) -> list[int]:
     """Run one of the programs to its end; returns the pids that it prints."""
     command = [sys.executable, "-m", "tests.actors.ray_programs", *arguments]
-    program = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=ENVIRONMENT, stdout=asyncio.subprocess.PIPE)
+    program = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, env=environment(), stdout=asyncio.subprocess.PIPE
+    )
     told, _ = await program.communicate()
     assert program.returncode == 0
     return [int(word) for word in told.split()]
@@ -109,7 +116,9 @@ async def run(*arguments: str) -> list[int]:
 async def first_line_of(*arguments: str) -> tuple[asyncio.subprocess.Process, str]:
     """Start one of the programs; returns it with the first line that it prints."""
     command = [sys.executable, "-m", "tests.actors.ray_programs", *arguments]
-    program = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=ENVIRONMENT, stdout=asyncio.subprocess.PIPE)
+    program = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, env=environment(), stdout=asyncio.subprocess.PIPE
+    )
     assert program.stdout is not None
     return program, (await program.stdout.readline()).decode().strip()
 
