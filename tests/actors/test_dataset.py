@@ -138,7 +138,7 @@ async def test_groups_are_the_same_on_ray(ray_session: None, path: str) -> None:
 @pytest.mark.asyncio
 async def test_joins_are_the_same_on_ray(ray_session: None, path: str) -> None:
     other = from_rows([{"k": n % 4, "j": None if n == 3 else n, "s": f"other {n}"} for n in range(6)])
-    for how in ("inner", "left", "right", "outer", "semi", "anti"):
+    for how in ("right", "outer", "anti"):  # each is a shuffle of Ray's, which takes seconds
         dataset = read_parquet(path).join(other, {"k": "j"}, how)  # type: ignore[arg-type]  # one of its values
         here, there = await dataset.collect(), await on_ray_data(dataset)
         assert sorted(map(key, rows_of(there))) == sorted(map(key, rows_of(here))), how
