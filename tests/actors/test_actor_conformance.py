@@ -16,6 +16,7 @@ import pytest
 from actors.bundles import Placement
 from arun.errors import ActorDied, ActorNotFound, MisuseError, PlacementError, RemoteError
 from tests.actors.conftest import make_cluster
+from tests.actors.programs import wait_gone
 from tests.actors.samples import Arrays, Counter, Diary, FailsToStart, HangsAtStart, Point, Wide
 
 if TYPE_CHECKING:
@@ -26,10 +27,6 @@ pytestmark = pytest.mark.asyncio
 needs_process = pytest.mark.parametrize(
     "kind", ["process", pytest.param("ray", marks=[pytest.mark.ray, pytest.mark.timeout(120)])], indirect=True
 )
-
-
-def is_running(pid: int | None) -> bool:
-    return Path(f"/proc/{pid}").exists()
 
 
 async def noted(actor: Any, text: str) -> None:
@@ -195,7 +192,7 @@ async def test_a_closed_cluster_has_stopped_its_actors_in_reverse_order(kind: st
             await cluster.spawn(Diary, str(path), title=title)
         pids = {info.pid for info in cluster.list()} - {os.getpid(), None}
     assert path.read_text().split("\n")[3:6] == ["c stopped", "b stopped", "a stopped"]
-    assert not any(is_running(pid) for pid in pids)
+    assert await asyncio.to_thread(wait_gone, pids, 10) == []
     assert cluster.list() == []
     await cluster.aclose()
     with pytest.raises(MisuseError, match="closed"):
@@ -286,7 +283,7 @@ async def test_a_cancelled_spawn_leaves_nothing(cluster: Cluster, tmp_path: Path
     with pytest.raises(asyncio.CancelledError):
         await spawning
     assert cluster.list() == []
-    assert not is_running(pid)
+    assert await asyncio.to_thread(wait_gone, [pid], 10) == []
 
 
 @needs_process
@@ -298,7 +295,7 @@ async def test_a_spawn_in_a_cancelled_scope_leaves_nothing(cluster: Cluster, tmp
         pid = int(await asyncio.to_thread(path.read_text))  # waits for it to be written
         tasks.cancel_scope.cancel()
     assert cluster.list() == []
-    assert not is_running(pid)
+    assert await asyncio.to_thread(wait_gone, [pid], 10) == []
 
 
 # Names
