@@ -27,10 +27,3 @@ def test_requests_end_as_promised_in_ray_also_when_placement_groups_are_removed(
 @pytest.mark.ray
 def test_nothing_is_left_when_the_owner_of_a_pool_in_ray_is_killed() -> None:
     assert kill_owner(Setting(cluster="ray"), seed=2, after=0) == []
-
-
-@pytest.mark.ray
-@pytest.mark.engine
-def test_vllm_answers_as_promised_through_faults() -> None:
-    pytest.importorskip("vllm")
-    assert wait_for(start(Setting(cluster="ray", engine="vllm", faults=2), 0, 1)) == []
