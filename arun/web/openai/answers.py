@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ class _CompletionChoice(msgspec.Struct):
     finish_reason: str | None
 
 
-class _Writer:
+class _Writer(ABC):
     """Writes the answers to one request."""
 
     whole: str
@@ -120,11 +121,13 @@ class _Writer:
             _Answer(id=self._id, object=kind, created=self._created, model=self._model, choices=choices, usage=usage)
         )
 
+    @abstractmethod
     def _choice(self, choice: Choice) -> Any:
-        raise NotImplementedError
+        """A whole answer, as this endpoint writes it."""
 
+    @abstractmethod
     def _chunk(self, delta: Delta) -> Any:
-        raise NotImplementedError
+        """A piece of one."""
 
 
 class ChatWriter(_Writer):
