@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
 from types import AsyncGeneratorType
 from typing import Any
@@ -86,6 +87,24 @@ def older_objects_are_left_alone() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests of a module that need one."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ray_is_left() -> Iterator[None]:
+    """No module leaves this process connected to Ray: the next one's cluster would be another one than it asks for."""
+    yield
+    if "ray" in sys.modules:
+        assert not sys.modules["ray"].is_initialized()
 
 
 @pytest.hookimpl(tryfirst=True)

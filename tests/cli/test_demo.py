@@ -107,11 +107,11 @@ def check_partials(lines: list[dict[str, Any]], total: int) -> None:
 @pytest.mark.timeout(400)
 def test_rows_are_answered_by_engines_in_ray_actors(start: Start, tmp_path: Path) -> None:
     output = tmp_path / "answers" / "demo.parquet"
-    demo = start("--rows", "12", "--model", "tiny", "--max-tokens", "8", "--output", str(output))
+    demo = start("--rows", "48", "--model", "tiny", "--max-tokens", "8", "--output", str(output))
     lines = list(demo.lines())
     assert demo.end() == (0, "")
-    check_answers(lines[-1], output, 12)
-    check_partials(lines, 24)
+    check_answers(lines[-1], output, 48)
+    check_partials(lines, 96)
     states = [line["state"] for line in lines if line["type"] == "ReplicaProgress"]
     assert states[0] == "reserving bundles"
     assert "loading model" in states

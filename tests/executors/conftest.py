@@ -58,16 +58,6 @@ async def runtime(anyio_backend: str) -> AsyncIterator[Runtime]:
         yield runtime
 
 
-@pytest.fixture(scope="package")
-def ray_session() -> Iterator[None]:
-    """One local Ray for all tests here that need one."""
-    import ray
-
-    ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 _ALL: Final = ("function", "generator", "coroutine", "async generator")
 #: The kinds of actions that each of them runs.
 _RUNS: Final[dict[str, Collection[str]]] = {"local": _ALL, "thread": _ALL[:2], "process": _ALL, "ray": _ALL}
