@@ -24,13 +24,13 @@ from actors.engine import (
 )
 from actors.executor import RayExecutor
 from actors.front import PoolFront
-from actors.lives import ActorHealth, ActorRestarted, ActorStarted, ActorStopped, GaveUp, Monitor
 from actors.local_cluster import LocalCluster
+from actors.members.lives import ActorHealth, ActorRestarted, ActorStarted, ActorStopped, GaveUp, Monitor
+from actors.members.supervision import Backoff, Supervisor
 from actors.models import demo_model, tiny_model
 from actors.pool import DeltaStream, EnginePool, PoolOptions, PoolStats, ReplicaProgress, ReplicaStats
 from actors.ray_cluster import RayCluster
 from actors.remote_engine import RemoteEngine
-from actors.supervision import Backoff, Supervisor
 from actors.vllm_engine import VLLMEngine
 
 __all__ = (

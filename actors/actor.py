@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 
 from actors.interface import ActorOptions, MethodOptions
-from actors.link import expired, to_send
+from actors.members.link import expired, to_send
 from arun.errors import ChannelLost, MisuseError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from actors.interface import Method
-    from actors.link import Line, Link
+    from actors.members.link import Line, Link
     from arun.channel import Stream
 
 __all__ = ("ActorHandle", "ActorStream", "actor", "method")

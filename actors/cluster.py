@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, c
 import msgspec
 
 from actors.finish import finish
-from actors.lives import ActorInfo
-from actors.roster import Roster
+from actors.members.lives import ActorInfo
+from actors.members.roster import Roster
 from arun.errors import MisuseError
 from arun.runtime import Background, Runtime
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, Unpack
 
-    from actors.body import Body
     from actors.bundles import Group, Placement, Reservation
     from actors.engine import EngineSpec
     from actors.interface import ActorSpec
-    from actors.lives import ActorHealth, Monitor
+    from actors.members.body import Body
+    from actors.members.lives import ActorHealth, Monitor
+    from actors.members.supervision import RestartPolicy, Supervisor
     from actors.pool import EnginePool, PoolOptions
-    from actors.supervision import RestartPolicy, Supervisor
 
 __all__ = ("ActorInfo", "Cluster", "ClusterResources", "DetachedOrder", "Isolation", "Lifetime", "NodeResources")
 
@@ -154,7 +154,7 @@ class Cluster(ABC):
             end by itself with exit code 0; "temporary": never. By default "temporary", and "permanent" with
             ``restarts``.
         :param restarts: how often: a number is so many in 60 s (3 by default); a
-            :class:`~actors.supervision.Supervisor` says it in full, and one given to several actors supervises them
+            :class:`~actors.Supervisor` says it in full, and one given to several actors supervises them
             together.
         :param lifetime: "scope": it ends with the cluster's block. "detached": it lives on in a Ray that this program
             did not start, until somebody stops it; ``get(name)`` finds it from every program on that Ray. Ray starts it
@@ -211,9 +211,9 @@ class Cluster(ABC):
     def monitor(self, actor: object) -> Monitor:
         """What happens to an actor: ``async for event in cluster.monitor(actor)``.
 
-        The latest event comes first, then each that follows: :class:`~actors.lives.ActorStarted`,
-        :class:`~arun.errors.ActorDied` (with ``reason`` and ``generation``), :class:`~actors.lives.ActorRestarted`,
-        :class:`~actors.lives.GaveUp` or :class:`~actors.lives.ActorStopped`, with which it ends.
+        The latest event comes first, then each that follows: :class:`~actors.ActorStarted`,
+        :class:`~arun.errors.ActorDied` (with ``reason`` and ``generation``), :class:`~actors.ActorRestarted`,
+        :class:`~actors.GaveUp` or :class:`~actors.ActorStopped`, with which it ends.
 
         :param actor: its handle or its name.
         """

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from actors.dataset_worker import (
+from actors.on_ray.dataset_worker import (
     BUCKET,
     AddSortKeys,
     Combine,
@@ -41,7 +41,7 @@ from actors.dataset_worker import (
     schema_of,
     sort_keys,
 )
-from actors.ray_host import import_ray
+from actors.on_ray.ray_host import import_ray
 from arun.data.all_to_all import Aggregate, Distinct, Join, RandomShuffle, Repartition, Sort
 from arun.data.block import unify
 from arun.data.execution.statistics import Statistics

@@ -11,9 +11,9 @@ import anyio
 
 from actors.actor import ActorHandle, link_of
 from actors.bundles import Placement
-from actors.code_table import CodeTable, Luggage
-from actors.executor_worker import ExecutorWorker
-from actors.generation import Generation
+from actors.members.generation import Generation
+from actors.on_ray.code_table import CodeTable, Luggage
+from actors.on_ray.executor_worker import ExecutorWorker
 from actors.pool import EnginePool
 from arun.actions import within
 from arun.errors import MisuseError, WorkerDied

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from actors.batches import calls
+from actors.pools.batches import calls
 from arun.errors import MisuseError, RequestError
 from arun.outcome_stream import fan_out
 from arun.policies import Policy
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from typing import Self
 
     from actors.answers import Completion, Embedding
-    from actors.batches import BatchRequest
-    from actors.engines import DeltaStream
     from actors.pool import EnginePool
-    from actors.pool_stats import PoolStats
+    from actors.pools.batches import BatchRequest
+    from actors.pools.engines import DeltaStream
+    from actors.pools.pool_stats import PoolStats
     from actors.requests import PromptLike
     from arun.outcome_stream import FanOut
 

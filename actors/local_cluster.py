@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, NoReturn, cast
 
 import anyio
 
-from actors.body import Body, End
 from actors.bundles import Bundle, Group, Placement, Reservation
 from actors.cluster import Cluster, ClusterResources, DetachedOrder, Isolation, NodeResources
-from actors.devices import Devices
-from actors.health import Vitals
-from actors.host import Host
-from actors.host_process import HostProcess
+from actors.hosts.devices import Devices
+from actors.hosts.health import Vitals
+from actors.hosts.host import Host
+from actors.hosts.host_process import HostProcess
+from actors.members.body import Body, End
 from arun.channel import Connection, memory_pair
 from arun.errors import MisuseError, PlacementError
 from arun.logs import get_logger

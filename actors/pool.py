@@ -2,10 +2,11 @@
 
     generate -> Router (which replica, or wait) -> the replica's EngineActor -> deltas -> DeltaStream
 
-What goes where, and what happens when a replica is lost, is decided by :mod:`actors.assignment`; :mod:`actors.routing`
-has the requests, :mod:`actors.fleet` the replicas, :mod:`actors.owned_engines` puts them together; this module is what
-users see of them. A detached pool has all that in its :mod:`actors.pool_supervisor`. A pool holds no cancel scope, so
-it works as a fixture and in an ``AsyncExitStack``.
+What goes where, and what happens when a replica is lost, is decided by :mod:`actors.pools.assignment`;
+:mod:`actors.pools.routing` has the requests, :mod:`actors.pools.fleet` the replicas, and
+:mod:`actors.pools.owned_engines` puts them together; this module is what users see of them. A detached pool has all
+that in its :mod:`actors.pools.pool_supervisor`. A pool holds no cancel scope, so it works as a fixture and in an
+``AsyncExitStack``.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import anyio
 
 from actors.answers import Completion, Embedding, Reset
-from actors.attached_engines import AttachedEngines, PoolOrder
-from actors.attached_pools import attached_pool
-from actors.batches import calls
-from actors.engines import DeltaStream, PoolSettings
 from actors.finish import finish
-from actors.owned_engines import OwnedEngines
-from actors.pool_stats import PoolStats, ReplicaProgress, ReplicaStats
+from actors.members.supervision import Supervisor
+from actors.on_ray.attached_pools import attached_pool
+from actors.pools.attached_engines import AttachedEngines, PoolOrder
+from actors.pools.batches import calls
+from actors.pools.engines import DeltaStream, PoolSettings
+from actors.pools.owned_engines import OwnedEngines
+from actors.pools.pool_stats import PoolStats, ReplicaProgress, ReplicaStats
 from actors.requests import to_embed_request, to_request
-from actors.supervision import Supervisor
 from arun.errors import MisuseError, RequestError
 from arun.outcome_stream import fan_out
 from arun.policies import Policy
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self, Unpack
 
-    from actors.batches import BatchRequest
     from actors.bundles import Strategy
     from actors.cluster import Cluster, Lifetime
     from actors.engine import (
@@ -47,8 +47,9 @@ if TYPE_CHECKING:
         PromptLike,
         RequestOptions,
     )
-    from actors.engines import Engines
-    from actors.pool_state import Reroute
+    from actors.pools.batches import BatchRequest
+    from actors.pools.engines import Engines
+    from actors.pools.pool_state import Reroute
     from arun.outcome_stream import FanOut
     from arun.runtime import Background
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import anyio
 import anyio.to_thread
 
-from actors import detached, pickling
 from actors.bundles import Group, Placement, Reservation
 from actors.cluster import Cluster, ClusterResources, DetachedOrder, Isolation, NodeResources
 from actors.finish import finish
 from actors.interface import specify
-from actors.ray_host import RayBody, Way, import_ray
-from actors.ray_servers import ServersGuard
+from actors.on_ray import detached, pickling
+from actors.on_ray.ray_host import RayBody, Way, import_ray
+from actors.on_ray.ray_servers import ServersGuard
 from arun.errors import ActorNotFound, MissingExtraError, MisuseError, PlacementError
 from arun.runtime import Background, Runtime
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping, Sequence
     from typing import Self
 
-    from actors.body import Body
-    from actors.detached_host import Card
     from actors.interface import ActorSpec
-    from actors.supervision import Supervisor
+    from actors.members.body import Body
+    from actors.members.supervision import Supervisor
+    from actors.on_ray.detached_host import Card
     from arun.channel import TLSConfig
 
 __all__ = ("RayCluster",)

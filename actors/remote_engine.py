@@ -17,8 +17,8 @@ import anyio
 import msgspec
 
 from actors.engine import Delta, EngineLoad, EngineSpec, GenerateRequest, Outcome, Tally
-from actors.remote_http import RemoteOptions, Server, import_httpx2, read_error
-from actors.remote_requests import Answer, Chunk, body_of, embed_body_of, embedding_of
+from actors.engines.remote_http import RemoteOptions, Server, import_httpx2, read_error
+from actors.engines.remote_requests import Answer, Chunk, body_of, embed_body_of, embedding_of
 from arun.errors import EngineDead, EngineError, MisuseError, ReplicaLost, RequestError
 from arun.logs import get_logger
 

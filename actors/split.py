@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 import pyarrow as pa
 
-from actors import detached
 from actors.actor import actor
+from actors.on_ray import detached
 from actors.ray_cluster import RayCluster
 from arun.data import Dataset, RunOptions, from_iterable
 from arun.data.split import Splits

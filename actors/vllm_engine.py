@@ -1,7 +1,7 @@
 """VLLMEngine: the Engine protocol over vLLM's AsyncLLM.
 
 Made for a process of its own (an actor): starting it sets environment variables and takes over stdout and stderr for
-a while; see :mod:`actors.vllm_start`. :mod:`actors.vllm_requests` has what happens to a single request.
+a while; see :mod:`actors.engines.vllm_start`. :mod:`actors.engines.vllm_requests` has what happens to a single request.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from actors.engine import (
     Sampling,
     Tally,
 )
+from actors.engines.vllm_requests import sentence
+from actors.engines.vllm_start import Output, is_quiet, lora_arguments, set_environment, start_failure, start_vllm
+from actors.hosts.parent_watch import ProcessGuard
 from actors.models import check_model, resolve_model, stop_making
-from actors.parent_watch import ProcessGuard
-from actors.vllm_requests import sentence
-from actors.vllm_start import Output, is_quiet, lora_arguments, set_environment, start_failure, start_vllm
 from arun.errors import EngineDead, EngineError, MissingExtraError, MisuseError, ModelNotFound
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from actors.vllm_requests import Running
+    from actors.engines.vllm_requests import Running
 
 __all__ = ("VLLMEngine", "check_here", "resolve_here")
 

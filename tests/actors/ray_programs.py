@@ -12,8 +12,8 @@ import structlog
 
 from actors.bundles import Placement
 from actors.engine import EngineSpec
+from actors.members.supervision import Backoff, Supervisor
 from actors.ray_cluster import RayCluster
-from actors.supervision import Backoff, Supervisor
 from tests.actors.samples import Counter, Wide
 
 

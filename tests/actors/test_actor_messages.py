@@ -9,8 +9,8 @@ import anyio
 import pytest
 
 from actors.actor import actor, method
-from actors.lives import ActorStarted, ActorStopped
 from actors.local_cluster import LocalCluster
+from actors.members.lives import ActorStarted, ActorStopped
 from arun.errors import ActorDied, MailboxFull, MisuseError
 from tests.actors.fragile import Caller, Fragile, Narrow
 from tests.actors.test_supervised_actors import exists

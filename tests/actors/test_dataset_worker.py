@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from actors.dataset_worker import (
+from actors.on_ray.dataset_worker import (
     BUCKET,
     AddSortKeys,
     Combine,

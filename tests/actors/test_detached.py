@@ -15,12 +15,12 @@ import pytest_asyncio
 
 from actors import Reset
 from actors.bundles import Placement
-from actors.detached_host import NAMESPACE, delay_of_restart
 from actors.engine import EngineSpec
-from actors.lives import ActorRestarted
 from actors.local_cluster import LocalCluster
+from actors.members.lives import ActorRestarted
+from actors.members.supervision import Backoff, Supervisor
+from actors.on_ray.detached_host import NAMESPACE, delay_of_restart
 from actors.ray_cluster import RayCluster
-from actors.supervision import Backoff, Supervisor
 from arun import Ok
 from arun.channel import connect_tcp
 from arun.errors import (

@@ -143,7 +143,7 @@ async def test_a_long_temporary_folder_does_not_make_the_socket_path_too_long(
 async def test_who_asks_over_a_connection_that_was_cut_is_told_so_and_stalls_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("actors.generation._DEATH_NOTICE", 0.1)
+    monkeypatch.setattr("actors.members.generation._DEATH_NOTICE", 0.1)
     async with LocalCluster(cpus=1) as cluster:
         counter = await cluster.spawn(Counter)
         stream = counter.watch()

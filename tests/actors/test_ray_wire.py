@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 import trustme
 
+from actors.on_ray.ray_wire import RayDoor, connect_over_ray
 from actors.ray_cluster import RayCluster
-from actors.ray_wire import RayDoor, connect_over_ray
 from arun.channel import TLSConfig
 from arun.errors import ChannelLost, MisuseError
 from tests.actors.samples import Counter

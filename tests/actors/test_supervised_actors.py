@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from actors.actor import link_of
-from actors.lives import ActorRestarted, ActorStarted, ActorStopped, GaveUp
-from actors.supervision import Backoff, Supervisor
+from actors.members.lives import ActorRestarted, ActorStarted, ActorStopped, GaveUp
+from actors.members.supervision import Backoff, Supervisor
 from arun.errors import ActorDied, ActorNotFound, MailboxFull, MisuseError
 from tests.actors.conftest import make_cluster
 from tests.actors.fragile import Fragile, Impatient

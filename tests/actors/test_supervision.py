@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.supervision import Backoff, GiveUp, Restart, Restarts, Supervisor, swept
+from actors.members.supervision import Backoff, GiveUp, Restart, Restarts, Supervisor, swept
 from arun.errors import MisuseError
 
 supervisors = st.builds(

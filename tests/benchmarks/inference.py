@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import EngineSpec, LocalCluster, tiny_model
-from actors.vllm_start import set_environment
+from actors.engines.vllm_start import set_environment
 from arun.data import from_rows
 
 from .harness import Check, Options, Row

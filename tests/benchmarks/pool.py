@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from actors import EngineSpec, RayCluster, tiny_model
-from actors.vllm_start import set_environment
+from actors.engines.vllm_start import set_environment
 from arun import Ok
 
 from .harness import Check, Options, Row

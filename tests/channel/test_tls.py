@@ -12,7 +12,7 @@ import pytest
 import trustme
 from structlog.testing import capture_logs
 
-from actors import pickling
+from actors.on_ray import pickling
 from arun.channel import Limits, TLSConfig, connect_tcp, serve_tcp
 from arun.errors import ChannelLost, MisuseError, ProtocolError
 

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.affinity import Homes, prefix_keys
-from actors.assignment import PoolCore
-from actors.pool_actions import Fail, Start, StartReplica, StopReplica
+from actors.members.supervision import Backoff, Supervisor
+from actors.pools.affinity import Homes, prefix_keys
+from actors.pools.assignment import PoolCore
+from actors.pools.pool_actions import Fail, Start, StartReplica, StopReplica
+from actors.pools.waiting import WaitingLine
 from actors.requests import to_prompt
-from actors.supervision import Backoff, Supervisor
-from actors.waiting import WaitingLine
 from arun.errors import PoolBusy
 
 AT_ONCE = Supervisor(intensity=1000, backoff=Backoff(first=0, cap=0))

@@ -12,8 +12,8 @@ import pytest
 from actors import Reset
 from actors.engine import EngineSpec, Usage
 from actors.local_cluster import LocalCluster
+from actors.members.supervision import Backoff, Supervisor
 from actors.pool import EnginePool
-from actors.supervision import Backoff, Supervisor
 from arun.errors import EngineDead, PoolBusy, ReplicaLost, RequestQuarantined
 from arun.runtime import Runtime
 

@@ -14,8 +14,8 @@ import pytest
 import pytest_asyncio
 
 from actors.engine import EngineSpec
+from actors.engines.vllm_start import lora_arguments
 from actors.local_cluster import LocalCluster
-from actors.vllm_start import lora_arguments
 from arun.errors import EngineError, MisuseError, ModelNotFound, RequestError
 
 safetensors = pytest.importorskip("safetensors.numpy")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from actors.supervision import Supervisor
+from actors.members.supervision import Supervisor
 from tests.faults.history import (
     Asked,
     Began,

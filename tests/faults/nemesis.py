@@ -135,7 +135,7 @@ def _sockets() -> Iterator[socket.socket]:
 
 
 def _written(peer: object) -> str:
-    """A peer as :class:`~actors.lives.ActorInfo` writes its address."""
+    """A peer as :class:`~actors.members.lives.ActorInfo` writes its address."""
     return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else f"unix:{peer}"
 
 

@@ -17,7 +17,7 @@ import msgspec
 from actors.answers import Reset
 from actors.engine import EngineSpec
 from actors.local_cluster import LocalCluster
-from actors.supervision import Backoff, Supervisor
+from actors.members.supervision import Backoff, Supervisor
 from arun.errors import ArunError
 from tests.faults.checker import Promise
 from tests.faults.engines import FOLDER, RecordedEcho, RecordedVLLM

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from actors.supervision import Supervisor
+from actors.members.supervision import Supervisor
 from tests.faults.checker import Promise, problems
 from tests.faults.history import (
     Asked,

@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from actors.assignment import PoolCore
-from actors.pool_actions import Action, Fail, Start, StartReplica, StopReplica
-from actors.supervision import Backoff, Supervisor
+from actors.members.supervision import Backoff, Supervisor
+from actors.pools.assignment import PoolCore
+from actors.pools.pool_actions import Action, Fail, Start, StartReplica, StopReplica
 from arun.errors import PoolBusy
 from tests.simulation.world import Violation, World
 

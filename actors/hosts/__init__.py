@@ -1,0 +1,1 @@
+"""The actor's side: its process, its messages, its health."""

@@ -1,0 +1,1 @@
+"""What runs in Ray's processes or reaches into them."""

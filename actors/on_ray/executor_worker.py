@@ -1,0 +1,67 @@
+"""The worker's side of a RayExecutor: an actor whose one method runs one subtask."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+from actors.actor import actor
+from actors.on_ray.code_table import Library
+from actors.pool import EnginePool
+from actors.ray_cluster import RayCluster
+from arun.executors.execution import Execution
+from arun.executors.failures import failure_of
+from arun.executors.messages import Answer, Order
+
+__all__ = ("ExecutorWorker",)
+
+
+@actor()
+class ExecutorWorker:
+    """Runs the subtasks of a :class:`~actors.executor.RayExecutor`, one at a time, and keeps the code that they need.
+
+    :param sys_path: the parent's, so that a worker on its machine finds the modules that it finds.
+    """
+
+    def __init__(self, sys_path: list[str]) -> None:
+        sys.path.extend(entry for entry in sys_path if entry not in sys.path)
+        self._library = Library()
+        self._cluster: RayCluster | None = None
+        self._attached: dict[tuple[str, str], Any] = {}
+
+    async def run(self, order: Order) -> AsyncIterator[Answer]:
+        """Run one subtask: its events as they come, last how it ended."""
+        try:
+            await self._library.fetch(order.code)
+            attached = {name: await self._attach(*known) for name, known in order.attach.items()}
+        except Exception as exc:  # noqa: BLE001 - whatever unpickling or attaching raises, the parent raises it
+            yield failure_of(exc)
+            return
+        execution = Execution(order, self._library.find, attached)
+        try:
+            async for answer in execution:
+                yield answer
+        finally:
+            await execution.aclose()
+
+    async def on_stop(self) -> None:
+        for resource in self._attached.values():
+            if isinstance(resource, EnginePool):
+                await resource.aclose()
+        if self._cluster is not None:
+            await self._cluster.aclose()
+
+    async def _attach(self, kind: str, name: str) -> Any:
+        """The detached pool or actor of that name; attached to once."""
+        if (kind, name) not in self._attached:
+            if self._cluster is None:
+                self._cluster = RayCluster.connect()
+                await self._cluster.start()
+            if kind == "pool":
+                pool = self._cluster.pool(name)
+                await pool.start()
+                self._attached[kind, name] = pool
+            else:
+                self._attached[kind, name] = await self._cluster.get(name)
+        return self._attached[kind, name]
