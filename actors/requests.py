@@ -179,9 +179,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     def given(self) -> dict[str, Any]:
         """The parameters that differ from their defaults, and ``max_tokens``, by name."""
         return {
-            field.name: value
-            for field in msgspec.structs.fields(self)
-            if (value := getattr(self, field.name)) != field.default or field.name == "max_tokens"
+            name: value
+            for name, default in zip(self.__struct_fields__, self.__struct_defaults__, strict=True)
+            if (value := getattr(self, name)) != default or name == "max_tokens"
         }
 
 

@@ -155,6 +155,10 @@ def _engine_args(spec: EngineSpec, *, cpu: bool) -> dict[str, Any]:
         args["distributed_executor_backend"] = "ray" if not cpu and _in_placement_group() else "mp"
     if cpu:
         args["enforce_eager"] = True
+        if spec.workers == 1 and os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind":
+            # vLLM takes "uni" for "mp" on a CPU, since it pins the worker's threads to cores; here they aren't. With
+            # "mp" two processes wait for each other in busy loops, also when there is nothing to do.
+            args["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     lora = lora_arguments(spec.adapters)
     if cpu and lora:
         # A request without an adapter has the index -1, and vLLM's kernels for CPUs take that for the last slot (those
