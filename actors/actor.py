@@ -13,7 +13,7 @@ between its items, so ``incr`` works while somebody watches.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import anyio
 
@@ -34,8 +34,14 @@ C = TypeVar("C", bound=type)
 F = TypeVar("F", bound="Callable[..., Any]")
 
 
-def actor(*, concurrency: int = 1, mailbox: int = 1000, hung_after: float | None = None) -> Callable[[C], C]:
-    """Say how an actor class takes its messages; without it, one at a time.
+@overload
+def actor(cls: C, /) -> C: ...
+@overload
+def actor(*, concurrency: int = 1, mailbox: int = 1000, hung_after: float | None = None) -> Callable[[C], C]: ...
+def actor(
+    cls: C | None = None, /, *, concurrency: int = 1, mailbox: int = 1000, hung_after: float | None = None
+) -> C | Callable[[C], C]:
+    """Say how an actor class takes its messages; without it, or plain, one at a time.
 
     >>> @actor(concurrency=64)
     ... class Engine: ...
@@ -58,11 +64,17 @@ def actor(*, concurrency: int = 1, mailbox: int = 1000, hung_after: float | None
         cls.__arun_actor__ = ActorOptions(concurrency, mailbox, hung_after)  # type: ignore[attr-defined]  # read by interface.describe
         return cls
 
-    return mark
+    return mark if cls is None else mark(cls)
 
 
-def method(*, idempotent: bool = False, timeout: float | None = None) -> Callable[[F], F]:
-    """Say how a method of an actor is called; without it, once and for as long as it takes.
+@overload
+def method(function: F, /) -> F: ...
+@overload
+def method(*, idempotent: bool = False, timeout: float | None = None) -> Callable[[F], F]: ...
+def method(
+    function: F | None = None, /, *, idempotent: bool = False, timeout: float | None = None
+) -> F | Callable[[F], F]:
+    """Say how a method of an actor is called; without it, or plain, once and for as long as it takes.
 
     >>> class Catalogue:
     ...     @method(idempotent=True, timeout=5.0)
@@ -82,7 +94,7 @@ def method(*, idempotent: bool = False, timeout: float | None = None) -> Callabl
         function.__arun_method__ = MethodOptions(idempotent, timeout)  # type: ignore[attr-defined]  # read by interface.describe
         return function
 
-    return mark
+    return mark if function is None else mark(function)
 
 
 class ActorHandle:
