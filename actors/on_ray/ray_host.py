@@ -18,6 +18,7 @@ import anyio
 
 from actors.hosts.health import Health, HealthThread
 from actors.hosts.host import Host
+from actors.hosts.parent_watch import continue_without_parent
 from actors.members.body import End
 from actors.on_ray import pickling
 from actors.on_ray.ray_wire import RayDoor, connect_over_ray
@@ -104,6 +105,7 @@ class RayHost:
 
     def __init__(self, blob: bytes) -> None:
         configure_logging_as_parent()
+        continue_without_parent()  # which is the raylet; without it, Ray ends its workers
         self._blob = blob
         self._host: Host | None = None
         self._doors: dict[str, RayDoor] = {}
