@@ -199,9 +199,13 @@ class RayBody:
         if where.node == ray.get_runtime_context().get_node_id():
             with contextlib.suppress(ProcessLookupError):
                 self._pidfd = os.pidfd_open(where.pid)
+        return await self.reconnect()
+
+    async def reconnect(self) -> Connection:
+        assert self._where is not None  # connected
         if self._way.transport == "ray":
             return await self._connect_over_ray("messages")
-        return await connect_tcp(where.host, where.port, token=self._token, tls=self._way.tls)
+        return await connect_tcp(self._where.host, self._where.port, token=self._token, tls=self._way.tls)
 
     async def connect_health(self) -> Connection:
         assert self._where is not None  # connected
