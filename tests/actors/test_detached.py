@@ -400,10 +400,25 @@ class TestPools:
         with pytest.raises(ActorNotFound, match="there is no detached pool 'short'"):
             await cluster.pool("short").start()
 
+    async def test_closing_one_that_was_refused_leaves_the_other_of_its_name_alone(
+        self, pool: EnginePool, cluster: RayCluster
+    ) -> None:
+        refused = cluster.engines(echo(), name=pool.name, lifetime="detached")
+        with pytest.raises(MisuseError, match="already"):
+            await refused.start()
+        await refused.close()
+        missing = cluster.pool("missing")
+        with pytest.raises(ActorNotFound, match="there is no detached pool 'missing'"):
+            await missing.start()
+        await missing.close()
+        assert (await pool.complete("a b")).text == "a b"
+
     async def test_one_that_does_not_start_leaves_nothing(self, cluster: RayCluster) -> None:
         before = groups_left()
+        bad = cluster.engines(echo(fail_start="out of memory"), name="bad", lifetime="detached")
         with pytest.raises(EngineError, match="out of memory"):
-            await cluster.engines(echo(fail_start="out of memory"), name="bad", lifetime="detached").start()
+            await bad.start()
+        await bad.close()  # in a `finally`, it must not hide the error
         with pytest.raises(PlacementError, match="5 CPU in all"):
             await cluster.engines(echo(), name="bad", lifetime="detached", cpus=5).start()
         with pytest.raises(ActorNotFound):
