@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from actors.interface import Method
     from actors.members.link import Line, Link
-    from arun.channel import Stream
+    from arun.channel import Connection, Stream
 
 __all__ = ("ActorHandle", "ActorStream", "actor", "method")
 
@@ -134,13 +134,14 @@ class ActorHandle:
 class ActorStream:
     """The items of one streaming call. Starts at the call; drop, close or cancel it and the method is closed."""
 
-    __slots__ = ("_arguments", "_line", "_link", "_method", "_over", "_stream", "_taken")
+    __slots__ = ("_arguments", "_connection", "_line", "_link", "_method", "_over", "_stream", "_taken")
 
     def __init__(self, link: Link, method: Method, arguments: dict[str, Any]) -> None:
         self._link = link
         self._method = method
         self._arguments = to_send(arguments)
         self._line: Line | None = None
+        self._connection: Connection | None = None
         self._stream: Stream[Any] | None = None
         self._taken = False
         self._over = False
@@ -174,16 +175,17 @@ class ActorStream:
     async def _next(self) -> Any:
         while not self._over:
             if self._stream is None:
-                if self._line is not None:  # its connection had ended before
-                    await self._link.judge(self._line, None, may_retry=True)
+                if self._line is not None and self._connection is not None:  # which had ended before
+                    await self._link.judge(self._line, self._connection, None, may_retry=True)
                 self._open(await self._link.next_line())
                 continue
             try:
                 item = await self._stream.__anext__()
             except ChannelLost as lost:
-                assert self._line is not None  # the stream is on it
+                assert self._line is not None  # the stream is on both
+                assert self._connection is not None
                 stream_again = self._method.options.idempotent and not self._taken
-                await self._link.judge(self._line, lost, may_retry=stream_again)
+                await self._link.judge(self._line, self._connection, lost, may_retry=stream_again)
                 self._line = self._stream = None
             else:
                 self._taken = True
@@ -191,9 +193,9 @@ class ActorStream:
         raise StopAsyncIteration
 
     def _open(self, line: Line) -> None:
-        self._line = line
+        self._line, self._connection = line, line.connection
         try:
-            self._stream = line.connection.open(self._method.name, self._arguments, item_type=self._method.item_type)
+            self._stream = self._connection.open(self._method.name, self._arguments, item_type=self._method.item_type)
         except ChannelLost:  # not sent, so the next generation may have it
             self._stream = None
 
@@ -207,6 +209,12 @@ def link_of(handle: object) -> Link:
         raise MisuseError(f"{handle!r} is no handle of an actor; spawn() and get() return those")
     link: Link = object.__getattribute__(handle, "_arun_link")  # a handle's own attributes are its actor's methods
     return link
+
+
+def is_connected(handle: object) -> bool:
+    """Whether a call would be sent to the actor now."""
+    line = link_of(handle).line
+    return line is not None and line.how is None and not line.connection.closed
 
 
 class _Bound:

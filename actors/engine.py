@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import anyio
 import msgspec
 
+from actors.actor import method
 from actors.answers import Choice, Completion, Delta, Embedding, Logprob, Reset, Usage
 from actors.requests import (
     ChatMessage,
@@ -296,10 +297,12 @@ class EngineActor:
             yield self._in_flight
             await anyio.sleep(seconds)
 
+    @method(idempotent=True)
     async def info(self) -> EngineInfo:
         resumes = bool(getattr(self._engine, "resumes", False))
         return EngineInfo(os.getpid(), self._spec.model, self._start_seconds, self._engine.load(), resumes)
 
+    @method(idempotent=True)
     async def metrics(self) -> EngineMetrics:
         metrics: EngineMetrics = self._optional("metrics")()
         return metrics

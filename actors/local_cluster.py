@@ -144,20 +144,29 @@ class _Task:
     def __init__(self, spec: ActorSpec) -> None:
         self._name = spec.name
         self._host = Host(lambda: spec)
-        self._client, server = memory_pair(handler_b=self._host.handle)
-        self._host.begin(server.aclose)
+        self._servers: list[Connection] = []
+        self._host.begin(self._hang_up)
 
     @property
     def pid(self) -> int:
         return os.getpid()
 
     async def connect(self) -> Connection:
-        return self._client
+        client, server = memory_pair(handler_b=self._host.handle)
+        self._servers.append(server)
+        return client
+
+    async def reconnect(self) -> Connection:
+        return await self.connect()
 
     async def connect_health(self) -> Connection:
         # No thread: this is the event loop of whoever asks, so it turns.
         client, _ = memory_pair(handler_b=self._tell_health)
         return client
+
+    async def _hang_up(self) -> None:
+        for server in self._servers:
+            await server.aclose()
 
     async def _tell_health(self, method: str, payload: object) -> AsyncIterator[Vitals]:
         running, waiting, mailbox = self._host.load()

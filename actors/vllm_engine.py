@@ -30,7 +30,15 @@ from actors.engine import (
     Tally,
 )
 from actors.engines.vllm_requests import sentence
-from actors.engines.vllm_start import Output, is_quiet, lora_arguments, set_environment, start_failure, start_vllm
+from actors.engines.vllm_start import (
+    Output,
+    is_quiet,
+    lora_arguments,
+    set_environment,
+    start_failure,
+    start_vllm,
+    temporary_files_in,
+)
 from actors.hosts.parent_watch import ProcessGuard
 from actors.models import check_model, resolve_model, stop_making
 from arun.errors import EngineDead, EngineError, MissingExtraError, MisuseError, ModelNotFound
@@ -108,7 +116,10 @@ class VLLMEngine:
         set_environment(self._spec.model, sockets=self._guard.folder)
         output = self._output
         try:
-            with output.taking_over() if is_quiet() else contextlib.nullcontext():
+            with (
+                temporary_files_in(self._guard.folder),
+                output.taking_over() if is_quiet() else contextlib.nullcontext(),
+            ):
                 # One after the other: importing vLLM leaves tracebacks behind, whose frames must not know the engine.
                 await anyio.to_thread.run_sync(importlib.import_module, "vllm.v1.engine.async_llm")
                 self._running = await anyio.to_thread.run_sync(start_vllm, self._spec)

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,15 @@ if TYPE_CHECKING:
 
     from actors.engine import EngineSpec
 
-__all__ = ("Output", "is_quiet", "lora_arguments", "set_environment", "start_failure", "start_vllm")
+__all__ = (
+    "Output",
+    "is_quiet",
+    "lora_arguments",
+    "set_environment",
+    "start_failure",
+    "start_vllm",
+    "temporary_files_in",
+)
 
 # The ranks that vLLM makes room for.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -45,6 +54,26 @@ def set_environment(model: str, *, sockets: str) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if os.path.isdir(model):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@contextlib.contextmanager
+def temporary_files_in(folder: str) -> Generator[None]:
+    """Let the processes that are started meanwhile put their temporary files there: vLLM leaves some that nobody owns.
+
+    What torch has compiled stays where other engines find it.
+    """
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    )
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
 
 
 def is_quiet() -> bool:

@@ -101,6 +101,9 @@ class HostProcess:
     async def connect(self) -> Connection:
         await self._send_order()
         await self._listening()
+        return await self.reconnect()
+
+    async def reconnect(self) -> Connection:
         return await connect_unix(str(self._path), token=self._token)
 
     async def connect_health(self) -> Connection:

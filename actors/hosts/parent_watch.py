@@ -2,10 +2,12 @@
 
 vLLM's EngineCore outlives an owner that is killed: it keeps its memory, its GPU and the caller's stdout. vLLM
 loads plug-ins in every process, but only after some 20 seconds of imports, so a watcher in there would miss an owner
-that dies during the start. So the owner starts one tiny guard process first, in a session of its own. The guard waits
-until the pipe from its owner closes, which the kernel does for every kind of death. Then it kills whatever carries the
-owner's mark, and removes what that leaves behind: its sockets (which vLLM forgets even when it ends in good order) and
-its shared memory (multiprocessing's resource tracker would unlink some of it, but often is killed as well).
+that dies during the start. So the owner starts one tiny guard process first, in a session of its own and as nobody's
+child: Ray's workers kill their children when they exit, and would kill the guard before its work. The guard waits until
+the pipe from its owner closes, which the kernel does for every kind of death. Then it kills whatever carries the
+owner's mark, and removes what that leaves behind: its sockets and temporary files (which vLLM forgets even when it ends
+in good order) and its shared memory (multiprocessing's resource tracker would unlink some of it, but often is killed as
+well).
 
 The mark is an environment variable. Every process that the owner starts inherits it, whoever its parent is by
 then, and ``/proc/PID/environ`` shows it.
@@ -29,6 +31,8 @@ __all__ = ("ProcessGuard", "continue_without_parent")
 _MARK = "ARUN_ENGINE_MARK"
 _SETTLED = b"."
 _LOOK_SECONDS = 0.5
+_QUIET_LOOKS = 5
+_QUIET_SECONDS = 0.02
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SHARED = ("psm_", "sem.mp-", "vllm")  # of multiprocessing and of vLLM
 
@@ -38,37 +42,41 @@ class ProcessGuard:
 
     Linux only (it reads ``/proc``). One per process at a time: the mark is in ``os.environ``.
 
-    :ivar folder: for the sockets of these processes; removed with them.
+    :ivar folder: for the sockets and temporary files of these processes; removed with them.
     """
 
     def __init__(self) -> None:
         mark = uuid.uuid4().hex
         self.folder = tempfile.mkdtemp(prefix="arun-engine-")
-        self._process = subprocess.Popen(
+        guard = subprocess.Popen(
             # -I -S: no site, no user code, nothing to import but the standard library. The guard itself is not marked.
-            [sys.executable, "-I", "-S", __file__, mark, self.folder],
+            [sys.executable, "-I", "-S", __file__, str(os.getpid()), mark, self.folder],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
             cwd="/",
             env={},
             start_new_session=True,  # a signal to the owner's process group must not reach it
         )
+        guard.wait()  # it goes on as a child of its own
+        assert guard.stdin is not None  # both are pipes
+        assert guard.stdout is not None
+        self._leash, self._guarding = guard.stdin, guard.stdout
         os.environ[_MARK] = mark
         os.environ["SPT_NOENV"] = "1"  # setproctitle, which vLLM uses, would overwrite /proc/PID/environ
 
     def settled(self) -> None:
         """All processes have started and have the shared memory that they will have; the guard may look less often."""
-        if self._process.stdin is not None:
-            self._process.stdin.write(_SETTLED)
+        self._leash.write(_SETTLED)
 
     def close(self) -> None:
-        """Kill every marked process and return when they are gone. Idempotent; blocks for milliseconds."""
+        """Kill every marked process and return when they are gone. Idempotent; blocks for a tenth of a second."""
         os.environ.pop(_MARK, None)
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        self._process.wait()
+        self._leash.close()
+        if not self._guarding.closed:
+            self._guarding.read()  # until its end, it writes nothing
+            self._guarding.close()
 
 
 def continue_without_parent() -> None:
@@ -81,9 +89,10 @@ def continue_without_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGCONT))
 
 
-def _guard(entry: bytes, folder: str) -> None:
-    owner = os.getppid()
+def _guard(owner: int, entry: bytes, folder: str) -> None:
     owners_own = _shared_memory(owner)
+    if os.fork():
+        os._exit(0)
     shared: set[int] = set()
     settled = False
     while True:
@@ -96,11 +105,14 @@ def _guard(entry: bytes, folder: str) -> None:
         if word == b"":
             break
         settled = settled or word == _SETTLED
-    while pids := _marked(entry):  # again, because one of them may just have started another
+    quiet = 0
+    while quiet < _QUIET_LOOKS:  # one of them may just have started another, which shows no environment at first
+        pids = _marked(entry)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
+        quiet = 0 if pids else quiet + 1
+        time.sleep(_QUIET_SECONDS)
     _unlink(shared)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -137,4 +149,4 @@ def _lines(pid: str, name: str, separator: bytes) -> list[bytes]:
 
 
 if __name__ == "__main__":
-    _guard(f"{_MARK}={sys.argv[1]}".encode(), sys.argv[2])
+    _guard(int(sys.argv[1]), f"{_MARK}={sys.argv[2]}".encode(), sys.argv[3])

@@ -37,6 +37,14 @@ class Body(Protocol):
         """
         ...
 
+    async def reconnect(self) -> Connection:
+        """Connect again, after the connection was lost. After :meth:`connect`.
+
+        :raises ChannelLost: it has ended, or can't be reached.
+        :raises ProtocolError: something else listens there by now.
+        """
+        ...
+
     async def connect_health(self) -> Connection:
         """Connect to what tells its health (:data:`actors.hosts.health.HEALTH`). After :meth:`connect`.
 

@@ -10,7 +10,7 @@ from actors.finish import finish
 from actors.hosts.health import HEALTH, Vitals
 from actors.hosts.host import START
 from actors.members.lives import ActorHealth
-from arun.errors import ChannelLost
+from arun.errors import ChannelLost, ProtocolError
 from arun.logs import get_logger
 from arun.runtime import Background, Runtime
 
@@ -25,7 +25,10 @@ __all__ = ("Generation", "Vigil")
 log = get_logger("actors.generation")
 
 _DEATH_NOTICE = 5.0
-"""Seconds that a lost connection waits to hear that the process ended, before it counts as only that."""
+"""Seconds that a lost connection waits for another one, or to hear that the process ended."""
+
+_RECONNECT_DELAYS = (0.0, 0.05, 0.2, 1.0)
+"""Seconds before each attempt to connect again; the last one for all that follow."""
 
 _LOOKS = 4
 """How often the health is asked for within the time after which an actor counts as dead."""
@@ -53,6 +56,8 @@ class Vigil:
 class Generation:
     """One life of an actor. It is the :class:`~actors.members.link.Line` that calls take, once it is up.
 
+    A connection that is lost while the process lives is replaced by another; what was in flight on it is lost.
+
     :ivar number: from 1.
     :ivar how: how it ended, as a phrase that continues "the actor"; None while it lives.
     :ivar abnormal: False where it ended by itself and in good order.
@@ -72,6 +77,7 @@ class Generation:
         self._connection: Connection | None = None
         self._health: Connection | None = None
         self._ended = anyio.Event()
+        self._changed = anyio.Event()
         self._stopping: Background[None] | None = None
         self._killed_because: str | None = None
         self._watches = [Runtime.current().start(self._watch_end, name=f"watch of actor {name}")]
@@ -93,12 +99,12 @@ class Generation:
         """
         try:
             self._connection = await self.body.connect()
-            self._watches.append(Runtime.current().start(self._watch_health, name=f"health of actor {self.name}"))
-            await self._connection.call(START)
         except ChannelLost:
-            if self._connection is None or self._connection.closed:  # else the method raised it
-                await self.notice_death()
+            await self.notice_death()
             raise
+        for watch in (self._watch_health, self._stay_connected):
+            self._watches.append(Runtime.current().start(watch, name=f"watch of actor {self.name}"))
+        await self._start()
         if self.how is not None:
             raise ChannelLost(f"the process of actor {self.name!r} ended as soon as it was ready")
 
@@ -107,6 +113,7 @@ class Generation:
         if self._stopping is None:
             if self.how is None:
                 self.how = how
+                self._tell()
             self._stopping = Runtime.current().start(self._stop, grace, name=f"stop of actor {self.name}")
         await finish(self._stopping)
 
@@ -127,10 +134,52 @@ class Generation:
             mailbox=vitals.mailbox,
         )
 
+    async def regain(self, lost: Connection) -> bool:
+        with anyio.move_on_after(_DEATH_NOTICE):
+            while self.how is None and self._connection is lost:
+                await self._changed.wait()
+        return self.how is None and self._connection is not lost
+
     async def notice_death(self) -> None:
         """Wait a moment to hear how it ended."""
         with anyio.move_on_after(_DEATH_NOTICE):
             await self._ended.wait()
+
+    async def _start(self) -> None:
+        while True:
+            connection = self.connection
+            try:
+                await connection.call(START)
+            except ChannelLost:
+                if not connection.closed:  # the constructor or on_start raised it
+                    raise
+                if not await self.regain(connection):
+                    raise
+            else:
+                return
+
+    async def _stay_connected(self) -> None:
+        attempt = 0
+        while self.how is None:
+            lost = self.connection
+            await lost.wait_closed()
+            delay = _RECONNECT_DELAYS[min(attempt, len(_RECONNECT_DELAYS) - 1)]
+            with anyio.move_on_after(delay):
+                await self._ended.wait()
+            if self.how is not None:
+                return
+            try:
+                self._connection = await self.body.reconnect()
+            except (ChannelLost, ProtocolError):
+                attempt += 1
+                continue
+            attempt = 0
+            log.warning("actor.reconnected", actor=self.name, generation=self.number, pid=self.pid)
+            self._tell()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = anyio.Event()
 
     async def _vitals(self, patience: float) -> Vitals | None:
         """What its health thread tells within so many seconds."""
@@ -170,13 +219,14 @@ class Generation:
 
     async def _stop(self, grace: float) -> None:
         await self.body.stop(grace)
+        for watch in self._watches:
+            watch.cancel()
+            await watch.ended()
+        self._ended.set()
         for connection in (self._health, self._connection):
             if connection is not None:
                 with anyio.move_on_after(grace):
                     await connection.aclose()
-        for watch in self._watches:
-            watch.cancel()
-            await watch.ended()
 
     async def _watch_end(self) -> None:
         end: End = await self.body.wait_ended()
@@ -185,3 +235,4 @@ class Generation:
             self.abnormal = end.abnormal
             self._on_end(self)
         self._ended.set()
+        self._tell()

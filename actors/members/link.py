@@ -6,6 +6,9 @@ room. What happens to it when its generation dies:
     not sent yet                            it goes to the next generation
     sent, ``@method(idempotent=True)``      it is sent again (a stream: if it has given no item yet)
     sent, otherwise                         :class:`~arun.errors.ActorDied`: it may have had its effect
+
+Where only the connection is lost, the generation gets another one, within a moment, and the same holds, but that it is
+:class:`~arun.errors.ChannelLost` then.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ class Line(Protocol):
     @property
     def how(self) -> str | None: ...
 
-    async def notice_death(self) -> None:
-        """Wait a moment for ``how``, after the connection was lost."""
+    async def regain(self, lost: Connection) -> bool:
+        """Wait a moment, after the connection was lost, for another one or for ``how``; tells whether it is another."""
         ...
 
 
@@ -102,9 +105,9 @@ class Link:
                 if not connection.closed:
                     return await connection.call(method.name, arguments, result_type=method.item_type)
             except ChannelLost as lost:
-                await self.judge(line, lost, may_retry=method.options.idempotent)
+                await self.judge(line, connection, lost, may_retry=method.options.idempotent)
             else:
-                await self.judge(line, None, may_retry=True)
+                await self.judge(line, connection, None, may_retry=True)
 
     async def next_line(self) -> Line:
         """Wait for a generation that is up.
@@ -128,16 +131,20 @@ class Link:
             self._waiting -= 1
         return self.line
 
-    async def judge(self, line: Line, lost: ChannelLost | None, *, may_retry: bool) -> None:
+    async def judge(self, line: Line, connection: Connection, lost: ChannelLost | None, *, may_retry: bool) -> None:
         """Say what becomes of a call whose connection was lost; returns if it is to be sent again.
 
+        :param lost: None: it was not sent yet.
         :raises ActorDied: its generation ended.
         :raises ChannelLost: the method raised that itself, or only the connection ended.
         """
         if line.how is None:
-            if lost is not None and not line.connection.closed:
+            if lost is not None and not connection.closed:
                 raise lost
-            await line.notice_death()
+            if await line.regain(connection):
+                if lost is None or may_retry:
+                    return
+                raise lost
         if line.how is None:
             raise lost or ChannelLost(f"no connection to the {self.describe(line)}, whose process runs")
         if may_retry:

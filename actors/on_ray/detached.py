@@ -229,6 +229,17 @@ class DetachedBody:
                 self._pidfd = os.pidfd_open(where.pid)
         return await connect_tcp(where.host, where.port, token=self._token, tls=self._attachment.tls)
 
+    async def reconnect(self) -> Connection:
+        token = secrets.token_bytes(32)  # the host has taken the other one back
+        try:
+            where: Whereabouts = await self._actor.attach.remote(token)
+        except import_ray().exceptions.RayError as exc:
+            raise ChannelLost(f"the detached actor {self._name!r} can't be reached: {exc}") from exc
+        if where != self._where:
+            raise ChannelLost(f"the detached actor {self._name!r} was started again")
+        self._token = token
+        return await connect_tcp(where.host, where.port, token=token, tls=self._attachment.tls)
+
     async def connect_health(self) -> Connection:
         assert self._where is not None  # connected
         port, tls = self._where.health_port, self._attachment.tls

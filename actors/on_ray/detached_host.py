@@ -17,6 +17,7 @@ import anyio
 import msgspec
 
 from actors.hosts.host import Host
+from actors.hosts.parent_watch import continue_without_parent
 from actors.members.supervision import GiveUp, Restarts, Supervisor
 from actors.on_ray import pickling
 from actors.on_ray.ray_host import Doors, Whereabouts, import_ray, open_doors
@@ -63,6 +64,7 @@ class DetachedHost:
 
     def __init__(self, blob: bytes, card: Card, tls: TLSConfig | None) -> None:
         configure_logging_as_parent()
+        continue_without_parent()
         self._card = card
         self._tls = tls
         self._host = Host(lambda: pickling.loads(blob))

@@ -18,6 +18,7 @@ import anyio
 
 from actors.hosts.health import Health, HealthThread
 from actors.hosts.host import Host
+from actors.hosts.parent_watch import continue_without_parent
 from actors.members.body import End
 from actors.on_ray import pickling
 from actors.on_ray.ray_wire import RayDoor, connect_over_ray
@@ -104,6 +105,7 @@ class RayHost:
 
     def __init__(self, blob: bytes) -> None:
         configure_logging_as_parent()
+        continue_without_parent()  # which is the raylet; without it, Ray ends its workers
         self._blob = blob
         self._host: Host | None = None
         self._doors: dict[str, RayDoor] = {}
@@ -197,9 +199,13 @@ class RayBody:
         if where.node == ray.get_runtime_context().get_node_id():
             with contextlib.suppress(ProcessLookupError):
                 self._pidfd = os.pidfd_open(where.pid)
+        return await self.reconnect()
+
+    async def reconnect(self) -> Connection:
+        assert self._where is not None  # connected
         if self._way.transport == "ray":
             return await self._connect_over_ray("messages")
-        return await connect_tcp(where.host, where.port, token=self._token, tls=self._way.tls)
+        return await connect_tcp(self._where.host, self._where.port, token=self._token, tls=self._way.tls)
 
     async def connect_health(self) -> Connection:
         assert self._where is not None  # connected

@@ -77,6 +77,8 @@ class AttachedEngines:
         self._order = order
         self._tell = tell
         self._supervisor: Any = None
+        #: whether there is something to end: not where a start was refused, which may be because of another's pool
+        self._to_end = order is None
         self._facts = PoolFacts(generates=True, capacity=1, stats=PoolStats(name=pool))
         self._watching: Background[None] | None = None
         self._streams: weakref.WeakSet[AttachedStream] = weakref.WeakSet()
@@ -90,23 +92,24 @@ class AttachedEngines:
         return self._facts.capacity
 
     async def start(self) -> None:
+        self._to_end = created = False
         self._cluster.check_detachable()
-        created = False
         try:
-            self._supervisor = await self._cluster.get(self._actor, PoolSupervisor)
+            supervisor = await self._cluster.get(self._actor, PoolSupervisor)
         except ActorNotFound as missing:
             if self._order is None:
                 raise ActorNotFound(
                     f"there is no detached pool {self.pool!r}; start it with cluster.engines(spec, name={self.pool!r}, "
                     f"lifetime='detached'). In full: {missing}"
                 ) from None
-            self._supervisor, created = await self._create(self._order)
+            supervisor, created = await self._create(self._order)
         else:
             if self._order is not None and not self._order.get_if_exists:
                 raise MisuseError(
                     f"there is a detached pool {self.pool!r} already: cluster.pool({self.pool!r}) attaches to it, and "
                     "so does get_if_exists=True"
                 )
+        self._supervisor, self._to_end = supervisor, True
         self._watching = Runtime.current().start(self._watch, name=f"view of pool {self.pool}")
         try:
             self._facts = await self._supervisor.opened()
@@ -153,11 +156,17 @@ class AttachedEngines:
 
     async def end(self) -> None:
         await self.leave()
-        if self._supervisor is not None:
-            # Without haste; the actor's own end has a deadline.
-            with contextlib.suppress(ActorDied, ChannelLost):
-                await self._supervisor.end()
-        await self._cluster.stop(self._actor)
+        if not self._to_end:
+            return
+        self._to_end = False
+        if self._supervisor is None:  # never attached to
+            await self._cluster.stop(self._actor)
+            return
+        # Without haste; the actor's own end has a deadline.
+        with contextlib.suppress(ActorDied, ChannelLost):
+            await self._supervisor.end()
+        with contextlib.suppress(ActorNotFound):  # somebody else was faster
+            await self._cluster.stop(self._actor)
 
     @property
     def _actor(self) -> str:

@@ -9,7 +9,7 @@ import msgspec
 
 from actors.bundles import Placement
 from actors.engine import EngineActor, EngineInfo, EngineSpec
-from arun.errors import ArunError, MisuseError, PlacementError
+from arun.errors import ArunError, ChannelLost, MisuseError, PlacementError
 from arun.logs import get_logger
 from arun.runtime import Background, Runtime
 
@@ -289,24 +289,32 @@ class Fleet:
         self._events.ready(replica)
 
     async def _watch(self, replica: Replica, generation: int) -> None:
-        actor = replica.actor
+        self._lost(replica, generation, await self._last_sign(replica))
+
+    async def _last_sign(self, replica: Replica) -> str:
+        """Report a replica's signs of life until they end; tells why they did."""
         assert self._events is not None  # report_to() was first
-        cause = "its signs of life ended"
-        signs = actor.pulse(self._options.pulse)
-        try:
-            while True:
-                with anyio.fail_after(self._options.pulse + self._options.watchdog):
-                    load: int = await anext(signs)
-                self._events.report(replica, load)
-        except TimeoutError:
-            cause = f"it gave no sign of life for {self._options.watchdog:g} s"
-        except (ArunError, StopAsyncIteration) as exc:
-            cause = str(exc) or cause
-        except Exception as exc:  # noqa: BLE001  # an engine of the user's own may raise anything
-            cause = f"its health check failed: {exc!r}"
-        finally:
-            signs.cancel()
-        self._lost(replica, generation, cause)
+        actor, cause, heard = replica.actor, "its signs of life ended", True
+        while heard:
+            heard = False
+            signs = actor.pulse(self._options.pulse)
+            try:
+                while True:
+                    with anyio.fail_after(self._options.pulse + self._options.watchdog):
+                        load: int = await anext(signs)
+                    heard = True
+                    self._events.report(replica, load)
+            except ChannelLost as exc:  # it goes on where there is another connection
+                cause = str(exc)
+            except TimeoutError:
+                return f"it gave no sign of life for {self._options.watchdog:g} s"
+            except (ArunError, StopAsyncIteration) as exc:
+                return str(exc) or cause
+            except Exception as exc:  # noqa: BLE001  # an engine of the user's own may raise anything
+                return f"its health check failed: {exc!r}"
+            finally:
+                signs.cancel()
+        return cause
 
     def _lost(self, replica: Replica, generation: int, cause: str) -> None:
         assert self._events is not None  # report_to() was first

@@ -13,6 +13,7 @@ import anyio
 import anyio.lowlevel
 import msgspec
 
+from actors.actor import is_connected
 from actors.answers import Reset
 from actors.engine import Outcome, Usage
 from actors.pools.affinity import prefix_keys
@@ -47,6 +48,7 @@ log = get_logger("arun.pool")
 
 _ABORT_SECONDS = 10.0
 _MOST_STARTS = 3  # of a request whose answers break off on a replica that goes on
+_MOST_CUTS = 5  # of connections under a request without a delta in between
 
 _BEGUN_ANEW = (
     "seed",
@@ -177,8 +179,21 @@ class Router:
         route.stream, route.replica = None, None
         replica.counts.lost += 1
         pid = replica.pid
-        self.lost(replica, route.generation, str(error))
-        route.lost_with = (replica.number, pid, replica.cause)
+        if isinstance(error, ChannelLost) and replica.actor is not None and is_connected(replica.actor):
+            route.cuts += 1  # the replica goes on, over another connection
+            route.lost_with = (replica.number, pid, str(error))
+            if route.cuts >= _MOST_CUTS:
+                route.stop(
+                    ReplicaLost(
+                        f"the connection to replica {replica.number} of pool {self._pool!r} (pid {pid}) was lost: "
+                        f"{error}. Request {route.request.request_id!r} is not tried again: it has lost its connection "
+                        f"{route.cuts} times without a delta in between"
+                    )
+                )
+                return
+        else:
+            self.lost(replica, route.generation, str(error))
+            route.lost_with = (replica.number, pid, replica.cause)
         self.do(self.core.cut(route.request.request_id, route.epoch))
 
     def again(self, route: Route) -> bool:
@@ -267,6 +282,7 @@ class Route:
 
     :ivar obstacle: why no other replica can go on with the answer; None if one can.
     :ivar stream: None while it waits.
+    :ivar cuts: connections that were lost under it since the last delta, though the replica went on.
     :ivar tokens: of the answer, delivered so far.
     :ivar delivered: ``list[int]``, these tokens, where another replica may have to continue after them.
     :ivar resumed: how many of them were delivered before the present start.
@@ -275,7 +291,7 @@ class Route:
     """
 
     __slots__ = (
-        "changed", "delivered", "epoch", "error", "generation", "lost_with", "obstacle", "outcome", "replica",
+        "changed", "cuts", "delivered", "epoch", "error", "generation", "lost_with", "obstacle", "outcome", "replica",
         "request", "reroute", "reset", "resumed", "stream", "tokens",
     )  # fmt: skip
 
@@ -288,6 +304,7 @@ class Route:
         self.replica: Replica | None = None
         self.generation = 0
         self.epoch = 0
+        self.cuts = 0
         self.tokens = 0
         self.delivered: list[int] = []
         self.resumed = 0
@@ -328,6 +345,7 @@ class Route:
         if not count and not self.tokens and delta.usage is not None:  # of a server that tells no token ids
             count = delta.usage.completion_tokens
         self.tokens += count
+        self.cuts = 0
         if self.replica is not None:
             self.replica.counts.tokens += count
         if self.obstacle is None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,39 @@ def wait_gone(pids: list[int], seconds: float) -> list[int]:
 def children(pid: int) -> list[int]:
     """The processes that a process started, from whatever thread."""
     return [int(word) for path in Path(f"/proc/{pid}/task").glob("*/children") for word in path.read_text().split()]
+
+
+def parents() -> dict[int, int]:
+    """The parent of every process that runs; of an engine's guard, which is nobody's child, whom it guards."""
+    found: dict[int, int] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            # "pid (any name) state parent ...", and the name may have spaces and brackets.
+            state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            guards = [at for at, word in enumerate(command) if word.endswith(b"/parent_watch.py")]
+            if state != "Z":
+                found[int(process.name)] = int(command[guards[0] + 1]) if guards else int(parent)
+    return found
+
+
+def descendants(root: int) -> dict[int, str]:
+    """The processes that a process has started, and those that these have: what each runs, by its pid."""
+    of = parents()
+    found: dict[int, str] = {}
+    for pid in of:
+        ancestor: int | None = of[pid]
+        while ancestor is not None and ancestor != root:
+            ancestor = of.get(ancestor)
+        if ancestor == root:
+            with suppress(OSError):
+                found[pid] = command_of(pid)
+    return found
+
+
+def command_of(pid: int) -> str:
+    """What a process runs."""
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
 
 
 @contextmanager

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 from actors.bundles import Placement
-from arun.errors import ActorDied, ActorNotFound, MisuseError, PlacementError, RemoteError
+from arun.errors import ActorDied, ActorNotFound, ChannelLost, MisuseError, PlacementError, RemoteError
 from tests.actors.conftest import make_cluster
+from tests.actors.fragile import Fragile
 from tests.actors.programs import wait_gone
 from tests.actors.samples import Arrays, Counter, Diary, FailsToStart, HangsAtStart, Point, Wide
+from tests.faults.nemesis import cut
 
 if TYPE_CHECKING:
     from actors.cluster import Cluster
@@ -356,6 +358,47 @@ async def test_a_killed_actor_fails_its_open_calls_and_streams_with_actor_died(c
     with pytest.raises(ActorDied, match=died):
         await wide.incr()
     assert [info.alive for info in cluster.list()] == [False]
+
+
+@needs_process
+async def test_a_cut_connection_loses_what_is_in_flight_and_the_actor_goes_on(cluster: Cluster, kind: str) -> None:
+    wide = await cluster.spawn(Wide, name="wide", start=3)
+    call = asyncio.create_task(wide.hang())
+    stream = wide.watch()
+    await anext(stream)
+    await noted(wide, "hanging")
+    [info] = cluster.list()
+    cut(info.address)
+    with pytest.raises(ChannelLost):
+        await call
+    assert await wide.incr() == 4
+    with pytest.raises(ChannelLost):
+        async for _ in stream:  # what had arrived comes first
+            pass
+    await noted(wide, "hang cancelled")
+    await noted(wide, "watch closed")
+    stream = wide.watch()
+    await anext(stream)
+    cut(info.address)
+    with pytest.raises(ChannelLost):
+        async for _ in stream:
+            pass
+    assert await wide.incr() == 5
+    assert await wide.pid() == info.pid
+    assert (await cluster.health(wide)).generation == 1
+
+
+@needs_process
+async def test_an_idempotent_call_on_a_cut_connection_is_sent_again(
+    cluster: Cluster, kind: str, tmp_path: Path
+) -> None:
+    fragile = await cluster.spawn(Fragile, str(tmp_path), concurrency=2)
+    [info] = cluster.list()
+    call = asyncio.create_task(fragile.hang_once())
+    while not (tmp_path / "hung").exists():
+        await fragile.incr()
+    cut(info.address)
+    assert await call == info.pid
 
 
 # Placements

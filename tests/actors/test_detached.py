@@ -37,6 +37,7 @@ from arun.errors import (
 from tests.actors.fragile import Fragile
 from tests.actors.programs import ENVIRONMENT, ROOT, wait_gone
 from tests.actors.samples import Counter, FailsToStart, HangsAtStart, Wide
+from tests.faults.nemesis import cut
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -204,6 +205,20 @@ class TestActors:
         assert ActorRestarted in [type(await anext(events)) for _ in range(3)]
         await cluster.stop(actor)
         assert (tmp_path / "stops").read_text() == "fragile\n"
+
+    async def test_a_client_whose_connection_is_cut_attaches_again(self, cluster: RayCluster, tmp_path: Path) -> None:
+        actor = await cluster.spawn(Fragile, str(tmp_path), name="reached", lifetime="detached", concurrency=2)
+        [info] = cluster.list()
+        for count in (1, 2):
+            lost = asyncio.create_task(actor.hang())
+            await until((tmp_path / "hanging").exists)
+            (tmp_path / "hanging").unlink()
+            cut(info.address)
+            with pytest.raises(ChannelLost):
+                await lost
+            assert await actor.incr() == count
+        assert (await actor.pid(), (await cluster.health(actor)).state) == (info.pid, "alive")
+        await cluster.stop(actor)
 
     async def test_one_that_dies_too_often_is_given_up_with_the_reason(
         self, cluster: RayCluster, tmp_path: Path
@@ -385,10 +400,25 @@ class TestPools:
         with pytest.raises(ActorNotFound, match="there is no detached pool 'short'"):
             await cluster.pool("short").start()
 
+    async def test_closing_one_that_was_refused_leaves_the_other_of_its_name_alone(
+        self, pool: EnginePool, cluster: RayCluster
+    ) -> None:
+        refused = cluster.engines(echo(), name=pool.name, lifetime="detached")
+        with pytest.raises(MisuseError, match="already"):
+            await refused.start()
+        await refused.close()
+        missing = cluster.pool("missing")
+        with pytest.raises(ActorNotFound, match="there is no detached pool 'missing'"):
+            await missing.start()
+        await missing.close()
+        assert (await pool.complete("a b")).text == "a b"
+
     async def test_one_that_does_not_start_leaves_nothing(self, cluster: RayCluster) -> None:
         before = groups_left()
+        bad = cluster.engines(echo(fail_start="out of memory"), name="bad", lifetime="detached")
         with pytest.raises(EngineError, match="out of memory"):
-            await cluster.engines(echo(fail_start="out of memory"), name="bad", lifetime="detached").start()
+            await bad.start()
+        await bad.close()  # in a `finally`, it must not hide the error
         with pytest.raises(PlacementError, match="5 CPU in all"):
             await cluster.engines(echo(), name="bad", lifetime="detached", cpus=5).start()
         with pytest.raises(ActorNotFound):

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import select
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,9 +10,10 @@ import pytest_asyncio
 
 from actors.engine import EngineSpec
 from actors.local_cluster import LocalCluster
+from tests.actors import programs
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Callable
 
     from actors.pool import EnginePool
 
@@ -29,18 +29,10 @@ class Processes:
     def __init__(self, root: int) -> None:
         self.commands: dict[int, str] = {}
         self._pidfds: dict[int, int] = {}
-        parents = dict(_pids_and_parents())
-        for pid in parents:
-            ancestor: int | None = parents[pid]
-            while ancestor is not None and ancestor != root:
-                ancestor = parents.get(ancestor)
-            if ancestor == root:
-                self._add(pid)
-
-    def _add(self, pid: int) -> None:
-        with suppress(ProcessLookupError, FileNotFoundError):
-            self._pidfds[pid] = os.pidfd_open(pid)
-            self.commands[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        for pid, command in programs.descendants(root).items():
+            with suppress(ProcessLookupError):
+                self._pidfds[pid] = os.pidfd_open(pid)
+                self.commands[pid] = command
 
     def wait_gone(self, timeout: float) -> list[str]:
         """Wait until all have ended; what still runs after ``timeout`` seconds is returned."""
@@ -57,13 +49,6 @@ class Processes:
                 os.close(fd)
                 del running[fd]
         return [f"{pid} {self.commands[pid]}" for pid in running.values()]
-
-
-def _pids_and_parents() -> Iterator[tuple[int, int]]:
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(ProcessLookupError, FileNotFoundError):
-            # "pid (any name) state parent ...", and the name may have spaces and brackets.
-            yield int(stat.parent.name), int(stat.read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from actors.members.supervision import Backoff, Supervisor
 from actors.pool import EnginePool
 from arun.errors import EngineDead, PoolBusy, ReplicaLost, RequestQuarantined
 from arun.runtime import Runtime
+from tests.faults.nemesis import cut
 
 pytestmark = pytest.mark.anyio
 
@@ -53,6 +54,14 @@ def text(deltas):
     return "".join(delta.text for delta in deltas)
 
 
+@contextlib.asynccontextmanager
+async def open_pool_that_may_be_cut(spec, **options):
+    """Gives also what cuts the connection to its first replica."""
+    async with Runtime(), LocalCluster(cpus=8, grace=1) as cluster:
+        async with EnginePool(cluster, spec, name="chat", restarts=AT_ONCE, **options) as pool:
+            yield pool, lambda: cut(cluster.list()[0].address)
+
+
 # -- continuing --------------------------------------------------------------------------------------
 
 
@@ -81,6 +90,42 @@ async def test_a_waiting_request_outlives_the_only_replica():
     async with open_pool(echo(die_after=3), max_in_flight=1) as pool:
         streams = [pool.generate("a b c d", max_tokens=8), pool.generate("e f", max_tokens=8)]
         assert [text(await read(stream)) for stream in streams] == ["a b c d", "e f"]
+
+
+async def test_answers_go_on_over_another_connection_to_the_same_replica():
+    async with open_pool_that_may_be_cut(echo(token_seconds=0.01)) as (pool, cut_it):
+        pid = pool.stats().replicas[0].pid
+        stream = pool.generate(WORDS, max_tokens=40)
+        deltas = [await anext(stream)]
+        cut_it()
+        deltas += await read(stream)
+        assert (text(deltas), deltas[-1].usage) == (WORDS, Usage(40, 40))
+        for option, asked in ({"reroute": "never"}, "reroute='never'"), ({"seed": 1}, "seed"):
+            stream = pool.generate(WORDS, max_tokens=40, **option)
+            await anext(stream)
+            cut_it()
+            with pytest.raises(ReplicaLost, match=rf"replica 0 of pool 'chat'.*{asked}"):
+                await read(stream)
+        stats = pool.stats()
+        assert (stats.reroutes, stats.restarts, stats.quarantined, stats.replicas[0].lost) == (1, 0, 0, 3)
+        assert (stats.replicas[0].pid, stats.replicas[0].state) == (pid, "ready")
+
+
+async def test_a_request_under_which_one_connection_after_the_other_breaks_is_given_up():
+    async with open_pool_that_may_be_cut(echo(hang_on="silence")) as (pool, cut_it):
+        async with anyio.create_task_group() as tasks:
+
+            @tasks.start_soon
+            async def read_it():
+                with pytest.raises(ReplicaLost, match="lost its connection 5 times without a delta in between"):
+                    await read(pool.generate("silence", max_tokens=1))
+
+            for cuts in range(5):
+                while [info.load.in_flight for info in await pool.info()] != [1] or pool.stats().reroutes != cuts:
+                    pass
+                cut_it()
+        assert (await pool.complete("a b")).text == "a b"
+        assert pool.stats().restarts == 0
 
 
 @pytest.mark.parametrize(

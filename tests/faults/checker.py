@@ -75,7 +75,12 @@ def problems(
     for request in requests.values():
         told += request.judged(strikes, states, promise)
     told += [f"{name} was begun by an engine and never submitted" for name in starts if name not in requests]
-    return [*told, *_over_budget(states, promise.restarts), *_hung(owner, states, promise)]
+    return [
+        *told,
+        *_over_budget(states, promise.restarts),
+        *_without_need(strikes, states),
+        *_hung(owner, states, promise),
+    ]
 
 
 class _Start:
@@ -235,6 +240,23 @@ def _over_budget(states: Iterable[State], supervisor: Supervisor) -> Iterator[st
             recent = [time for time in times if state.time - time < supervisor.period - 1]  # they count from the deaths
             if len(recent) > supervisor.intensity:
                 yield f"replica {state.replica} was restarted {len(recent)} times of {supervisor.intensity}"
+
+
+def _without_need(strikes: Sequence[Struck], states: Iterable[State]) -> Iterator[str]:
+    """A replica that only lost its connection is connected to again."""
+    served = dict[int, float]()
+    for state in states:
+        if state.state == "ready":
+            served[state.replica] = state.time
+        elif state.state == "restarting" and state.replica in served:
+            began = served.pop(state.replica)
+            faults = {
+                strike.fault
+                for strike in strikes
+                if strike.replica == state.replica and began <= strike.time <= state.time
+            }
+            if faults <= {"connection cut"}:
+                yield f"replica {state.replica} was restarted after {faults or 'nothing'}"
 
 
 def _hung(owner: Sequence[OwnerRecord], states: Sequence[State], promise: Promise) -> Iterator[str]:

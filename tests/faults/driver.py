@@ -13,16 +13,13 @@ from random import Random
 
 import msgspec
 
-from tests.actors.programs import ENVIRONMENT, ROOT, wait_gone
+from tests.actors.programs import ENVIRONMENT, ROOT, descendants, wait_gone
 from tests.faults.checker import problems
 from tests.faults.history import engine_records, owner_records
-from tests.faults.nemesis import descendants, marked
-from tests.faults.rounds import Setting, files
+from tests.faults.nemesis import left_over, marked, shared_memory
+from tests.faults.rounds import ORPHAN_SECONDS, Setting, files
 
-__all__ = ("ORPHAN_SECONDS", "kill_owner", "start", "wait_for")
-
-ORPHAN_SECONDS = 10
-"""Within which everything must be gone when its owner is."""
+__all__ = ("kill_owner", "start", "wait_for")
 
 
 def start(setting: Setting, first: int, rounds: int, *more: str) -> subprocess.Popen[str]:
@@ -71,11 +68,12 @@ def kill_owner(setting: Setting, seed: int, *, after: int) -> list[str]:
                     break
             else:
                 return [f"the program ended by itself: {owner.stderr.read()}"]
-            owned = marked(Path(folder)) | descendants(owner.pid)  # guards inherit nothing
+            owned = marked(Path(folder)) | descendants(owner.pid)
+            memory = shared_memory(owned)
             os.kill(owner.pid, signal.SIGKILL)
         killed = time.monotonic()
         late = {pid: owned[pid] for pid in wait_gone(list(owned), ORPHAN_SECONDS)}
-        left = late | marked(Path(folder))  # also those that were started meanwhile
+        left = late | left_over(Path(folder), ORPHAN_SECONDS - (time.monotonic() - killed))
         found = [f"{ORPHAN_SECONDS} s after its owner was killed there is {pid} {left[pid]}" for pid in left]
         for pid in left:
             if wait_gone([pid], 30):
@@ -84,5 +82,7 @@ def kill_owner(setting: Setting, seed: int, *, after: int) -> list[str]:
             else:
                 found.append(f"{pid} was gone after {time.monotonic() - killed:.0f} s")
         found += [f"its owner was killed, and left {name}" for name in sorted(files(Path(folder, "tmp")))]
+        found += [f"its owner was killed, and left /dev/shm/{entry.name}" for entry in os.scandir("/dev/shm")
+                  if entry.inode() in memory]  # fmt: skip
         promise = msgspec.structs.replace(setting.promise, to_the_end=False)
         return found + problems(owner_records(Path(folder)), engine_records(Path(folder)), promise)

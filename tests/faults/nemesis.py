@@ -6,19 +6,32 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from tests.actors.programs import command_of, descendants, wait_gone
 from tests.faults.engines import FOLDER
 
 if TYPE_CHECKING:
     from actors.cluster import Cluster
 
-__all__ = ("CORE_FAULTS", "FAULTS", "GROUP_FAULTS", "Strike", "cut", "descendants", "drawn", "marked", "strike")
+__all__ = (
+    "CORE_FAULTS",
+    "FAULTS",
+    "GROUP_FAULTS",
+    "Strike",
+    "cut",
+    "drawn",
+    "left_over",
+    "marked",
+    "shared_memory",
+    "strike",
+)
 
 FAULTS = ("actor killed", "process stopped", "connection cut")
 CORE_FAULTS = ("core killed", "core stopped")
@@ -71,38 +84,43 @@ def strike(fault: str, pid: int, actor: str, cluster: Cluster) -> None:
             raise ValueError(f"no such fault: {fault}")
 
 
-def descendants(root: int) -> dict[int, str]:
-    """The processes that a process has started, and those that these have: what each runs, by its pid."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                parents[int(stat.parent.name)] = int(parent)
-    found: dict[int, str] = {}
-    for pid in parents:
-        ancestor: int | None = parents[pid]
-        while ancestor is not None and ancestor != root:
-            ancestor = parents.get(ancestor)
-        if ancestor == root:
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                found[pid] = _command(Path(f"/proc/{pid}"))
-    return found
-
-
 def marked(folder: Path) -> dict[int, str]:
-    """Like :func:`descendants` of who set :data:`~tests.faults.engines.FOLDER`, orphans included: they inherit it."""
+    """The processes that come of who set :data:`~tests.faults.engines.FOLDER`, orphans and guards included."""
     mark = f"{FOLDER}={folder}".encode()
     found: dict[int, str] = {}
-    for environ in Path("/proc").glob("[0-9]*/environ"):
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark in environ.read_bytes().split(b"\0") and int(environ.parent.name) != os.getpid():
-                found[int(environ.parent.name)] = _command(environ.parent)
+            pid, command = int(process.name), command_of(int(process.name))
+            inherited = mark in (process / "environ").read_bytes().split(b"\0")
+            guards = "parent_watch.py" in command and f" {folder}/" in command  # guards inherit nothing
+            if (inherited or guards) and pid != os.getpid():
+                found[pid] = command
     return found
 
 
-def _command(process: Path) -> str:
-    return (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+def left_over(folder: Path, seconds: float, *, but: Callable[[], Iterable[int]] = tuple) -> dict[int, str]:
+    """What is still marked when all that ends by itself within so many seconds has.
+
+    :param but: those that may live on.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        may = set(but())
+        left = {pid: command for pid, command in marked(folder).items() if pid not in may}
+        if not left or time.monotonic() >= deadline:
+            return left
+        wait_gone(list(left), max(0.0, deadline - time.monotonic()))
+
+
+def shared_memory(pids: Iterable[int]) -> set[int]:
+    """What processes have mapped of /dev/shm, Ray's store aside: inodes, since semaphores are renamed."""
+    found: set[int] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                if "/dev/shm/" in line and "/dev/shm/plasma" not in line:
+                    found.add(int(line.split()[4]))
+    return found
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

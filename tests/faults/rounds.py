@@ -6,12 +6,13 @@ import math
 import os
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Literal
 
 import anyio
+import anyio.to_thread
 import msgspec
 
 from actors.answers import Reset
@@ -19,16 +20,20 @@ from actors.engine import EngineSpec
 from actors.local_cluster import LocalCluster
 from actors.members.supervision import Backoff, Supervisor
 from arun.errors import ArunError
+from tests.actors.programs import descendants
 from tests.faults.checker import Promise
 from tests.faults.engines import FOLDER, RecordedEcho, RecordedVLLM
 from tests.faults.history import Asked, Ended, Given, History, Left, Round, State, Struck, Submitted
-from tests.faults.nemesis import CORE_FAULTS, FAULTS, GROUP_FAULTS, Strike, descendants, drawn, marked, strike
+from tests.faults.nemesis import CORE_FAULTS, FAULTS, GROUP_FAULTS, Strike, drawn, left_over, marked, strike
 
 if TYPE_CHECKING:
     from actors.cluster import Cluster
     from actors.pool import DeltaStream, EnginePool
 
-__all__ = ("Setting", "files", "run_rounds")
+__all__ = ("ORPHAN_SECONDS", "Setting", "files", "run_rounds")
+
+ORPHAN_SECONDS = 10
+"""Within which everything must be gone when its owner is."""
 
 REQUESTS = 64
 REPLICAS = 2
@@ -86,6 +91,11 @@ async def run_rounds(setting: Setting, seeds: range, folder: Path, told: Callabl
     history = History(folder / "owner.jsonl")
     promise = setting.promise
     before = _files(setting)
+
+    async def left(but: Callable[[], Iterable[int]]) -> None:
+        over = await anyio.to_thread.run_sync(lambda: left_over(folder, ORPHAN_SECONDS, but=but))
+        history.add(Left(what=list(over.values())))
+
     async with setting.open() as cluster:
         servers = set(marked(folder))
         pool = cluster.engines(
@@ -102,10 +112,10 @@ async def run_rounds(setting: Setting, seeds: range, folder: Path, told: Callabl
             for seed in seeds:
                 history.add(Round(seed=seed))
                 await _Round(setting, seed, history, cluster, pool, told).run()
-                ours = descendants(os.getpid())
-                history.add(Left(what=[command for pid, command in marked(folder).items() if pid not in ours]))
-        history.add(Left(what=[command for pid, command in marked(folder).items() if pid not in servers]))
-    history.add(Left(what=[*marked(folder).values(), *sorted(_files(setting) - before)]))
+                await left(lambda: descendants(os.getpid()))
+        await left(lambda: servers)
+    await left(tuple)
+    history.add(Left(what=sorted(_files(setting) - before)))
     history.close()
 
 

@@ -201,6 +201,12 @@ def hung_and_not_found(owner: list[OwnerRecord], engines: Engines) -> None:
             change(owner, at, time=32)
 
 
+def restarted_for_its_connection(owner: list[OwnerRecord], engines: Engines) -> None:
+    for at, record in enumerate(owner):
+        if isinstance(record, Struck):
+            change(owner, at, fault="connection cut")
+
+
 def one_restart_too_many(owner: list[OwnerRecord], engines: Engines) -> None:
     owner += [State(time=8, replica=0, state="restarting"), State(time=9, replica=0, state="loading model")]
 
@@ -214,8 +220,8 @@ PLANTED: list[Callable[[list[OwnerRecord], Engines], None]] = [
     begun_at_the_beginning, late_delta_of_an_older_epoch, anew_without_being_asked, ended_twice, never_ended,
     delta_after_the_end, delta_after_the_last_one, too_short, wrong_usage, no_finish, failed_without_need,
     quarantined_at_the_first_start, nobody_served_though_somebody_did, taken_from_a_replica_that_was_well,
-    begun_twice, begun_by_nobody, submitted_twice, waited_too_long, hung_and_not_found, one_restart_too_many,
-    something_left,
+    begun_twice, begun_by_nobody, submitted_twice, waited_too_long, hung_and_not_found,
+    restarted_for_its_connection, one_restart_too_many, something_left,
 ]  # fmt: skip
 
 

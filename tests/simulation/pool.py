@@ -1,8 +1,9 @@
 """Universe ``pool``: the core of an engine pool with its supervisors, engines that fail in every way, and consumers.
 
-An engine starts slowly or not at all, serves, crashes with answers under way, hangs, is slow to stop, and is told of
-late, twice, or under the number of an earlier generation. A request may be poison and take each engine with it. What a
-core does is judged by books of our own: who waits, who runs where, what was delivered, who was near which loss.
+An engine starts slowly or not at all, serves, crashes with answers under way, hangs, loses its connection and goes on
+over another, is slow to stop, and is told of late, twice, or under the number of an earlier generation. A request may
+be poison and take each engine with it. What a core does is judged by books of our own: who waits, who runs where, what
+was delivered, who was near which loss.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from tests.simulation.world import Violation, World
 __all__ = ("PATHS", "play")
 
 PATHS = (
-    "a replica died with deltas on their way",
-    "a replica died and its deltas with it",
+    "a stream broke with deltas on their way",
+    "a connection was lost and its replica went on",
+    "a stream broke and its deltas were lost",
     "a replica died while it started",
     "a replica died while it was drained",
     "a replica died with nobody on it",
@@ -90,7 +92,7 @@ class Stream:
     def lose_what_is_on_its_way(self) -> None:
         if self.way:
             self.way.clear()
-            self.engine.pool.world.sometimes("a replica died and its deltas with it")
+            self.engine.pool.world.sometimes("a stream broke and its deltas were lost")
 
     def _arrive(self) -> None:
         if self.way:
@@ -140,7 +142,7 @@ class Engine:
         self.pool.world.after(self.pool.world.between(0, self.pool.pace), self._generate, stream)
 
     def _generate(self, stream: Stream) -> None:
-        if self.state != "up" or stream.aborted:
+        if self.state != "up" or stream.aborted or stream.broken:
             return
         request, world = stream.request, self.pool.world
         if request.poison and stream.next >= request.poisonous_at:
@@ -174,6 +176,14 @@ class Engine:
             self.pool.world.note("hang", self.number, self.generation)
             self.state = "hung"
 
+    def lose_connection(self) -> None:
+        """It goes on over another; what was under way on the lost one breaks off."""
+        if self.state == "up":
+            self.pool.world.note("connection lost", self.number, self.generation)
+            if self.live:
+                self.pool.world.sometimes("a connection was lost and its replica went on")
+            self._break(self.pool.world.chance(30))
+
     def stop(self) -> None:
         """As StopReplica asks."""
         world = self.pool.world
@@ -190,7 +200,7 @@ class Engine:
     def _break(self, loses: bool) -> None:
         for stream in self.streams:
             if stream.way and not stream.broken:
-                self.pool.world.sometimes("a replica died with deltas on their way")
+                self.pool.world.sometimes("a stream broke with deltas on their way")
                 if loses:
                     stream.lose_what_is_on_its_way()
             stream.push(None)
@@ -652,10 +662,7 @@ class Pool:
         if not up:
             return
         engine = self.world.pick(up)
-        if self.world.chance(60):
-            engine.crash()
-        else:
-            engine.hang()
+        self.world.pick((engine.crash, engine.crash, engine.hang, engine.lose_connection))()
 
 
 def play(world: World) -> None:
