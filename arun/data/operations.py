@@ -285,6 +285,7 @@ class Operations:
         self,
         path: str | PathLike[str],
         *,
+        partition_by: str | Sequence[str] = (),
         row_group_bytes: int = 32 << 20,
         compression: str = "zstd",
         **to: Unpack[SinkOptions],
@@ -292,11 +293,16 @@ class Operations:
         """A dataset that writes Parquet files when it is run.
 
         :param path: a file that ends in ``.parquet``, or a folder for parts; a URL of either.
+        :param partition_by: columns that are folders instead, as in ``answers/year=2024/lang=en/``, a file of each part
+            in each of them; whole numbers, text, booleans and dates. Read, they are whole numbers or text.
         :param row_group_bytes: of Arrow memory that make one row group.
         :param compression: "zstd", "snappy", "gzip", "lz4", "brotli" or "none".
         :param to: see :class:`SinkOptions`.
         """
-        return self.write(parquet_sink(path, row_group_bytes=row_group_bytes, compression=compression, **to))
+        sink = parquet_sink(
+            path, partition_by=partition_by, row_group_bytes=row_group_bytes, compression=compression, **to
+        )
+        return self.write(sink)
 
     def write_jsonl(self, path: str | PathLike[str], **to: Unpack[SinkOptions]) -> Self:
         """A dataset that writes one JSON object a line when it is run.
