@@ -82,7 +82,8 @@ def _steps(
             steps = [step for step in segment.steps if isinstance(step, RowFunction)]
             blocks = upstream or below(node.input)
             # What is left of a row that fails is known only at its end, and so is when an origin is finished.
-            if steps[0].streams and steps[0].on_error == "fail" and execution.progress is None:
+            streams = steps[0].streams and steps[0].on_error == "fail" and steps[0].retry is None
+            if streams and execution.progress is None:
                 upstream = streamed(blocks, steps[0], counts[0], execution)
             else:
                 upstream = rowwise(blocks, steps, counts, execution)
