@@ -61,7 +61,9 @@ class BatchOptions(TypedDict, total=False):
     :ivar concurrency: most batches at a time; by default one.
     :ivar ordered: False hands batches on as they end.
     :ivar executor: where it runs, such as a :class:`~arun.ProcessExecutor`.
-    :ivar keeps_rows: promises as many rows as it is given, in their order, which lets limits move before it; checked.
+    :ivar keeps_rows: promises a row for each row that it is given, in their order. A limit may then move before it, and
+        a checkpoint tells by their places which rows are finished. Their number is checked; their order is the
+        function's to keep, as nobody else can tell.
     :ivar fuse: False makes the step a stage of its own, with a queue before and after it.
     """
 

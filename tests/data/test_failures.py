@@ -9,7 +9,7 @@ import anyio
 import pyarrow as pa
 import pytest
 
-from arun import MisuseError, Retry
+from arun import MisuseError, Retry, ThreadExecutor
 from arun.data import Dataset, RunOptions, from_iterable, from_rows, run
 from arun.data.barriers import Limits, Relation
 from arun.data.logical import AllToAll, Traits
@@ -161,8 +161,15 @@ async def test_an_error_in_one_of_several_ends_the_others() -> None:
 
 
 async def test_a_promise_to_keep_rows_is_checked() -> None:
-    with pytest.raises(MisuseError, match="keeps_rows=True, and gave 1 rows for 3"):
-        await numbers(3).map_batches(lambda batch: batch.slice(0, 1), keeps_rows=True).collect()
+    async def twice(batch: pa.RecordBatch) -> list[pa.RecordBatch]:
+        return [batch, batch]
+
+    how: Any
+    for how in ({}, {"batch_size": 3}, {"concurrency": 2}, {"executor": ThreadExecutor(1)}):
+        with pytest.raises(MisuseError, match="keeps_rows=True, and gave 1 rows for 3; let it give one for each"):
+            await numbers(3).map_batches(lambda batch: batch.slice(0, 1), keeps_rows=True, **how).collect()
+    with pytest.raises(MisuseError, match="keeps_rows=True, and gave 6 rows for 3"):
+        await numbers(3).map_batches(twice, keeps_rows=True).collect()
 
 
 async def test_a_sink_is_left_as_it_was_when_a_row_fails(tmp_path: Any) -> None:
