@@ -147,6 +147,17 @@ async def test_the_fields_of_an_answer_become_columns() -> None:
     assert "truncated" in second["error"]
 
 
+async def test_a_pool_answers_in_fields() -> None:
+    class Verdict(msgspec.Struct):
+        good: bool
+        score: int
+
+    async with open_pool() as pool:
+        rows = prompts('{"good": true, "score": 3}').generate(pool, fields=Verdict, max_tokens=64)
+        (row,) = await rows.take()
+    assert (row["good"], row["score"], row["answer_finish_reason"]) == (True, 3, "stop")
+
+
 async def test_each_row_gets_its_vector() -> None:
     async with open_pool(runner="pooling") as pool:
         table = await prompts("a b", "c").embed(pool, prompt="prompt").collect()
