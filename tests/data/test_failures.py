@@ -217,6 +217,8 @@ async def test_a_row_is_given_again_to_a_function_that_failed(plain: bool) -> No
     assert (await dataset.collect())["n"].to_pylist() == [0, -1, -2, -3]
     assert calls == [{"n": n} for n in (0, 1, 2, 2, 2, 3)]
     assert dataset.stats().stages[0].steps[0].retried == 2
+    assert ": 4 -> 4 rows" in str(dataset.stats())
+    assert ", 2 times again" in str(dataset.stats())
     calls.clear()
     twice = Retry(attempts=2, on=ConnectionError, initial=0)
     collected = numbers(4).map(flaky if plain else flaky_later, retry=twice, concurrency=1, on_error="collect")

@@ -362,6 +362,7 @@ async def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         folder = tmp_path / write.__name__
         report = await write(folder).arun()
         assert (report.rows, [part.rows for part in report.parts]) == (2, [2])
+        assert str(report).startswith(f"2 rows in 1 part of {report.parts[0].size:,} bytes, ")
         assert await rows_of(read(folder)) == rows
 
 

@@ -80,6 +80,7 @@ class Statistics(msgspec.Struct, frozen=True):
             )
             lines.extend(
                 f"      {step.name}: {step.rows_in:,} -> {step.rows_out:,} rows in {step.seconds:.3f} s"
+                + (f", {step.retried:,} times again" if step.retried else "")
                 + (f", {step.failed:,} failed" if step.failed else "")
                 + (f", at most {step.peak_in_flight} at a time" if step.peak_in_flight else "")
                 for step in stage.steps

@@ -58,6 +58,12 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
     # those that the predicate may read: a later select() does not take them from it
     visible: tuple[str, ...] | None = None
 
+    @property
+    def label(self) -> str:
+        """What is read of it, such as ``parquet sales/ [user, amount] where (year > 2023)``."""
+        columns = "" if self.columns is None else f" [{', '.join(self.columns)}]"
+        return f"{self.name}{columns}{'' if self.predicate is None else f' where {self.predicate}'}"
+
     def schema(self) -> pa.Schema:
         """The columns, from the footers of all files.
 
