@@ -7,7 +7,9 @@ from typing import Final
 from actors.on_ray.pickling import dumps_code
 from arun.data.all_to_all import Aggregate, Distinct, Join, RandomShuffle, Repartition, Sort
 from arun.data.engines import ActorCall
+from arun.data.interchange import StreamingSource, TableSource
 from arun.data.logical import AllToAll, Iterate, Node, OneToOne, Read, Union, Write, Zip
+from arun.data.sources import RowSource
 from arun.data.steps import BatchFunction, Limit, RowFunction, Step
 from arun.errors import MisuseError
 
@@ -27,12 +29,18 @@ def refusal(node: Node) -> str | None:
                 f"{node.items.name} is not filled yet, and would be computed in this process alone: run it once before "
                 "(`await cached.count()`), or leave cache() out"
             )
+        case Read(source=RowSource() | TableSource() | StreamingSource()):  # in memory, or another library's
+            return None
+        case Read():
+            return _unsendable(node.source, node.label)
+        case Write():
+            return _unsendable(node.sink, node.label)
         case OneToOne():
             return next((why for step in node.steps if (why := _step_refusal(step)) is not None), None)
         case AllToAll(barrier=Sort() | Aggregate() | Distinct() | Join() | RandomShuffle() | Repartition()):
             return None
         case AllToAll():
-            return f"it knows no {type(node.barrier).__name__}; write its rows to files, and go on from these"
+            return f"Ray Data has no {type(node.barrier).__name__}; write its rows to files here, and go on from these"
         case _:
             return None
 
@@ -50,8 +58,12 @@ def _step_refusal(step: Step) -> str | None:
                 f"{given[0]}= of {step.label} is for its own cluster, and the actors would be Ray Data's; leave it out"
             )
         function = function.cls
+    return _unsendable(function, step.label)
+
+
+def _unsendable(code: object, label: str) -> str | None:
     try:
-        dumps_code(function, step.label)
+        dumps_code(code, label)
     except MisuseError as exc:
         return str(exc)
     return None
@@ -60,6 +72,8 @@ def _step_refusal(step: Step) -> str | None:
 def shown_on_ray(node: Node) -> str:
     """What a node becomes on Ray Data."""
     match node:
+        case Read(source=RowSource() | TableSource()):
+            return "put into Ray's object store"
         case Read():
             return "read_datasource"
         case Iterate():

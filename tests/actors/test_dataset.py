@@ -187,8 +187,10 @@ class TestOnRay:
             rows.write_parquet(tmp_path / "many"),
             rows.sort("id", descending=True).write_jsonl(tmp_path / "one.jsonl"),
         )
-        reports = await run(many, one, engine=RAY)
-        assert [report.rows for report in reports] == [len(ROWS)] * 2
+        folders = rows.write_parquet(tmp_path / "folders", partition_by="k")
+        reports = await run(many, one, folders, engine=RAY)
+        assert [report.rows for report in reports] == [len(ROWS)] * 3
+        assert await read_parquet(tmp_path / "folders").filter(pc.field("k") == 2).count() == 10
         written = await read_parquet(tmp_path / "many").collect()
         assert written["s"].to_pylist() == [row["s"].upper() for row in ROWS]
         assert {part.path for part in reports[0].parts} == {str(p) for p in (tmp_path / "many").glob("*.parquet")}
@@ -228,13 +230,15 @@ class TestOnRay:
         assert (tmp_path / "died").exists()
 
     async def test_rows_go_to_the_engines_of_a_detached_pool(self, path: str) -> None:
-        spec = EngineSpec(model="echo", engine="echo")
+        rows = read_parquet(path).select("id", "s")
         async with RayCluster.connect() as cluster:
-            for _ in range(2):  # another pool of the same name, which the workers must not take for the first one
-                async with cluster.engines(spec, name="chat", lifetime="detached", cpus=0.5) as pool:
-                    await same_on_ray(
-                        read_parquet(path).generate(pool, prompt="s").chat(pool, messages="s", output="said")
-                    )
+            for runner in ("generate", "pooling"):  # of one name, which workers must not take for each other
+                spec = EngineSpec(model="echo", engine="echo", runner=runner)  # type: ignore[arg-type]  # one of them
+                async with cluster.engines(spec, name="pool", lifetime="detached", cpus=0.5) as pool:
+                    if runner == "pooling":
+                        await same_on_ray(rows.embed(pool, prompt="s"))
+                    else:
+                        await same_on_ray(rows.generate(pool, prompt="s").chat(pool, messages="s", output="said"))
                 await pool.close()
 
     async def test_an_engine_that_dies_costs_no_row(self, path: str) -> None:
@@ -273,7 +277,7 @@ async def test_what_ray_can_not_do_is_refused_before_anything_runs(dataset: Any,
 
 def test_explain_shows_what_ray_would_run() -> None:
     told = from_rows(ROWS).map(shout).limit(3).sort("id").explain(engine=RAY)
-    assert told.splitlines()[0] == "read rows -> read_datasource"
+    assert told.splitlines()[0] == "read rows -> put into Ray's object store"
     assert told.splitlines()[-1] == "sort(id) -> map_batches + sort"
 
 

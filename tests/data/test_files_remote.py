@@ -91,6 +91,9 @@ def web(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[type[W
         yield request.param, f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
+    client = fsspec.filesystem("http")  # the one that was used; its connections are not to be open in other tests
+    type(client).close_session(client.loop, client._session)
+    type(client).clear_instance_cache()
 
 
 async def test_files_of_a_web_server_are_read(web: tuple[type[Web], str], tmp_path: Path) -> None:
