@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import decimal
+import secrets
 import threading
 import zlib
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
@@ -355,7 +356,8 @@ async def _collect(blocks: Any) -> pa.Table:
 
 #: Blocks that one of Ray's tasks has, as a power of two; the rest of 63 bits numbers the tasks.
 _TASK_BITS: Final = 32
-_outside: Final = count()
+#: Outside of Ray's tasks; no other process begins there.
+_outside: Final = count(secrets.randbits(30))
 
 
 def _place() -> tuple[int, int]:
