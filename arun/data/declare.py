@@ -107,7 +107,10 @@ def row_function(
         raise MisuseError(f"{operation}(on_error={on_error!r}): takes 'fail', 'skip' or 'collect'")
     _check_concurrency(operation, options.get("concurrency"))
     _check_executor(operation, function, options.get("executor"))
-    if options.get("retry") is not None:
+    retry = options.get("retry")
+    if retry is not None:
+        if not isinstance(retry, Retry):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"{operation}(retry={retry!r}): takes a Retry, such as Retry(attempts=3)")
         if options.get("executor") is not None:
             raise MisuseError(
                 f"{operation}(retry=..., executor=...): a function that runs elsewhere is not called again"

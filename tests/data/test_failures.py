@@ -232,6 +232,10 @@ async def test_what_is_no_use_to_be_tried_again_is_not() -> None:
         calls.append(row["n"])
         return fifth(row)
 
+    with pytest.raises(MisuseError, match=r"map\(retry=3\): takes a Retry, such as Retry\(attempts=3\)"):
+        numbers(6).map(fail, retry=3)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(MisuseError, match="a function that runs elsewhere is not called again"):
+        numbers(6).map(fifth, retry=Retry(), executor=ThreadExecutor(1))
     with pytest.raises(ValueError, match="five"):
         await numbers(6).map(fail, retry=Retry(on=ConnectionError)).collect()
     assert calls.count(5) == 1
