@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ("EchoEngine", "EchoOptions")
 
-_NEEDS_A_MODEL = ("logprobs", "prompt_logprobs", "bad_words", "logit_bias", "allowed_token_ids", "structured_outputs")
+_NEEDS_A_MODEL = ("logprobs", "prompt_logprobs", "bad_words", "logit_bias", "allowed_token_ids")
 _EMBEDDING_SIZE = 16
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -74,7 +74,7 @@ class EchoEngine:
 
     Of a chat it repeats the last user message, of token ids the ids themselves, written as numbers. With ``n`` it says
     the same that often. An embedding counts the words of the prompt, each in one of 16 places or of ``dimensions``.
-    What needs a model, such as log-probabilities, is refused by name.
+    Asked for JSON, it repeats a prompt that is JSON. What needs a model, such as log-probabilities, is refused by name.
 
     :param spec: its ``engine_args`` are :class:`EchoOptions`; ``max_model_len`` is counted in words.
     :raises MisuseError: an unknown option, or a value of the wrong type.
@@ -104,7 +104,7 @@ class EchoEngine:
             await self.check_health()
             text = _spoken(request.prompt)
             words = self._admit(text)
-            _refuse_what_needs_a_model(request)
+            _refuse_what_needs_a_model(request, text)
             if self._options.hang_on is not None and self._options.hang_on in text:
                 await anyio.sleep_forever()
             if self._options.die_on is not None and self._options.die_on in text:
@@ -208,12 +208,26 @@ def _token_id(piece: str) -> int:
     return zlib.crc32(piece.encode())
 
 
-def _refuse_what_needs_a_model(request: GenerateRequest) -> None:
+def _refuse_what_needs_a_model(request: GenerateRequest, text: str) -> None:
     asked = [name for name in _NEEDS_A_MODEL if getattr(request.sampling, name) is not None]
     asked += ["adapter"] if request.adapter is not None else []
     asked += sorted(msgspec.to_builtins(request.chat)) if request.chat is not None else []
+    structured = request.sampling.structured_outputs
+    if structured is not None:
+        if structured.json is None and not structured.json_object:
+            asked.append("structured_outputs other than JSON")
+        elif not _is_json(text):
+            asked.append("structured_outputs of a prompt that is no JSON for it to repeat")
     if asked:
         raise RequestError(f"the echo engine has no model, so it can't do {', '.join(asked)}; use engine='vllm'")
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return False
+    return True
 
 
 def _embedding(words: list[str], pooling: Pooling) -> bytes:

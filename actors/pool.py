@@ -402,6 +402,11 @@ class EnginePool:
         return self._state != "new"
 
     @property
+    def ended(self) -> bool:
+        """Whether it is over: closed here, or, of a detached pool, ended by whatever program."""
+        return self._state == "closed" or (isinstance(self._engines, AttachedEngines) and self._engines.ended)
+
+    @property
     def batch_limit(self) -> int:
         """Requests that :meth:`map` has in flight by default."""
         return min(_BATCH_LIMIT, self._engines.capacity)
@@ -434,7 +439,7 @@ class EnginePool:
 
     def __reduce__(self) -> Any:
         if isinstance(self._engines, AttachedEngines):
-            return attached_pool, (self.name,)
+            return attached_pool, (self.name, self._engines.settings)
         raise MisuseError(
             f"pool {self.name!r} can't be pickled: it holds connections to its engines. Give it to the application "
             "as a resource, and let another process open a pool of its own, or attach to a detached one by its name"

@@ -8,42 +8,52 @@ from __future__ import annotations
 
 import asyncio
 import decimal
+import secrets
 import threading
-import uuid
 import zlib
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, Final, Literal, TypeVar, cast
+from itertools import count
+from typing import Any, Final, Literal, NamedTuple, TypeVar, cast
 
+import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actors.local_cluster import LocalCluster
 from actors.on_ray.attached_pools import start_attached
+from actors.on_ray.ray_host import import_ray
 from arun.data import consumers
 from arun.data.all_to_all import Aggregate, Distinct, Join
 from arun.data.barriers import Limits, Relation
 from arun.data.barriers.carried import carried_type, held_to
+from arun.data.engines import ActorCall
 from arun.data.interchange import arrow_source
-from arun.data.logical import OneToOne, Plan, Read
+from arun.data.logical import Node, OneToOne, Plan, Read, Zip
 from arun.data.options import RunOptions
 from arun.data.physical import lower
 from arun.data.running import run_plan
 from arun.data.sink import Sink
 from arun.data.source import Fragment, Source
-from arun.data.steps import Step
+from arun.data.steps import RowFunction, Step
 
 __all__ = (
     "BUCKET",
+    "ActorSteps",
     "AddSortKeys",
     "Combine",
+    "CrossJoin",
     "HeldTo",
     "Mark",
+    "Piece",
     "Steps",
     "WriteParts",
     "nothing",
     "read_fragment",
+    "rows_of",
     "schema_of",
     "sort_keys",
+    "zipped",
 )
 
 T = TypeVar("T")
@@ -51,9 +61,12 @@ T = TypeVar("T")
 #: The column by which rows that belong together find each other.
 BUCKET: Final = "\0bucket"
 _SIDE: Final = "\0side"
+_PLACE: Final = "\0place"
 _ROWS: Final = "\0rows"
 #: Into how many groups all keys fall.
 _BUCKETS: Final = 64
+#: Rows that a cross join makes at a time, about.
+_CROSSED_ROWS: Final = 1 << 18
 
 
 def read_fragment(source: Source, fragment: Fragment) -> Iterator[pa.Table]:
@@ -70,9 +83,35 @@ class Steps:
         self._options = options
 
     def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
-        node = OneToOne(self._steps, Read(arrow_source(block)))
-        (table,), _ = _finish(run_plan(lower(Plan([node])), [consumers.to_table], self._options))
-        yield from _if_any(table)
+        yield from _if_any(_finish(_table_of(OneToOne(self._steps, Read(arrow_source(block))), self._options)))
+
+
+class ActorSteps:
+    """Runs a step over blocks in an actor of its own, which is started again as its options say.
+
+    :param spawn: the actor's class, its arguments, and what ``spawn`` takes by name.
+    """
+
+    def __init__(
+        self,
+        step: RowFunction,
+        spawn: tuple[type[Any], Sequence[Any], Mapping[str, Any]],
+        method: str,
+        in_flight: int,
+        options: RunOptions,
+    ) -> None:
+        cls, args, named = spawn
+        self._cluster = LocalCluster()
+        call = ActorCall(self._cluster, cls, method, args=args, options=named, replicas=1, in_flight=in_flight)
+        step = msgspec.structs.replace(step, function=_finish(self._open(call)), concurrency=in_flight)
+        self._steps = Steps((step,), options)
+
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        yield from self._steps(block)
+
+    async def _open(self, call: ActorCall) -> Any:
+        await self._cluster.__aenter__()
+        return await call.open()
 
 
 class HeldTo:
@@ -86,9 +125,14 @@ class HeldTo:
             yield pa.Table.from_batches([held_to(batch, self._schema)])
 
 
-def schema_of(block: pa.Table) -> pa.Table:
-    """The schema of a block, as the only value of a table."""
-    return pa.table({"schema": [block.schema.serialize().to_pybytes()]})
+def rows_of(block: pa.Table) -> int:
+    """How many a block has."""
+    return len(block)
+
+
+def schema_of(block: pa.Table) -> pa.Schema:
+    """That of a block."""
+    return block.schema
 
 
 class WriteParts:
@@ -100,8 +144,8 @@ class WriteParts:
     def __call__(self, block: pa.Table) -> pa.Table:
         if not len(block):
             return pa.table({"path": [], "rows": [], "size": []}, schema=PARTS)
-        # Parts have the order of Ray's tasks, which is that of the rows where order is kept.
-        writer = self._sink.part(f"part-{_task_number():05}-{uuid.uuid4().hex[:8]}")
+        task, number = _place()
+        writer = self._sink.part(f"part-{task:05}-{number:03}")  # of which a task that is run again replaces its own
         try:
             for batch in block.to_batches():
                 writer.write(batch)
@@ -115,13 +159,14 @@ class WriteParts:
 PARTS: Final = pa.schema({"path": pa.string(), "rows": pa.int64(), "size": pa.int64()})
 
 
-_MARKED: Final = pa.schema({BUCKET: pa.int64(), _SIDE: pa.int8(), _ROWS: pa.large_binary()})
+_MARKED: Final = pa.schema({BUCKET: pa.int64(), _SIDE: pa.int8(), _PLACE: pa.int64(), _ROWS: pa.large_binary()})
 
 
 class Mark:
     """Gives the rows of a block to groups, by their keys: one row a group, with those that go to it in Arrow's format.
 
-    So Ray moves blocks of one schema, whatever is in them. Every group is told of the columns, also if it gets no rows.
+    So Ray moves blocks of one schema, whatever is in them. Every group is told of the columns, also if it gets no rows,
+    and of the place of the block among all.
 
     :param keys: none of them: all rows go to one group; None: all columns are.
     :param side: which of a join's inputs it is.
@@ -142,13 +187,17 @@ class Mark:
             groups = {one: block.filter(pc.call_function("equal", [buckets, one])) for one in range(_BUCKETS)}
         rows = [_encoded(group) for group in groups.values()]
         sides = pa.repeat(pa.scalar(self._side, pa.int8()), len(groups))
-        return pa.table([pa.array(groups, pa.int64()), sides, pa.array(rows, pa.large_binary())], schema=_MARKED)
+        task, number = _place()
+        places = pa.repeat(pa.scalar(task << _TASK_BITS | number), len(groups))
+        return pa.table(
+            [pa.array(groups, pa.int64()), sides, places, pa.array(rows, pa.large_binary())], schema=_MARKED
+        )
 
 
 def nothing(columns: Iterable[str]) -> pa.Table:
     """What tells the only group of its columns, should there be no rows at all."""
     table = pa.table({name: pa.nulls(0) for name in columns})
-    return pa.table({BUCKET: [0], _SIDE: [0], _ROWS: [_encoded(table)]}, schema=_MARKED)
+    return pa.table({BUCKET: [0], _SIDE: [0], _PLACE: [0], _ROWS: [_encoded(table)]}, schema=_MARKED)
 
 
 class Combine:
@@ -159,10 +208,53 @@ class Combine:
         self._options = options
 
     def __call__(self, group: pa.Table) -> Iterator[pa.Table]:
-        sides = [_side(group, side) for side in ((0, 1) if isinstance(self._barrier, Join) else (0,))]
+        yield from self.of([_side(group, side) for side in ((0, 1) if isinstance(self._barrier, Join) else (0,))])
+
+    def of(self, sides: Sequence[pa.Table]) -> Iterator[pa.Table]:
+        """Run it over its inputs."""
         relations = [Relation.of_blocks(_blocks(side), side.schema if side.column_names else None) for side in sides]
         limits = Limits(memory=self._options.memory_limit, folder=self._options.folder)
         yield from _if_any(_finish(_collect(self._barrier.run(relations, limits))))
+
+
+class CrossJoin:
+    """Joins a block with all blocks of the other side.
+
+    :param others: where those lie in Ray's object store.
+    """
+
+    def __init__(self, join: Join, others: Sequence[Any], options: RunOptions) -> None:
+        self._combine = Combine(join, options)
+        self._others = others
+
+    def __call__(self, block: pa.Table) -> Iterator[pa.Table]:
+        for ref in self._others:
+            other: pa.Table = import_ray().get(ref)
+            rows = max(1, _CROSSED_ROWS // len(other))
+            for start in range(0, len(block), rows):
+                yield from self._combine.of([block.slice(start, rows), other])
+
+
+class Piece(NamedTuple):
+    """Some rows of a block.
+
+    :ivar block: its number among those of its input.
+    """
+
+    block: int
+    start: int
+    rows: int
+
+
+def zipped(pieces: Sequence[Sequence[Piece]], options: RunOptions, *blocks: pa.Table) -> pa.Table:
+    """As many rows of each input, side by side.
+
+    :param blocks: that the pieces are of, one for each, those of the first input first.
+    """
+    left = iter(blocks)
+    sides = [[next(left).slice(piece.start, piece.rows) for piece in some] for some in pieces]
+    tables = [pa.concat_tables(side, promote_options="permissive") for side in sides]
+    return _finish(_table_of(Zip(tuple(Read(arrow_source(table)) for table in tables)), options))
 
 
 class AddSortKeys:
@@ -233,7 +325,7 @@ def _stable_hash(value: Any) -> int:
 
 def _side(group: pa.Table, side: int) -> pa.Table:
     tables: list[pa.Table] = []
-    for encoded in group.filter(pc.field(_SIDE) == side).column(_ROWS).to_pylist():
+    for encoded in group.filter(pc.field(_SIDE) == side).sort_by(_PLACE).column(_ROWS).to_pylist():
         with pa.ipc.open_stream(encoded) as reader:
             tables.append(reader.read_all())
     return pa.concat_tables(tables, promote_options="permissive") if tables else pa.table({})
@@ -262,11 +354,26 @@ async def _collect(blocks: Any) -> pa.Table:
     return pa.Table.from_batches(gathered) if gathered else pa.table({})
 
 
-def _task_number() -> int:
+#: Blocks that one of Ray's tasks has, as a power of two; the rest of 63 bits numbers the tasks.
+_TASK_BITS: Final = 32
+#: Outside of Ray's tasks; no other process begins there.
+_outside: Final = count(secrets.randbits(30))
+
+
+def _place() -> tuple[int, int]:
+    """The number of Ray's task, and of this call in it: where order is kept, blocks have that of their places."""
     from ray.data._internal.execution.interfaces import TaskContext
 
     context = TaskContext.get_current()
-    return 0 if context is None else int(context.task_idx)
+    if context is None:
+        return 0, next(_outside)
+    return int(context.task_idx), next(context.kwargs.setdefault("arun.calls", count()))
+
+
+async def _table_of(node: Node, options: RunOptions) -> pa.Table:
+    """All rows of a node that reads blocks which are here."""
+    (table,), _ = await run_plan(lower(Plan([node])), [consumers.to_table], options)
+    return table
 
 
 def _finish(work: Coroutine[Any, Any, T]) -> T:

@@ -91,6 +91,15 @@ class AttachedEngines:
     def capacity(self) -> int:
         return self._facts.capacity
 
+    @property
+    def ended(self) -> bool:
+        return self._watching is not None and self._watching.done
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of its cluster, for a process that is to attach in this one's place."""
+        return self._cluster.settings
+
     async def start(self) -> None:
         self._to_end = created = False
         self._cluster.check_detachable()

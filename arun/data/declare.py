@@ -11,6 +11,7 @@ from arun.data.files import Mode
 from arun.data.steps import BatchFunction, OnError, RowFunction
 from arun.errors import MisuseError
 from arun.guards import close_unused, shown, spelling
+from arun.policies import Retry
 from arun.signatures import kind_of, where
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class RowOptions(TypedDict, total=False):
         stays as it was given, and ``error_column`` has the error as text. It is null in all other rows, and later steps
         that collect errors pass such a row by.
     :ivar error_column: by default ``"error"``.
+    :ivar retry: a :class:`~arun.Retry`: which errors are worth another call with the same row, before ``on_error``
+        decides. A plain function then is called for one row at a time, or ``concurrency``.
     :ivar schema: a ``pyarrow.Schema`` of the rows that come out; by default it is taken from them.
     :ivar fuse: False makes the step a stage of its own, with a queue before and after it.
     """
@@ -43,6 +46,7 @@ class RowOptions(TypedDict, total=False):
     executor: Executor | None
     on_error: OnError
     error_column: str
+    retry: Retry | None
     schema: pa.Schema | None
     fuse: bool
 
@@ -57,7 +61,9 @@ class BatchOptions(TypedDict, total=False):
     :ivar concurrency: most batches at a time; by default one.
     :ivar ordered: False hands batches on as they end.
     :ivar executor: where it runs, such as a :class:`~arun.ProcessExecutor`.
-    :ivar keeps_rows: promises as many rows as it is given, in their order, which lets limits move before it; checked.
+    :ivar keeps_rows: promises a row for each row that it is given, in their order. A limit may then move before it, and
+        a checkpoint tells by their places which rows are finished. Their number is checked; their order is the
+        function's to keep, as nobody else can tell.
     :ivar fuse: False makes the step a stage of its own, with a queue before and after it.
     """
 
@@ -101,6 +107,16 @@ def row_function(
         raise MisuseError(f"{operation}(on_error={on_error!r}): takes 'fail', 'skip' or 'collect'")
     _check_concurrency(operation, options.get("concurrency"))
     _check_executor(operation, function, options.get("executor"))
+    retry = options.get("retry")
+    if retry is not None:
+        if not isinstance(retry, Retry):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"{operation}(retry={retry!r}): takes a Retry, such as Retry(attempts=3)")
+        if options.get("executor") is not None:
+            raise MisuseError(
+                f"{operation}(retry=..., executor=...): a function that runs elsewhere is not called again"
+            )
+        if "async" not in kind and kind != "coroutine":
+            options = {**options, "concurrency": options.get("concurrency") or 1}
     if options.get("schema") is not None and operation in {"filter", "with_column"}:
         raise MisuseError(
             f"{operation}(schema=...): {operation} keeps the columns that there are; say it where rows are made"

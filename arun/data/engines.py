@@ -9,7 +9,7 @@ import anyio
 import msgspec
 
 from arun.data.block import Row
-from arun.errors import MisuseError
+from arun.errors import ActorDied, MisuseError
 from arun.guards import shown
 
 __all__ = ("ActorCall", "Ask", "Cluster", "Embed", "Embedder", "Engine", "OpenActors", "PromptOf", "prefix_of")
@@ -46,6 +46,11 @@ class Cluster(Protocol):
 
     def stop(self, actor: object) -> Awaitable[None]:
         """End it."""
+        ...
+
+    @property
+    def health(self) -> Callable[[object], Awaitable[Any]]:
+        """How it fares: ``state`` is ``"dead"`` once it is not started again any more."""
         ...
 
 
@@ -130,7 +135,8 @@ class Embed:
 class ActorCall:
     """Calls a method of one of several actors for each row: of the one that has the fewest calls at work.
 
-    The actors are started by the run, and stopped at its end.
+    The actors are started by the run, and stopped at its end. One that has died is started again as its options say;
+    if it is not, the others have its rows.
 
     :param in_flight: most calls of one actor at a time.
     """
@@ -166,7 +172,7 @@ class ActorCall:
 
     async def open(self) -> OpenActors:
         """Start the actors."""
-        opened = OpenActors(self.cluster, self.method)
+        opened = OpenActors(self.cluster, self.cls.__name__, self.method)
         try:
             for _ in range(self.replicas):
                 opened.add(await self.cluster.spawn(self.cls, *self.args, **self.options))
@@ -180,30 +186,51 @@ class ActorCall:
 class OpenActors:
     """Started actors, for the length of a run."""
 
-    def __init__(self, cluster: Cluster, method: str) -> None:
+    def __init__(self, cluster: Cluster, name: str, method: str) -> None:
         self._cluster = cluster
+        self._name = name
         self._method = method
-        self._actors: list[Any] = []
-        #: calls that each has at work
-        self._loads: list[int] = []
+        self._actors: list[_Loaded] = []
+        self._died: Exception | None = None
 
     def add(self, actor: Any) -> None:
         """One more."""
-        self._actors.append(actor)
-        self._loads.append(0)
+        self._actors.append(_Loaded(actor))
 
     async def __call__(self, row: Row) -> Row:
-        number = min(range(len(self._loads)), key=self._loads.__getitem__)
-        self._loads[number] += 1
+        """Ask one of them.
+
+        :raises ActorDied: it died meanwhile, or all have, for good.
+        """
+        alive = [one for one in self._actors if not one.dead]
+        if not alive:
+            raise ActorDied(
+                f"every actor {self._name} has died for good: {self._died}. restarts= has them started again"
+            ) from self._died
+        asked = min(alive, key=lambda one: one.load)
+        asked.load += 1
         try:
-            return cast("Row", await getattr(self._actors[number], self._method)(row))
+            return cast("Row", await getattr(asked.actor, self._method)(row))
+        except ActorDied as exc:
+            self._died = exc
+            asked.dead = (await self._cluster.health(asked.actor)).state == "dead"
+            raise
         finally:
-            self._loads[number] -= 1
+            asked.load -= 1
 
     async def aclose(self) -> None:
         """Stop them."""
         while self._actors:
-            await self._cluster.stop(self._actors.pop())
+            await self._cluster.stop(self._actors.pop().actor)
+
+
+class _Loaded:
+    """An actor, how many calls it has at work, and whether it is not started again any more."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.load = 0
+        self.dead = False
 
 
 def prefix_of(ask: Ask | Embed) -> Callable[[Row], str]:

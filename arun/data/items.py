@@ -31,6 +31,11 @@ class Items:
         if not callable(given):
             self._refuse_other(given)
 
+    @property
+    def whole(self) -> bool:
+        """Whether iterating computes nothing that could be computed elsewhere: not so a cache that is to be filled."""
+        return getattr(self._given, "whole", True)
+
     def open(self) -> Iterator[Any] | AsyncIterator[Any]:
         """Begin to iterate.
 

@@ -92,7 +92,7 @@ class Read(msgspec.Struct, frozen=True, eq=False):
     @property
     def label(self) -> str:
         """For people."""
-        return f"read {self.source.name}"
+        return f"read {getattr(self.source, 'label', self.source.name)}"
 
     def over(self, inputs: Sequence[Node]) -> Node:
         """This node with other inputs."""

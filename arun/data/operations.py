@@ -19,7 +19,8 @@ from arun.data.grouped import Grouped
 from arun.data.logical import AllToAll, Barrier, Node, OneToOne, Union, Write, Zip
 from arun.data.sink import Sink
 from arun.data.steps import Drop, Expression, Limit, Rename, Select, Step, Where
-from arun.errors import MisuseError
+from arun.errors import ActorDied, MisuseError
+from arun.policies import Retry
 
 __all__ = ("Operations",)
 
@@ -162,6 +163,9 @@ class Operations:
     ) -> Self:
         """A row for each row: what a method of an actor returns. The actors live as long as the run.
 
+        A row whose actor died meanwhile is asked again, at that one if ``restarts=`` has it started again, else at
+        another: three times in all, unless ``rows`` has a ``retry`` that says otherwise.
+
         :param cls: an actor's class; ``cls(*args)`` is started ``replicas`` times.
         :param method: given a row; returns a row.
         :param in_flight: most rows that one actor has at a time.
@@ -171,7 +175,8 @@ class Operations:
         at_least("map_actor", "in_flight", in_flight, 1)
         call = ActorCall(cluster, cls, method, args=args, options=options, replicas=replicas, in_flight=in_flight)
         title = f"map_actor({cls.__name__}.{method})"
-        return self._then(msgspec.structs.replace(row_function("map", call, rows or {}), title=title))
+        given: RowOptions = {"retry": Retry(on=ActorDied, initial=0), **(rows or {})}
+        return self._then(msgspec.structs.replace(row_function("map", call, given), title=title))
 
     def select(self, *columns: str) -> Self:
         """These columns only, in this order."""
@@ -285,6 +290,7 @@ class Operations:
         self,
         path: str | PathLike[str],
         *,
+        partition_by: str | Sequence[str] = (),
         row_group_bytes: int = 32 << 20,
         compression: str = "zstd",
         **to: Unpack[SinkOptions],
@@ -292,11 +298,16 @@ class Operations:
         """A dataset that writes Parquet files when it is run.
 
         :param path: a file that ends in ``.parquet``, or a folder for parts; a URL of either.
+        :param partition_by: columns that are folders instead, as in ``answers/year=2024/lang=en/``, a file of each part
+            in each of them; whole numbers, text, booleans and dates. Read, they are whole numbers or text.
         :param row_group_bytes: of Arrow memory that make one row group.
         :param compression: "zstd", "snappy", "gzip", "lz4", "brotli" or "none".
         :param to: see :class:`SinkOptions`.
         """
-        return self.write(parquet_sink(path, row_group_bytes=row_group_bytes, compression=compression, **to))
+        sink = parquet_sink(
+            path, partition_by=partition_by, row_group_bytes=row_group_bytes, compression=compression, **to
+        )
+        return self.write(sink)
 
     def write_jsonl(self, path: str | PathLike[str], **to: Unpack[SinkOptions]) -> Self:
         """A dataset that writes one JSON object a line when it is run.

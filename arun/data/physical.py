@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from arun.data.logical import AllToAll, Node, OneToOne, Plan, Write
+from arun.data.steps import Limit
 
 __all__ = ("PhysicalPlan", "Stage", "inline", "lower")
 
@@ -40,11 +41,13 @@ class PhysicalPlan(msgspec.Struct, frozen=True, eq=False):
     """Stages, inputs first, and those that somebody outside reads: one a root of the logical plan.
 
     :ivar sinks: for each root, the Write above its stage; None where its blocks are what was asked for.
+    :ivar limited: nodes that a limit may end before their inputs do.
     """
 
     stages: tuple[Stage, ...]
     roots: tuple[Stage, ...]
     sinks: tuple[Write | None, ...]
+    limited: frozenset[int] = frozenset()
 
 
 def lower(plan: Plan) -> PhysicalPlan:
@@ -58,7 +61,8 @@ def lower(plan: Plan) -> PhysicalPlan:
             made[node.id] = Stage(len(made), node, inputs, plan.consumers(node), node.id in apart)
     tops = [root.input if isinstance(root, Write) else root for root in plan.roots]
     sinks = [root if isinstance(root, Write) else None for root in plan.roots]
-    return PhysicalPlan(tuple(made.values()), tuple(made[top.id] for top in tops), tuple(sinks))
+    stages, roots = tuple(made.values()), tuple(made[top.id] for top in tops)
+    return PhysicalPlan(stages, roots, tuple(sinks), frozenset(_limited(plan)))
 
 
 def inline(node: Node) -> bool:
@@ -77,6 +81,16 @@ def _inputs(node: Node) -> list[Node]:
 def _name(node: Node) -> str:
     below = [_name(one) for one in node.inputs] if inline(node) else []
     return f"{', '.join(below)} + {node.label}" if below else node.label
+
+
+def _limited(plan: Plan) -> set[int]:
+    """Nodes below a limit."""
+    limited: set[int] = set()
+    for node in reversed(plan.nodes):
+        limits = isinstance(node, OneToOne) and any(isinstance(step, Limit) for step in node.steps)
+        if limits or node.id in limited:
+            limited.update(below.id for below in node.inputs)
+    return limited
 
 
 def _apart(plan: Plan) -> set[int]:

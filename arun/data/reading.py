@@ -74,6 +74,8 @@ def from_ray(dataset: Any) -> Dataset:
 def read_parquet(paths: Paths, columns: Sequence[str] | None = None, *, filesystem: Any = None) -> Dataset:
     """The rows of Parquet files. Choices of columns and conditions by expressions are pushed into the reading.
 
+    Folders such as ``year=2024`` are columns, as with every format; a condition on them rules out files.
+
     :param paths: files, folders, globs or URLs; see ``arun.data.files.paths``.
     :param columns: these only, in this order; None: all.
     :param filesystem: of pyarrow or fsspec, where the paths are no URLs.
@@ -103,7 +105,7 @@ def read_csv(
     types: Mapping[str, pa.DataType] | None = None,
     filesystem: Any = None,
 ) -> Dataset:
-    """The rows of CSV files in UTF-8, which may be compressed.
+    """The rows of CSV files in UTF-8, which may be compressed. One thread reads a file, from its beginning.
 
     :param paths: files, folders, globs or URLs; see ``arun.data.files.paths``.
     :param columns: these only, in this order; None: all.
@@ -115,7 +117,7 @@ def read_csv(
 
 
 def read_ipc(paths: Paths, columns: Sequence[str] | None = None, *, filesystem: Any = None) -> Dataset:
-    """The rows of Arrow IPC files (Feather 2) and streams.
+    """The rows of Arrow IPC files (Feather 2) and streams. One thread reads a file, from its beginning.
 
     :param paths: files, folders, globs or URLs; see ``arun.data.files.paths``.
     :param columns: these only, in this order; None: all.

@@ -32,6 +32,14 @@ class Report(msgspec.Struct, frozen=True):
     parts: tuple[Part, ...]
     statistics: Statistics
 
+    def __str__(self) -> str:
+        """In a line: ``30 rows in 2 parts of 950 bytes, 0.031 s``."""
+        size = sum(part.size for part in self.parts)
+        parts = (
+            f" in {len(self.parts):,} part{'s' if len(self.parts) > 1 else ''} of {size:,} bytes" if self.parts else ""
+        )
+        return f"{self.rows:,} rows{parts}, {self.statistics.seconds:.3f} s"
+
 
 def plan_of(roots: Sequence[Node], options: RunOptions) -> Plan:
     """The plan that runs."""

@@ -25,6 +25,7 @@ import msgspec
 
 from arun.data.batches import BatchFormat
 from arun.data.block import Row
+from arun.policies import Retry
 from arun.signatures import Kind, kind_of, name_of
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class RowFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     :ivar ordered: whether results come in the order of the rows.
     :ivar on_error: "fail": raise; "skip": leave the row out; "collect": keep the row as it was given, with the error
         as text in ``error_column``, which is null in all other rows. A row that has one already is passed by.
+    :ivar retry: which errors are worth another call with the same row, before ``on_error`` decides.
     :ivar schema: of the rows that it gives; None takes it from them.
     :ivar fuse: False makes it a stage of its own.
     :ivar prefix: gives what rows are grouped by, so that those with a common beginning run together; None keeps order.
@@ -72,6 +74,7 @@ class RowFunction(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     executor: Executor | None = None
     on_error: OnError = "fail"
     error_column: str = "error"
+    retry: Retry | None = None
     schema: pa.Schema | None = None
     fuse: bool = True
     prefix: Callable[[Row], Any] | None = None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+import os
+import re
+import signal
+import threading
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,18 +19,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
+from actors.actor import actor
 from actors.dataset import RayEngine
-from arun.data import Dataset, RunOptions, from_iterable, from_rows, read_parquet
+from actors.engine import EngineSpec
+from actors.local_cluster import LocalCluster
+from actors.ray_cluster import RayCluster
+from arun.data import Dataset, RunOptions, from_iterable, from_ray, from_rows, read_parquet, run
 from arun.data.backends import backend_of
 from arun.data.running import plan_of
 from arun.errors import MisuseError
 from arun.executors import ProcessExecutor
 
 RAY = RayEngine()
-on_ray = [pytest.mark.ray, pytest.mark.timeout(280)]
 
 ROWS = [
     {"id": n, "k": None if n % 5 == 0 else n % 3, "x": [1.5, None, math.nan, -2.0][n % 4], "s": f"row {n}"}
@@ -52,6 +59,24 @@ def same(batch: pa.RecordBatch) -> pa.RecordBatch:
     return batch
 
 
+@actor(concurrency=1)
+class Adder:
+    def __init__(self, by: int, notes: str) -> None:
+        self.by = by
+        self.notes = Path(notes)
+
+    async def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["id"] == 11:
+            with contextlib.suppress(FileExistsError):
+                (self.notes / "died").touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return {**row, "id": row["id"] + self.by}
+
+
+def numbers() -> Any:
+    return ({"n": n} for n in itertools.count())
+
+
 def key(row: dict[str, Any]) -> str:
     return repr(row)
 
@@ -60,146 +85,199 @@ def rows_of(table: pa.Table) -> list[dict[str, Any]]:
     return table.to_pylist()
 
 
-async def on_ray_data(dataset: Dataset) -> pa.Table:
+async def on_ray_data(*datasets: Dataset) -> list[pa.Table]:
     options = RunOptions()
-    (table,) = await RAY.collect(plan_of([dataset.node], options), options)
-    return table
+    return await RAY.collect(plan_of([dataset.node for dataset in datasets], options), options)
+
+
+async def same_on_ray(dataset: Dataset, *, ordered: bool = True) -> None:
+    here = rows_of(await dataset.collect())
+    (there,) = map(rows_of, await on_ray_data(dataset))
+    if not ordered:
+        here, there = sorted(here, key=key), sorted(there, key=key)
+    assert list(map(key, there)) == list(map(key, here))
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("rows")
-    pq.write_table(pa.Table.from_pylist(ROWS), folder / "rows.parquet", row_group_size=10)
+    pq.write_table(pa.Table.from_pylist(ROWS), folder / "rows.parquet", row_group_size=20)
     return str(folder / "rows.parquet")
 
 
-ONE_TO_ONE: list[Any] = [
-    lambda d: d.map(shout),
-    lambda d: d.map(later, concurrency=4),
-    lambda d: d.flat_map(twice),
-    lambda d: d.filter(odd),
-    lambda d: d.filter(pc.field("id") > 3),
-    lambda d: d.map_batches(same, batch_size=7),
-    lambda d: d.with_column("y", pc.field("id") * 2),
-    lambda d: d.limit(17),
-]
-ALL_TO_ALL: list[Any] = [
-    lambda d: d.sort("x", "id", descending=[True, False]),
-    lambda d: d.sort("k", "id", nulls="first"),
-    lambda d: d.distinct(),
-    lambda d: d.random_shuffle(seed=1),
-    lambda d: d.repartition(3),
-    lambda d: d.union(d.map(shout)),
-    lambda d: d.join(d.select("id", "s"), "id", "left"),
-]
+# Each of Ray's shuffles takes seconds, so what one run can show is in one run.
+
+IN_ORDER: dict[str, Callable[[Dataset], Dataset]] = {
+    "one to one": lambda d: (
+        d
+        .map(shout)
+        .map(later, concurrency=4)
+        .flat_map(twice)
+        .filter(odd)
+        .filter(pc.field("id") > 3)
+        .map_batches(same, batch_size=7)
+        .with_column("y", pc.field("id") * 2)
+        .limit(17)
+    ),
+    "sort": lambda d: d.sort("x", "id", descending=[True, False]),
+    "sort of null": lambda d: d.filter(odd).sort("k", "id", nulls="first"),
+    "repartition": lambda d: d.repartition(3),
+    "union": lambda d: d.select("id").union(d.map(shout).drop("s"), d.limit(3)),
+    "zip": lambda d: d.zip(d.select("id").repartition(3), d.map(shout)),
+    "endless": lambda d: from_iterable(numbers).limit(20000).filter(pc.field("n") > 19990),
+}
+IN_ANY_ORDER: dict[str, Callable[[Dataset], Dataset]] = {
+    "distinct": lambda d: d.union(d).select("k", "x").distinct(),
+    "distinct by": lambda d: d.sort("s").distinct("k"),
+    "shuffle": lambda d: d.random_shuffle(seed=1),
+    "cross join": lambda d: d.join(from_rows([{"id": n, "j": n} for n in range(3)]), how="cross"),
+    "semi join": lambda d: d.join(from_rows([{"id": n} for n in range(3)]), "id", "semi"),
+}
+WANTED: Any = {
+    "rows": "count",
+    "total": ("sum", "id"),
+    "least": ("min", "s"),
+    "q": ("quantile", "id", 0.5),
+    "first": ("first", "s"),
+    "last": ("last", "x"),
+    "all": ("list", "id"),
+}
+
+on_ray = [pytest.mark.ray, pytest.mark.asyncio, pytest.mark.usefixtures("ray_session")]
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(280)
-@given(st.lists(st.sampled_from(ONE_TO_ONE), max_size=3), st.sampled_from(ALL_TO_ALL))
-@settings(max_examples=5, suppress_health_check=list(HealthCheck))
-def test_random_plans_give_the_same_rows_on_ray(ray_session: None, path: str, steps: list[Any], last: Any) -> None:
-    import asyncio
+class TestOnRay:
+    pytestmark = on_ray
 
-    dataset = read_parquet(path)
-    for step in steps:
-        dataset = step(dataset)
-    dataset = last(dataset)
+    @pytest.mark.parametrize("what", IN_ORDER)
+    async def test_rows_and_their_order_are_the_same(self, path: str, what: str) -> None:
+        await same_on_ray(IN_ORDER[what](read_parquet(path)))
 
-    async def both() -> tuple[pa.Table, pa.Table]:
-        return await dataset.collect(), await on_ray_data(dataset)
+    @pytest.mark.parametrize("what", IN_ANY_ORDER)
+    async def test_rows_are_the_same(self, path: str, what: str) -> None:
+        await same_on_ray(IN_ANY_ORDER[what](read_parquet(path)), ordered=False)
 
-    here, there = map(rows_of, asyncio.run(both()))
-    if "sort" in dataset.node.label:
-        assert list(map(key, there)) == list(map(key, here))
-    else:
-        assert sorted(map(key, there)) == sorted(map(key, here))
+    @pytest.mark.parametrize("keys", [("k",), ()])
+    async def test_groups_are_the_same(self, path: str, keys: tuple[str, ...]) -> None:
+        await same_on_ray(read_parquet(path).group_by(*keys).aggregate(**WANTED), ordered=False)
+
+    @pytest.mark.parametrize("how", ["left", "outer", "anti"])
+    async def test_joins_are_the_same(self, path: str, how: Any) -> None:
+        other = from_rows([{"k": n % 4, "j": None if n == 3 else n, "s": f"other {n}"} for n in range(6)])
+        await same_on_ray(read_parquet(path).join(other, {"k": "j"}, how), ordered=False)
+
+    async def test_no_rows_are_no_rows(self, path: str) -> None:
+        nobody = read_parquet(path).filter(pc.field("id") < 0)
+        groups = nobody.group_by("k").aggregate(rows="count")
+        told = await on_ray_data(
+            nobody.group_by().aggregate(rows="count"), groups, nobody.sort("id"), nobody.distinct()
+        )
+        assert list(map(rows_of, told)) == [[{"rows": 0}], [], [], []]
+        pairs = [nobody.zip(nobody), nobody.union(nobody), nobody.join(nobody, how="cross")]
+        assert list(map(rows_of, await on_ray_data(*pairs))) == [[], [], []]
+
+    async def test_sides_of_a_zip_must_be_as_long(self, path: str) -> None:
+        rows = read_parquet(path)
+        with pytest.raises(MisuseError, match="one side has more rows than another: 40, 7"):
+            await on_ray_data(rows.zip(rows.limit(7)))
+
+    async def test_what_is_written_is_read_here(self, path: str, tmp_path: Path) -> None:
+        rows = read_parquet(path).map(shout)
+        many, one = (
+            rows.write_parquet(tmp_path / "many"),
+            rows.sort("id", descending=True).write_jsonl(tmp_path / "one.jsonl"),
+        )
+        folders = rows.write_parquet(tmp_path / "folders", partition_by="k")
+        reports = await run(many, one, folders, engine=RAY)
+        assert [report.rows for report in reports] == [len(ROWS)] * 3
+        assert await read_parquet(tmp_path / "folders").filter(pc.field("k") == 2).count() == 10
+        written = await read_parquet(tmp_path / "many").collect()
+        assert written["s"].to_pylist() == [row["s"].upper() for row in ROWS]
+        assert {part.path for part in reports[0].parts} == {str(p) for p in (tmp_path / "many").glob("*.parquet")}
+        assert len(reports[1].parts) == 1
+        assert (tmp_path / "one.jsonl").read_text().startswith('{"id":39,')
+
+    async def test_branches_of_one_run_share_what_is_before_them(self, path: str, tmp_path: Path) -> None:
+        def note(row: dict[str, Any]) -> dict[str, Any]:
+            with (tmp_path / "calls").open("a") as calls:
+                calls.write(".")
+            return row
+
+        shared = read_parquet(path).map(note)
+        await run(shared.filter(odd), shared.map(shout), engine=RAY)
+        assert len((tmp_path / "calls").read_text()) == len(ROWS)
+
+    async def test_a_cache_that_is_filled_and_a_dataset_of_ray_are_read(self, path: str) -> None:
+        cached = read_parquet(path).map(shout).cache()
+        await cached.count()
+        await same_on_ray(cached.filter(odd))
+        import ray.data
+
+        await same_on_ray(from_ray(ray.data.range(10)).select("id").flat_map(twice), ordered=False)
+
+    async def test_an_error_of_a_function_reaches_the_program(self, path: str) -> None:
+        def fail(row: dict[str, Any]) -> dict[str, Any]:
+            raise ValueError(f"no {row['id']}")
+
+        with pytest.raises(ValueError, match="no 0"):
+            await read_parquet(path).map(fail).arun(engine=RAY)
+
+    async def test_rows_go_to_actors_that_are_started_again(self, path: str, tmp_path: Path) -> None:
+        async with LocalCluster(isolation="task") as cluster:
+            added = read_parquet(path).map_actor(cluster, Adder, "add", 5, str(tmp_path), replicas=2, restarts=3)
+            table = (await on_ray_data(added))[0]
+        assert table["id"].to_pylist() == [row["id"] + 5 for row in ROWS]
+        assert (tmp_path / "died").exists()
+
+    async def test_rows_go_to_the_engines_of_a_detached_pool(self, path: str) -> None:
+        rows = read_parquet(path).select("id", "s")
+        async with RayCluster.connect() as cluster:
+            for runner in ("generate", "pooling"):  # of one name, which workers must not take for each other
+                spec = EngineSpec(model="echo", engine="echo", runner=runner)  # type: ignore[arg-type]  # one of them
+                async with cluster.engines(spec, name="pool", lifetime="detached", cpus=0.5) as pool:
+                    if runner == "pooling":
+                        await same_on_ray(rows.embed(pool, prompt="s"))
+                    else:
+                        await same_on_ray(rows.generate(pool, prompt="s").chat(pool, messages="s", output="said"))
+                await pool.close()
+
+    async def test_an_engine_that_dies_costs_no_row(self, path: str) -> None:
+        spec = EngineSpec(model="echo", engine="echo", engine_args={"die_after": 30})
+        async with RayCluster.connect() as cluster:
+            pool = cluster.engines(spec, name="mortal", lifetime="detached", replicas=2, cpus=0.5, restarts=50)
+            async with pool:
+                table = (await on_ray_data(read_parquet(path).generate(pool, prompt="s")))[0]
+            restarts = [replica.restarts for replica in pool.stats().replicas]
+            await pool.close()
+        assert table["answer"].to_pylist() == [row["s"] for row in ROWS]
+        assert sum(restarts)
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(280)
-@pytest.mark.asyncio
-async def test_groups_are_the_same_on_ray(ray_session: None, path: str) -> None:
-    wanted = {"rows": "count", "total": ("sum", "id"), "least": ("min", "s"), "q": ("quantile", "id", 0.5)}
-    for keys in (("k",), ("x", "k"), ()):
-        dataset = read_parquet(path).group_by(*keys).aggregate(**wanted)
-        here, there = await dataset.collect(), await on_ray_data(dataset)
-        assert sorted(map(key, rows_of(there))) == sorted(map(key, rows_of(here)))
-    nobody = read_parquet(path).filter(pc.field("id") < 0)
-    assert rows_of(await on_ray_data(nobody.group_by().aggregate(rows="count"))) == [{"rows": 0}]
-    for nothing in (nobody.group_by("k").aggregate(rows="count"), nobody.sort("id"), nobody.distinct()):
-        assert rows_of(await on_ray_data(nothing)) == []
-    left = read_parquet(path).select("id").join(nobody.select("id"), "id", "left")
-    assert len(await on_ray_data(left)) == len(ROWS)
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(280)
-@pytest.mark.asyncio
-async def test_joins_are_the_same_on_ray(ray_session: None, path: str) -> None:
-    other = from_rows([{"k": n % 4, "j": None if n == 3 else n, "s": f"other {n}"} for n in range(6)])
-    for how in ("right", "outer", "anti"):  # each is a shuffle of Ray's, which takes seconds
-        dataset = read_parquet(path).join(other, {"k": "j"}, how)  # type: ignore[arg-type]  # one of its values
-        here, there = await dataset.collect(), await on_ray_data(dataset)
-        assert sorted(map(key, rows_of(there))) == sorted(map(key, rows_of(here))), how
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(280)
-@pytest.mark.asyncio
-async def test_what_is_written_on_ray_is_read_here(ray_session: None, path: str, tmp_path: Path) -> None:
-    report = await read_parquet(path).map(shout).write_parquet(tmp_path / "many").arun(engine=RAY)
-    assert report.rows == len(ROWS)
-    written = await read_parquet(tmp_path / "many").collect()
-    assert rows_of(written.sort_by("id"))[7]["s"] == "ROW 7"
-    assert {part.path for part in report.parts} == {str(p) for p in (tmp_path / "many").glob("*.parquet")}
-    one = await read_parquet(path).sort("id", descending=True).write_jsonl(tmp_path / "one.jsonl").arun(engine=RAY)
-    assert len(one.parts) == 1
-    assert (tmp_path / "one.jsonl").read_text().startswith('{"id":39,')
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(280)
-@pytest.mark.asyncio
-async def test_an_error_of_a_function_reaches_the_program(ray_session: None, path: str) -> None:
-    def fail(row: dict[str, Any]) -> dict[str, Any]:
-        raise ValueError(f"no {row['id']}")
-
-    with pytest.raises(ValueError, match="no 0"):
-        await read_parquet(path).map(fail).arun(engine=RAY)
-
-
-async def endless() -> AsyncIterator[dict[str, int]]:
-    while True:
-        yield {"id": 1}
+ECHO = EngineSpec(model="echo", engine="echo")
+LOCK = threading.Lock()
 
 
 @pytest.mark.parametrize(
     ("dataset", "why"),
     [
-        (
-            lambda: from_iterable(endless),
-            "iterate over endless can't run with engine='ray': endless is of this process",
-        ),
-        (lambda: from_rows(ROWS).cache(), "cache of read rows is of this process"),
-        (lambda: from_rows(ROWS).zip(from_rows(ROWS)), "keeps no order to zip by"),
+        (lambda: from_rows(ROWS).cache(), "cache of read rows is not filled yet"),
+        (lambda: from_rows(ROWS).split(2)[0], "run what it is a split of"),
         (lambda: from_rows(ROWS).map(shout, executor=ProcessExecutor(1)), "leave executor= out"),
-        (lambda: from_rows(ROWS).distinct("k"), r"distinct\(k\) can't run .* depends on their order"),
-        (lambda: from_rows(ROWS).group_by("k").aggregate(all=("list", "id")), "'all' depends on the order"),
-        (lambda: from_rows(ROWS).join(from_rows(ROWS), how="cross"), "no cross join"),
+        (lambda: from_rows(ROWS).map(lambda row: LOCK), r"map\(<lambda>\) can't be sent to a worker"),
+        (lambda: from_rows(ROWS).generate(LocalCluster().engines(ECHO)), "attach to a detached one by its name"),
+        (lambda: from_rows(ROWS).map_actor(LocalCluster(), Adder, "add", group=0), "leave it out"),
     ],
 )
 @pytest.mark.asyncio
 async def test_what_ray_can_not_do_is_refused_before_anything_runs(dataset: Any, why: str) -> None:
-    with pytest.raises(MisuseError, match=why):
+    with pytest.raises(MisuseError, match=f"can't run with engine='ray': .*{why}"):
         await dataset().arun(engine=RAY)
-    told = dataset().explain(engine=RAY)
-    assert why.rpartition("' ")[2].rpartition(": ")[2].split(" .* ")[-1].replace("\\", "") in told
+    assert re.search(f"-> refused: .*{why}", dataset().explain(engine=RAY))
 
 
 def test_explain_shows_what_ray_would_run() -> None:
     told = from_rows(ROWS).map(shout).limit(3).sort("id").explain(engine=RAY)
-    assert told.splitlines()[0] == "read rows -> read_datasource"
+    assert told.splitlines()[0] == "read rows -> put into Ray's object store"
     assert told.splitlines()[-1] == "sort(id) -> map_batches + sort"
 
 

@@ -76,7 +76,7 @@ async def test_an_interrupted_filling_is_forgotten() -> None:
     iteration = cached()
     await anext(iteration)
     await iteration.aclose()
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert len(os.listdir("/proc/self/fd")) <= files  # what earlier tests have left may go meanwhile
     source.given = 0
     assert await numbers(cached) == list(range(10))
     assert source.given == 10

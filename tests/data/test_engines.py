@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from actors.actor import actor
 from actors.engine import EngineSpec
 from actors.local_cluster import LocalCluster
+from actors.members.supervision import Backoff, Supervisor
 from actors.pool import EnginePool
 from arun import MisuseError, Runtime
 from arun.data import Dataset, from_rows
@@ -143,6 +147,17 @@ async def test_the_fields_of_an_answer_become_columns() -> None:
     assert "truncated" in second["error"]
 
 
+async def test_a_pool_answers_in_fields() -> None:
+    class Verdict(msgspec.Struct):
+        good: bool
+        score: int
+
+    async with open_pool() as pool:
+        rows = prompts('{"good": true, "score": 3}').generate(pool, fields=Verdict, max_tokens=64)
+        (row,) = await rows.take()
+    assert (row["good"], row["score"], row["answer_finish_reason"]) == (True, 3, "stop")
+
+
 async def test_each_row_gets_its_vector() -> None:
     async with open_pool(runner="pooling") as pool:
         table = await prompts("a b", "c").embed(pool, prompt="prompt").collect()
@@ -176,3 +191,44 @@ async def test_rows_go_to_actors_that_live_as_long_as_the_run() -> None:
         assert step.peak_in_flight == 6
         with pytest.raises(MisuseError, match="has no method 'sub'"):
             from_rows([]).map_actor(cluster, Adder, "sub")
+
+
+@actor(concurrency=2)
+class Mortal:
+    """Dies of some rows, once each, or always."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    async def add(self, row: dict[str, int]) -> dict[str, int]:
+        if row["n"] in {3, 9} and not (self.folder / str(row["n"])).exists():
+            (self.folder / str(row["n"])).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if row["n"] == 100:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"n": row["n"] + 1}
+
+
+AT_ONCE = Supervisor(intensity=20, backoff=Backoff(first=0.0))
+
+
+@pytest.mark.parametrize("restarts", [None, AT_ONCE])
+async def test_a_row_whose_actor_was_killed_is_asked_again(tmp_path: Path, restarts: Supervisor | None) -> None:
+    async with Runtime(), LocalCluster(cpus=8) as cluster:
+        rows = from_rows([{"n": i} for i in range(12)])
+        added = rows.map_actor(cluster, Mortal, "add", str(tmp_path), replicas=3, in_flight=2, restarts=restarts)
+        assert (await added.collect())["n"].to_pylist() == list(range(1, 13))
+        assert added.stats().stages[0].steps[0].retried >= 2
+        assert cluster.list() == []
+
+
+async def test_a_row_that_kills_actors_fails_by_policy(tmp_path: Path) -> None:
+    async with Runtime(), LocalCluster(cpus=8) as cluster:
+        rows = from_rows([{"n": n} for n in (0, 100, 1)])
+        options: Any = {"rows": {"on_error": "collect"}, "replicas": 1}
+        added = rows.map_actor(cluster, Mortal, "add", str(tmp_path), restarts=AT_ONCE, **options)
+        first, second, third = await added.take()
+        assert (first["n"], third["n"], third["error"]) == (1, 2, None)
+        assert "killed by signal 9" in second["error"]
+        told = await rows.map_actor(cluster, Mortal, "add", str(tmp_path), **options).take()
+        assert "every actor Mortal has died for good: " in told[2]["error"]

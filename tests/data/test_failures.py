@@ -9,7 +9,7 @@ import anyio
 import pyarrow as pa
 import pytest
 
-from arun import MisuseError
+from arun import MisuseError, Retry, ThreadExecutor
 from arun.data import Dataset, RunOptions, from_iterable, from_rows, run
 from arun.data.barriers import Limits, Relation
 from arun.data.logical import AllToAll, Traits
@@ -161,8 +161,15 @@ async def test_an_error_in_one_of_several_ends_the_others() -> None:
 
 
 async def test_a_promise_to_keep_rows_is_checked() -> None:
-    with pytest.raises(MisuseError, match="keeps_rows=True, and gave 1 rows for 3"):
-        await numbers(3).map_batches(lambda batch: batch.slice(0, 1), keeps_rows=True).collect()
+    async def twice(batch: pa.RecordBatch) -> list[pa.RecordBatch]:
+        return [batch, batch]
+
+    how: Any
+    for how in ({}, {"batch_size": 3}, {"concurrency": 2}, {"executor": ThreadExecutor(1)}):
+        with pytest.raises(MisuseError, match="keeps_rows=True, and gave 1 rows for 3; let it give one for each"):
+            await numbers(3).map_batches(lambda batch: batch.slice(0, 1), keeps_rows=True, **how).collect()
+    with pytest.raises(MisuseError, match="keeps_rows=True, and gave 6 rows for 3"):
+        await numbers(3).map_batches(twice, keeps_rows=True).collect()
 
 
 async def test_a_sink_is_left_as_it_was_when_a_row_fails(tmp_path: Any) -> None:
@@ -189,3 +196,46 @@ async def test_an_all_to_all_that_loses_rows_though_it_says_that_it_keeps_them_i
 async def test_the_column_of_errors_holds_text_also_where_there_are_none(function: Any) -> None:
     async for block in numbers(9).map(function, on_error="collect"):
         assert block.schema.field("error").type == pa.string()
+
+
+@pytest.mark.parametrize("plain", [True, False])
+async def test_a_row_is_given_again_to_a_function_that_failed(plain: bool) -> None:
+    calls: list[Row] = []
+
+    def flaky(row: Row) -> Row:
+        calls.append(dict(row))
+        row["n"] = -row["n"]
+        if row["n"] == -2 and len(calls) < 5:
+            raise ConnectionError(f"line {len(calls)}")
+        return row
+
+    async def flaky_later(row: Row) -> Row:
+        return flaky(row)
+
+    retry = Retry(attempts=3, on=ConnectionError, initial=0)
+    dataset = numbers(4).map(flaky if plain else flaky_later, retry=retry, **({} if plain else {"concurrency": 1}))
+    assert (await dataset.collect())["n"].to_pylist() == [0, -1, -2, -3]
+    assert calls == [{"n": n} for n in (0, 1, 2, 2, 2, 3)]
+    assert dataset.stats().stages[0].steps[0].retried == 2
+    assert ": 4 -> 4 rows" in str(dataset.stats())
+    assert ", 2 times again" in str(dataset.stats())
+    calls.clear()
+    twice = Retry(attempts=2, on=ConnectionError, initial=0)
+    collected = numbers(4).map(flaky if plain else flaky_later, retry=twice, concurrency=1, on_error="collect")
+    assert [row["error"] for row in await collected.take()] == [None, None, "ConnectionError: line 4", None]
+
+
+async def test_what_is_no_use_to_be_tried_again_is_not() -> None:
+    calls: list[int] = []
+
+    async def fail(row: Row) -> Row:
+        calls.append(row["n"])
+        return fifth(row)
+
+    with pytest.raises(MisuseError, match=r"map\(retry=3\): takes a Retry, such as Retry\(attempts=3\)"):
+        numbers(6).map(fail, retry=3)  # type: ignore[arg-type]  # wrong on purpose
+    with pytest.raises(MisuseError, match="a function that runs elsewhere is not called again"):
+        numbers(6).map(fifth, retry=Retry(), executor=ThreadExecutor(1))
+    with pytest.raises(ValueError, match="five"):
+        await numbers(6).map(fail, retry=Retry(on=ConnectionError)).collect()
+    assert calls.count(5) == 1

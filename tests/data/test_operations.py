@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -148,6 +149,24 @@ async def test_limit_keeps_the_first_rows() -> None:
     assert await rows_of(numbers(5).limit(2)) == [{"n": 0}, {"n": 1}]
     assert await rows_of(numbers(5).limit(0)) == []
     assert await rows_of(numbers(2).limit(9)) == [{"n": 0}, {"n": 1}]
+
+
+async def test_inputs_of_a_union_overlap_but_for_what_a_limit_may_leave_out() -> None:
+    begun = anyio.Event()
+
+    async def second() -> AsyncIterator[Row]:
+        begun.set()
+        yield {"n": 1}
+
+    async def first() -> AsyncIterator[Row]:
+        yield {"n": 0}
+        await begun.wait()
+
+    both = from_iterable(first).union(from_iterable(second), numbers(1))
+    assert await rows_of(both) == [{"n": 0}, {"n": 1}, {"n": 0}]
+    begun = anyio.Event()
+    assert await both.take(1) == [{"n": 0}]
+    assert not begun.is_set()
 
 
 async def test_union_gives_one_dataset_after_the_other() -> None:
@@ -343,6 +362,7 @@ async def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         folder = tmp_path / write.__name__
         report = await write(folder).arun()
         assert (report.rows, [part.rows for part in report.parts]) == (2, [2])
+        assert str(report).startswith(f"2 rows in 1 part of {report.parts[0].size:,} bytes, ")
         assert await rows_of(read(folder)) == rows
 
 

@@ -70,6 +70,13 @@ async def test_what_needs_a_model_is_refused_by_name(options):
         assert (await pool.complete("to be")).text == "to be"
 
 
+async def test_a_prompt_that_is_json_is_repeated_as_json():
+    async with open_pool() as pool:
+        assert (await pool.complete('{"a": 1}', structured_outputs={"json_object": True})).text == '{"a": 1}'
+        with pytest.raises(RequestError, match="a prompt that is no JSON for it to repeat"):
+            await pool.complete("to be", structured_outputs={"json_object": True})
+
+
 async def test_metrics_count_tokens_and_what_the_engine_lacks_is_named():
     async with open_pool() as pool:
         await pool.complete("to be or", n=2)

@@ -44,7 +44,8 @@ def from_results(step: BatchFunction, batch: pa.RecordBatch, given: Any) -> pa.R
     result = joined(batches) if batches else batch.slice(0, 0)
     if step.keeps_rows and result.num_rows != batch.num_rows:
         raise MisuseError(
-            f"{step.label} says keeps_rows=True, and gave {result.num_rows} rows for {batch.num_rows}; leave that out"
+            f"{step.label} says keeps_rows=True, and gave {result.num_rows} rows for {batch.num_rows}; let it give one "
+            "for each, or leave keeps_rows= out"
         )
     return result
 

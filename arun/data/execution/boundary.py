@@ -3,7 +3,7 @@
 One reader has a bounded queue. Several have one each; the stage waits for the slowest, and all of them share a block
 as long as it waits. Where that could be a deadlock, blocks that wait for a reader spill to disk instead. A reader that
 leaves is forgotten, and when the last one has left, the stage is cancelled. The stage is started by the first reader
-that asks for a block.
+that asks for a block, or says that it will.
 """
 
 from __future__ import annotations
@@ -92,14 +92,18 @@ class Boundary:
         for reader in self._readers:
             reader.wake()
 
+    def begin(self) -> None:
+        """Start the stage, if nobody has."""
+        if not self._started:
+            self._started = True
+            self._start()
+
     async def next_of(self, reader: Reader) -> Block:
         """Wait for a reader's next block.
 
         :raises Exception: the stage's own error, after all that it gave.
         """
-        if not self._started:
-            self._started = True
-            self._start()
+        self.begin()
         if reader.spilled is not None:
             return Block(await reader.waiting_for(reader.spilled.__anext__()))
         while not reader.blocks:
@@ -164,6 +168,10 @@ class Reader:
 
     async def __anext__(self) -> Block:
         return await self._boundary.next_of(self)
+
+    def begin(self) -> None:
+        """Let the stage begin before the first block is asked for."""
+        self._boundary.begin()
 
     async def aclose(self) -> None:
         """Leave."""

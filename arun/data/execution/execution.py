@@ -27,7 +27,7 @@ from arun.data.execution.boundary import Boundary, Reader
 from arun.data.execution.operators import operate
 from arun.data.execution.output import Output
 from arun.data.execution.statistics import StageStatistics, Statistics
-from arun.data.logical import Write
+from arun.data.logical import Node, Write
 from arun.data.options import RunOptions
 from arun.data.physical import PhysicalPlan, Stage
 from arun.data.progress import watch
@@ -94,6 +94,10 @@ class Execution:
         if failures:
             raise failures[0]
         return results
+
+    def limited(self, node: Node) -> bool:
+        """Whether a limit may end a node before its inputs do."""
+        return node.id in self._plan.limited
 
     def statistics(self) -> Statistics:
         """What it has done so far."""

@@ -13,6 +13,7 @@ from arun.data.all_to_all import scan_of
 from arun.data.barriers import Limits, Relation
 from arun.data.block import Block
 from arun.data.execution.batchwise import batchwise
+from arun.data.execution.boundary import Reader
 from arun.data.execution.iterate import iterate
 from arun.data.execution.program import Program
 from arun.data.execution.read import read, through
@@ -57,7 +58,7 @@ def operate(
         case AllToAll():
             return _barrier(node, below, execution)
         case Union():
-            return _union([below(one) for one in node.inputs])
+            return _union([below(one) for one in node.inputs], ahead=not execution.limited(node))
         case Zip():
             return _zip([below(one) for one in node.inputs])
         case Write():
@@ -82,7 +83,8 @@ def _steps(
             steps = [step for step in segment.steps if isinstance(step, RowFunction)]
             blocks = upstream or below(node.input)
             # What is left of a row that fails is known only at its end, and so is when an origin is finished.
-            if steps[0].streams and steps[0].on_error == "fail" and execution.progress is None:
+            streams = steps[0].streams and steps[0].on_error == "fail" and steps[0].retry is None
+            if streams and execution.progress is None:
                 upstream = streamed(blocks, steps[0], counts[0], execution)
             else:
                 upstream = rowwise(blocks, steps, counts, execution)
@@ -140,8 +142,14 @@ async def _batches(blocks: Blocks, counts: list[int], at: int) -> AsyncGenerator
             await close(blocks)
 
 
-async def _union(inputs: Sequence[Blocks]) -> AsyncGenerator[Block]:
-    for blocks in inputs:
+async def _union(inputs: Sequence[Blocks], *, ahead: bool) -> AsyncGenerator[Block]:
+    """One input after the other, while the next one fills its queue.
+
+    :param ahead: false where a limit may end it before that one's turn.
+    """
+    for blocks, following in zip(inputs, [*inputs[1:], None], strict=True):
+        if ahead and isinstance(following, Reader):
+            following.begin()
         async for block in blocks:
             yield block
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import anyio
@@ -23,6 +24,7 @@ from arun.data.execution.statistics import StepStatistics
 from arun.data.steps import RowFunction
 from arun.handles import Handle
 from arun.hosting import GRACE, close
+from arun.logs import get_logger
 from arun.policies import Policy
 from arun.threads import run_in_thread
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from arun.data.execution.execution import Execution
 
 __all__ = ("Spec", "Specs", "rowwise")
+
+log = get_logger("arun.data")
 
 #: Rows of a block that are Python objects before they are subtasks.
 _SLICE: Final = 256
@@ -222,7 +226,7 @@ class _Call:
             counter.begin()
             began = time.perf_counter()
             try:
-                result = await self._result(row)
+                result = await self._attempts(row)
             except Exception as exc:  # noqa: BLE001 - what becomes of it is the step's to say
                 result = tell_failure(step, counter, number, row, exc)
             finally:
@@ -231,6 +235,22 @@ class _Call:
             found += rows_of(step, row, result)
         counter.rows_out += len(found)
         return found
+
+    async def _attempts(self, row: Row) -> Any:
+        retry = self._step.retry
+        if retry is None:
+            return await self._result(row)
+        for attempt in count(1):
+            try:
+                return await self._result(dict(row))
+            except Exception as exc:
+                if attempt >= retry.attempts or not retry.applies(exc):
+                    if attempt > 1:
+                        exc.add_note(f"in attempt {attempt} of {attempt}")
+                    raise
+                log.info("row.retried", step=self._step.label, attempt=attempt, error=repr(exc))
+            self._counter.retried += 1
+            await anyio.sleep(retry.wait(attempt))
 
     async def _result(self, row: Row) -> Any:
         step = self._step

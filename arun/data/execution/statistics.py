@@ -13,6 +13,7 @@ class StepStatistics(msgspec.Struct, gc=False):
     :ivar name: as in the plan.
     :ivar rows_in: given to it.
     :ivar rows_out: that it gave.
+    :ivar retried: calls that failed and were made again.
     :ivar failed: rows that were left out or marked by ``on_error``.
     :ivar seconds: spent in it; of steps that run row by row, over all rows.
     :ivar in_flight: rows, or batches, at work now, where they run row by row.
@@ -22,6 +23,7 @@ class StepStatistics(msgspec.Struct, gc=False):
     name: str
     rows_in: int = 0
     rows_out: int = 0
+    retried: int = 0
     failed: int = 0
     seconds: float = 0.0
     in_flight: int = 0
@@ -78,6 +80,7 @@ class Statistics(msgspec.Struct, frozen=True):
             )
             lines.extend(
                 f"      {step.name}: {step.rows_in:,} -> {step.rows_out:,} rows in {step.seconds:.3f} s"
+                + (f", {step.retried:,} times again" if step.retried else "")
                 + (f", {step.failed:,} failed" if step.failed else "")
                 + (f", at most {step.peak_in_flight} at a time" if step.peak_in_flight else "")
                 for step in stage.steps

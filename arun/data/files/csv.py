@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pv
 
+from arun.data.files.partitions import Partitions
 from arun.data.files.paths import File, Listing, Paths
 from arun.data.files.selection import chosen, without_first
 from arun.data.schemas import conform, unify
@@ -83,8 +84,10 @@ class CsvSource(msgspec.Struct, frozen=True, kw_only=True):
     def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
         """The rows of a file."""
         file, schema = self.tables.listing.files[fragment.place], self.schema()
-        batches = self.tables.read(file, list(schema.names))
-        return without_first((conform(batch, schema, name=file.path) for batch in batches), skip)
+        batches = self.tables.read(file, [name for name in schema.names if name in self.tables.own.names])
+        folders = self.tables.partitions
+        named = (folders.add(batch, file, schema.names) for batch in batches)
+        return without_first((conform(batch, schema, name=file.path) for batch in named), skip)
 
     def count(self) -> None:
         """Only reading tells."""
@@ -105,13 +108,22 @@ class _Tables:
         self._how = how
 
     @cached_property
-    def schema(self) -> pa.Schema:
+    def own(self) -> pa.Schema:
+        """What the files have."""
         schemas = ((file.path, self._head(file)) for file in self.listing.files)
         return unify(schemas, remedy="give types=")
 
+    @cached_property
+    def partitions(self) -> Partitions:
+        return Partitions(self.listing.files)
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        return self.partitions.beside(self.own)
+
     def read(self, file: File, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The rows of a file, with these columns at least."""
-        types = {field.name: field.type for field in self.schema}
+        types = {field.name: field.type for field in self.own}
         try:
             with self._open(file, types, columns, use_threads=True) as reader:
                 yield from reader

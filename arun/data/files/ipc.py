@@ -10,6 +10,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from arun.data.files.partitions import Partitions
 from arun.data.files.paths import File, Listing, Paths
 from arun.data.files.selection import chosen, without_first
 from arun.data.schemas import conform, unify
@@ -57,8 +58,9 @@ class IpcSource(msgspec.Struct, frozen=True, kw_only=True):
     def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
         """The record batches of a file."""
         file, schema = self.headers.listing.files[fragment.place], self.schema()
-        batches = _batches(file, self.columns)
-        return without_first((conform(batch, schema, name=file.path) for batch in batches), skip)
+        folders = self.headers.partitions
+        named = (folders.add(batch, file, schema.names) for batch in _batches(file, self.columns))
+        return without_first((conform(batch, schema, name=file.path) for batch in named), skip)
 
     def count(self) -> int | None:
         """How many rows the files tell; streams don't."""
@@ -87,7 +89,11 @@ class _Headers:
     @cached_property
     def schema(self) -> pa.Schema:
         schemas = ((file.path, _schema(file).remove_metadata()) for file in self.listing.files)
-        return unify(schemas, remedy="read them one by one, cast it, and union() them")
+        return self.partitions.beside(unify(schemas, remedy="read them one by one, cast it, and union() them"))
+
+    @cached_property
+    def partitions(self) -> Partitions:
+        return Partitions(self.listing.files)
 
 
 def _schema(file: File) -> pa.Schema:

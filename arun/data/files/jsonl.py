@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.json as pj
 
 from arun.data.files.lines import Chunk, chunks, line_at
+from arun.data.files.partitions import Partitions
 from arun.data.files.paths import File, Listing, Paths
 from arun.data.files.selection import chosen, without_first
 from arun.data.schemas import conform, unify
@@ -89,10 +90,12 @@ class JsonLinesSource(msgspec.Struct, frozen=True, kw_only=True):
         return without_first(self._read(*fragment.place), skip)
 
     def _read(self, index: int, start: int, end: int | None) -> Iterator[pa.RecordBatch]:
-        file = self.lines.listing.files[index]
-        parser = _Parser(self.schema(), given=self.lines.given is not None, strict=self._strict())
+        file, schema, folders = self.lines.listing.files[index], self.schema(), self.lines.partitions
+        own = pa.schema([field for field in schema if field.name in self.lines.own.names])
+        parser = _Parser(own, given=self.lines.given is not None, strict=self._strict())
         for chunk in chunks(file, start, end):
-            yield from parser.parse(file, chunk)
+            for batch in parser.parse(file, chunk):
+                yield conform(folders.add(batch, file, schema.names), schema, name=file.path)
 
     def count(self) -> None:
         """Only reading tells."""
@@ -119,6 +122,15 @@ class _Lines:
 
     @cached_property
     def schema(self) -> pa.Schema:
+        return self.partitions.beside(self.own)
+
+    @cached_property
+    def partitions(self) -> Partitions:
+        return Partitions(self.listing.files)
+
+    @cached_property
+    def own(self) -> pa.Schema:
+        """What the lines have."""
         if self.given is not None:
             return self.given
         return unify(self._sampled(), remedy="give schema=, where pa.string() takes everything")

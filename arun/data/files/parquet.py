@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
+from arun.data.files.partitions import Partitions
 from arun.data.files.paths import File, Listing, Paths
 from arun.data.files.selection import chosen, without_first
 from arun.data.predicates import columns_of, keep
@@ -34,6 +35,8 @@ def parquet_source(paths: Paths, columns: Sequence[str] | None = None, *, filesy
     """Rows of Parquet files.
 
     Files with different columns are read as one: what a file lacks is null, types are widened where nothing is lost.
+    Folders below what was named, such as ``year=2024``, are columns, and files that a condition on them rules out are
+    not read.
 
     :param paths: files, folders, globs or URLs; see :mod:`arun.data.files.paths`.
     :param columns: these only, in this order; None: all.
@@ -54,6 +57,12 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
     predicate: Any = None
     # those that the predicate may read: a later select() does not take them from it
     visible: tuple[str, ...] | None = None
+
+    @property
+    def label(self) -> str:
+        """What is read of it, such as ``parquet sales/ [user, amount] where (year > 2023)``."""
+        columns = "" if self.columns is None else f" [{', '.join(self.columns)}]"
+        return f"{self.name}{columns}{'' if self.predicate is None else f' where {self.predicate}'}"
 
     def schema(self) -> pa.Schema:
         """The columns, from the footers of all files.
@@ -97,6 +106,7 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
             pq.ParquetFile(opened, metadata=piece.metadata, buffer_size=buffer, pre_buffer=not buffer) as reader,
         ):
             for batch in reader.iter_batches(rows, row_groups=[number], columns=columns):
+                batch = self.footers.partitions.add(batch, file, needed.names)
                 if self.predicate is not None:
                     batch = keep(conform(batch, needed, name=file.path), self.predicate, asked)
                 yield conform(batch, schema, name=file.path)
@@ -164,23 +174,32 @@ class _Footers:
         """Each file, with pyarrow's description of it."""
         files = self._listing.files
         if len(files) == 1:
-            return [_piece(files[0])]
+            return [self._piece(files[0])]
         with ThreadPoolExecutor(min(_FOOTERS_AT_ONCE, len(files)), thread_name_prefix="arun footers") as threads:
-            return list(threads.map(_piece, files))
+            return list(threads.map(self._piece, files))
 
     @cached_property
     def schema(self) -> pa.Schema:
         schemas = ((file.path, piece.physical_schema.remove_metadata()) for file, piece in self.pieces)
-        return unify(schemas, remedy="read them one by one, cast it, and union() them")
+        return self.partitions.beside(unify(schemas, remedy="read them one by one, cast it, and union() them"))
+
+    @cached_property
+    def partitions(self) -> Partitions:
+        return Partitions(self._listing.files)
+
+    def _piece(self, file: File) -> tuple[File, Any]:
+        piece = _described(file, None)
+        said = self.partitions.expression(file, piece.physical_schema.names)
+        return file, piece if said is None else _described(file, said)
 
 
-def _piece(file: File) -> tuple[File, Any]:
-    piece = pd.ParquetFileFormat().make_fragment(file.path, file.filesystem)
+def _described(file: File, said: pc.Expression | None) -> Any:
+    piece = pd.ParquetFileFormat().make_fragment(file.path, file.filesystem, partition_expression=said)
     try:
         piece.ensure_complete_metadata()
     except (pa.ArrowInvalid, OSError) as exc:
         raise DataError(f"{file.path} can't be read as Parquet: {exc}") from exc
-    return file, piece
+    return piece
 
 
 # A function, a negation, a literal truth value, or a comparison of comparisons.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Sequence
 from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 
 import pyarrow as pa
@@ -18,9 +19,10 @@ from arun.data.files.csv import CsvFormat
 from arun.data.files.ipc import IpcFormat
 from arun.data.files.jsonl import JsonLinesFormat
 from arun.data.files.parquet import ParquetFormat
+from arun.data.files.partitions import PartitionedPart
 from arun.data.files.paths import locate
 from arun.data.schemas import conflict, conform, unify
-from arun.data.sink import Part
+from arun.data.sink import Part, PartWriter
 from arun.errors import DataError, MisuseError
 
 __all__ = ("Compression", "Encoder", "FileSink", "Format", "Mode", "csv_sink", "ipc_sink", "jsonl_sink", "parquet_sink")
@@ -76,6 +78,7 @@ class FileSink:
     :param part_bytes: a part that has grown past this is committed and another one begun; a single file has one.
     :param compression: of whole files, where the format has none of its own; told by the suffix of a single file.
     :param filesystem: of pyarrow or fsspec, where the path is no URL.
+    :param partition_by: columns that are folders instead, as in ``year=2024/``.
     """
 
     resumable: Final = True
@@ -89,9 +92,11 @@ class FileSink:
         part_bytes: int | None = None,
         compression: Compression | None = None,
         filesystem: Any = None,
+        partition_by: Sequence[str] = (),
     ) -> None:
         self._given = os.fspath(path)
         self._how = how
+        self._partition_by = (partition_by,) if isinstance(partition_by, str) else tuple(partition_by)
         self._mode = mode
         self._filesystem, self._path = locate(self._given, filesystem)
         self._path = self._path.rstrip("/")
@@ -112,6 +117,11 @@ class FileSink:
             raise MisuseError(f"{self.name} is one file, so part_bytes has no meaning; name a folder for parts")
         if self._is_file and mode == "append":
             raise MisuseError(f"{self.name} is one file, which can't be appended to; name a folder")
+        if self._is_file and self._partition_by:
+            raise MisuseError(f"{self.name} is one file, which has no folders to partition by; name a folder")
+        hidden = [name for name in self._partition_by if name.startswith((".", "_"))]
+        if hidden:
+            raise MisuseError(f"{self.name}: folders that begin as {hidden[0]!r} does are hidden; rename the column")
 
     def begin(self, mark: str = "", *, again: bool = False) -> None:
         """Look at what is there already, and make the folder.
@@ -146,9 +156,21 @@ class FileSink:
         if self._mode == "overwrite":
             self._replaced = kept
 
-    def part(self, name: str) -> _PartFile:
+    def part(self, name: str) -> PartWriter:
         """Begin a part, or the only file."""
-        path = self._path if self._is_file else f"{self._path}/{name}{self._mark}{self._suffix}"
+        if self._is_file:
+            return self._file(self._path)
+        file = f"{name}{self._mark}{self._suffix}"
+        if not self._partition_by:
+            return self._file(f"{self._path}/{file}")
+
+        def begin(folder: str) -> PartWriter:
+            self._filesystem.create_dir(f"{self._path}/{folder}", recursive=True)
+            return self._file(f"{self._path}/{folder}/{file}")
+
+        return PartitionedPart(self._partition_by, begin, f"{self._path}/{'*/' * len(self._partition_by)}{file}")
+
+    def _file(self, path: str) -> _PartFile:
         whole = self._whole if self._replaced else None
         return _PartFile(self._filesystem, path, self._how, self._compression, whole=whole)
 
@@ -156,10 +178,11 @@ class FileSink:
         """Show what is hidden, remove what is replaced, and say that the folder is whole."""
         if self._is_file:
             return
-        whole = f"{self._path}/{self._whole}"
-        for info in self._filesystem.get_file_info(pyarrow.fs.FileSelector(self._path)) if self._mark else ():
-            if info.path.startswith(whole):
-                self._filesystem.move(info.path, f"{self._path}/{info.path[len(whole) :]}")
+        below = pyarrow.fs.FileSelector(self._path, recursive=True)
+        for info in self._filesystem.get_file_info(below) if self._mark else ():
+            folder, _, name = info.path.rpartition("/")
+            if name.startswith(self._whole):
+                self._filesystem.move(info.path, f"{folder}/{name.removeprefix(self._whole)}")
         for path in self._replaced:
             self._filesystem.delete_file(path)
         self._filesystem.open_output_stream(f"{self._path}/{_SUCCESS}").close()
@@ -304,6 +327,7 @@ def parquet_sink(
     compression: str = "zstd",
     row_group_bytes: int = 32 << 20,
     filesystem: Any = None,
+    partition_by: Sequence[str] = (),
 ) -> FileSink:
     """Parquet.
 
@@ -313,7 +337,7 @@ def parquet_sink(
     The other parameters are those of :class:`FileSink`.
     """
     how = ParquetFormat(compression=compression, row_group_bytes=row_group_bytes)
-    return FileSink(path, how, mode=mode, part_bytes=part_bytes, filesystem=filesystem)
+    return FileSink(path, how, mode=mode, part_bytes=part_bytes, filesystem=filesystem, partition_by=partition_by)
 
 
 def jsonl_sink(

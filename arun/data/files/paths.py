@@ -2,7 +2,8 @@
 
 A folder stands for the files below it that have one of the format's suffixes, but for hidden ones (``.name``,
 ``_name``). A glob, as in a shell with ``**``, and a file may have any suffix. Files of one folder or glob come sorted
-by path, those of a list in its order.
+by path, those of a list in its order. Folders below what was named, such as ``year=2024``, are columns: see
+:mod:`arun.data.files.partitions`.
 
 ``s3://`` and ``gs://`` go through pyarrow's own file systems, other URLs through fsspec. ``filesystem=`` takes those of
 either.
@@ -39,12 +40,14 @@ class File(msgspec.Struct, frozen=True, kw_only=True):
     :ivar path: in its file system.
     :ivar size: bytes.
     :ivar changed: nanoseconds since 1970, where the file system tells.
+    :ivar folders: names of those between what was named and the file; see :mod:`arun.data.files.partitions`.
     """
 
     filesystem: Any
     path: str
     size: int | None
     changed: int | None
+    folders: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -101,22 +104,28 @@ class Listing:
         files: list[File] = []
         for given in self._given:
             filesystem, path = locate(given, self._filesystem)
-            for info in self._expand(filesystem, path, given):
+            root, infos = self._expand(filesystem, path, given)
+            for info in infos:
                 place = (filesystem.type_name, info.path)
                 if place in found:
                     raise DataError(f"{info.path} is named twice, by {found[place]!r} and by {given!r}")
                 found[place] = given
-                files.append(File(filesystem=filesystem, path=info.path, size=info.size, changed=info.mtime_ns))
+                folders = tuple(info.path[len(root) :].strip("/").split("/")[:-1])
+                file = File(
+                    filesystem=filesystem, path=info.path, size=info.size, changed=info.mtime_ns, folders=folders
+                )
+                files.append(file)
         return tuple(files)
 
-    def _expand(self, filesystem: Any, path: str, given: str) -> Iterable[Any]:
+    def _expand(self, filesystem: Any, path: str, given: str) -> tuple[str, Iterable[Any]]:
+        """The files that a path stands for, and the folder below which their own folders mean something."""
         info = filesystem.get_file_info(path)
         if info.type == _Type.File:
-            return [info]
+            return path.rpartition("/")[0], [info]
         if info.type == _Type.Directory:
-            return self._in_folder(filesystem, path, given)
+            return path, self._in_folder(filesystem, path, given)
         if re.search(r"[*?[]", path):
-            return _matching(filesystem, path, given)
+            return _plain(path), _matching(filesystem, path, given)
         raise DataError(f"{given!r} does not exist{_hint(filesystem, path)}")
 
     def _in_folder(self, filesystem: Any, path: str, given: str) -> list[Any]:
@@ -175,8 +184,7 @@ def _files(filesystem: Any, folder: str, *, recursive: bool = True, hidden: bool
 
 
 def _matching(filesystem: Any, pattern: str, given: str) -> list[Any]:
-    plain = re.split(r"[*?[]", pattern, maxsplit=1)[0]
-    folder = plain.rpartition("/")[0] or "/"
+    folder = _plain(pattern)
     rest = pattern[len(folder.rstrip("/")) :]
     matches = re.compile(fsspec.utils.glob_translate(pattern)).match
     found: list[Any] = []
@@ -187,6 +195,11 @@ def _matching(filesystem: Any, pattern: str, given: str) -> list[Any]:
     if not found:
         raise DataError(f"{given!r} matches no file{_hint(filesystem, pattern)}")
     return found
+
+
+def _plain(pattern: str) -> str:
+    """The folder that a glob looks into."""
+    return re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0] or "/"
 
 
 def _hint(filesystem: Any, path: str) -> str:
