@@ -52,6 +52,7 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     :ivar embedding: the answer of an engine that embeds, little-endian float32; see :class:`Embedding`.
     :ivar epoch: that of the request that it answers; see :class:`~actors.engine.GenerateRequest`.
     :ivar load: where it has changed: requests that the engine has in all, of whatever client.
+    :ivar first_ago: of an answer that came whole: seconds since its first token was there.
     """
 
     text: str = ""
@@ -65,6 +66,7 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     embedding: bytes | None = None
     epoch: int = 0
     load: int | None = None
+    first_ago: float | None = None
 
 
 class Reset(Delta, frozen=True, omit_defaults=True, gc=False):

@@ -116,21 +116,24 @@ class EchoEngine:
                 outcome = "finished"
                 yield Delta(usage=Usage(len(words), 0), embedding=_embedding(words, request.pooling))
                 return
-            answers = range(request.sampling.n)
+            answers, began = range(request.sampling.n), anyio.current_time()
             for piece in pieces[:-1]:
                 for index in answers:
                     self._count_token()
-                    yield Delta(piece, [_token_id(piece)], index)
+                    if not request.whole:
+                        yield Delta(piece, [_token_id(piece)], index)
                 await anyio.sleep(self._options.token_seconds)
-            last = pieces[-1:]  # none when the answer begins with a stop string
+            last = pieces if request.whole else pieces[-1:]
+            first_ago = anyio.current_time() - began if request.whole else None
             for index in answers:
-                for _ in last:
+                if pieces:  # there are none when the answer begins with a stop string
                     self._count_token()
                 usage = None
                 if index == answers[-1]:
                     outcome = "finished"
                     usage = Usage(len(words) + len(request.resume), len(answers) * len(pieces))
-                yield Delta("".join(last), [_token_id(piece) for piece in last], index, finish_reason, usage)
+                token_ids = [_token_id(piece) for piece in last]
+                yield Delta("".join(last), token_ids, index, finish_reason, usage, first_ago=first_ago)
         except EngineError:
             outcome = "failed"
             raise

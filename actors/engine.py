@@ -60,6 +60,7 @@ __all__ = (
     "Pooling",
     "Prompt",
     "PromptLike",
+    "Pulse",
     "RequestOptions",
     "Reset",
     "Sampling",
@@ -95,6 +96,17 @@ class EngineLoad(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     failed: int = 0
     aborted: int = 0
     tokens: int = 0
+
+
+class Pulse(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A sign of life of an engine.
+
+    :ivar in_flight: requests that it has, of whatever client.
+    :ivar tokens: generated since the start.
+    """
+
+    in_flight: int
+    tokens: int
 
 
 class Tally:
@@ -227,7 +239,11 @@ class Engine(Protocol):
         """Return when the engine can serve. :raises EngineDead: it can't any more."""
 
     def load(self) -> EngineLoad:
-        """Counters; cheap, at any time after start."""
+        """Counters; cheap, at any time after start.
+
+        A pool hears ``tokens`` regularly. An engine that gives answers whole, as ``request.whole`` allows, counts them
+        while it makes them, else a pool takes it for hung.
+        """
         ...
 
     async def stop(self) -> None:
@@ -290,11 +306,11 @@ class EngineActor:
             self._in_flight -= 1
             await deltas.aclose()
 
-    async def pulse(self, seconds: float) -> AsyncIterator[int]:
-        """Requests in flight, now and every so many seconds. :raises EngineDead: the engine can't serve any more."""
+    async def pulse(self, seconds: float) -> AsyncIterator[Pulse]:
+        """A sign of life now and every so many seconds. :raises EngineDead: the engine can't serve any more."""
         while True:
             await self._engine.check_health()
-            yield self._in_flight
+            yield Pulse(self._in_flight, self._engine.load().tokens)
             await anyio.sleep(seconds)
 
     @method(idempotent=True)

@@ -260,6 +260,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     :ivar resume: ``list[int]``, tokens of the answer that another replica generated before it was lost. The engine
         continues after prompt and these; ``max_tokens`` counts what is still to come, ``Usage`` them as prompt.
     :ivar epoch: which start of this request it is, from 0.
+    :ivar whole: nobody reads the answer before its end, so the engine may give it as one delta an index.
     """
 
     request_id: str
@@ -272,6 +273,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, omit_defaults=True):
     pooling: Pooling | None = None
     resume: list[int] = []
     epoch: int = 0
+    whole: bool = False
 
 
 def to_request(
@@ -281,6 +283,7 @@ def to_request(
     *,
     lane: Lane = "interactive",
     priority: int = 0,
+    whole: bool = False,
 ) -> GenerateRequest:
     """Check a request as a user gives it.
 
@@ -302,6 +305,7 @@ def to_request(
             priority,
             msgspec.convert(adapter, str | None),
             msgspec.convert(chat, ChatOptions) if chat else None,
+            whole=whole,
         )
     except msgspec.ValidationError as exc:
         raise RequestError(f"request options: {exc}") from None

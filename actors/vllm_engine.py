@@ -146,7 +146,7 @@ class VLLMEngine:
                     outcome = "finished"
                     yield vllm.embedding(output)
                     continue
-                for delta in vllm.deltas(output, completion_tokens):
+                for delta in vllm.deltas(output, completion_tokens, whole=request.whole):
                     completion_tokens += len(delta.token_ids)
                     self._tally.tokens += len(delta.token_ids)
                     if delta.usage is not None:
@@ -169,8 +169,12 @@ class VLLMEngine:
             raise EngineDead(f"the vLLM engine of {self._spec.model} is dead: {cause}") from exc
 
     def load(self) -> EngineLoad:
-        in_flight = self._running.llm.output_processor.get_num_unfinished_requests() if self._running else 0
-        return msgspec.structs.replace(self._tally.load(), in_flight=in_flight)
+        load = self._tally.load()
+        if self._running is None:
+            return load
+        in_flight = self._running.llm.output_processor.get_num_unfinished_requests()
+        # Those of an answer that is to come whole are counted while it is being made.
+        return msgspec.structs.replace(load, in_flight=in_flight, tokens=self._running.counts.completion_tokens)
 
     def metrics(self) -> EngineMetrics:
         """What vLLM's scheduler said at its last step."""

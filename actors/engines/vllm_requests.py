@@ -39,7 +39,7 @@ class Running:
     sampling_params: Any
     structured_params: Any
     pooling_params: Any
-    delta_kind: Any
+    output_kinds: Any
     sampling_defaults: dict[str, Any]
     adapters: Mapping[str, Any]
     has_lora: bool
@@ -70,7 +70,7 @@ class Running:
         else:
             outputs = self.llm.generate(
                 prompt,
-                self.params(request.sampling),
+                self.params(request.sampling, whole=request.whole),
                 engine_id,
                 lora_request=self._adapter(request.adapter),
                 priority=self._priority(request),
@@ -78,24 +78,31 @@ class Running:
             )
         return outputs
 
-    def params(self, sampling: Sampling) -> Any:
-        """vLLM's SamplingParams."""
+    def params(self, sampling: Sampling, *, whole: bool = False) -> Any:
+        """vLLM's SamplingParams.
+
+        :param whole: one output, at the end of the answer.
+        """
         given = {**self.sampling_defaults, **sampling.given()}
         if sampling.structured_outputs is not None:
             wanted = sampling.structured_outputs
             given["structured_outputs"] = self.structured_params(**{
                 name: value for name in wanted.__struct_fields__ if (value := getattr(wanted, name)) is not None
             })
-        return self.sampling_params(**given, output_kind=self.delta_kind)
+        kind = self.output_kinds.FINAL_ONLY if whole else self.output_kinds.DELTA
+        return self.sampling_params(**given, output_kind=kind)
 
-    def deltas(self, output: Any, completion_tokens: int) -> Iterator[Delta]:
+    def deltas(self, output: Any, completion_tokens: int, *, whole: bool = False) -> Iterator[Delta]:
         """One of vLLM's outputs as deltas; of the request's last one, the last delta has the usage.
 
         :param completion_tokens: of the outputs before this one.
+        :param whole: whether it is the only one.
         :raises EngineError: vLLM gave up on this request.
         """
         answers = output.outputs
         last = len(answers) - 1
+        times = output.metrics if whole else None
+        first_ago = None if times is None else times.last_token_ts - times.first_token_ts
         for number, answer in enumerate(answers):
             if answer.finish_reason == "error":
                 raise EngineError(f"vLLM gave up on this request: {getattr(output, 'error', None) or 'no reason told'}")
@@ -114,6 +121,7 @@ class Running:
                 answer.stop_reason,
                 [_position(each) for each in answer.logprobs] if answer.logprobs else None,
                 _prompt_logprobs(output.prompt_logprobs) if number == 0 and output.prompt_logprobs else None,
+                first_ago=first_ago,
             )
 
     def embedding(self, output: Any) -> Delta:

@@ -108,7 +108,7 @@ def start_vllm(spec: EngineSpec) -> Running:
         sampling_params=vllm.SamplingParams,
         structured_params=sampling.StructuredOutputsParams,
         pooling_params=vllm.PoolingParams,
-        delta_kind=sampling.RequestOutputKind.DELTA,
+        output_kinds=sampling.RequestOutputKind,
         sampling_defaults=llm.model_config.get_diff_sampling_param(),
         adapters={
             name: lora.LoRARequest(name, number, os.path.abspath(folder))

@@ -74,8 +74,9 @@ class PoolCore:
     :param limit: most requests of ours that one replica has at a time.
     :param max_waiting: most requests that wait for their first start.
     :param supervisor: how often a replica is started again, and how soon.
-    :param watchdog: seconds. A replica that sends no delta for so long, while consumers wait for one, is lost. Of the
-        time between two ticks at most a quarter of this counts, so a program that stood still blames nobody.
+    :param watchdog: seconds. A replica that sends no delta and reports no token for so long, while consumers wait for
+        one, is lost. Of the time between two ticks at most a quarter of this counts, so a program that stood still
+        blames nobody.
     :param quarantine: lost replicas that make a request a suspect.
     :param affinity_margin: how many requests more than the least loaded one a replica may have and still be chosen for
         what it has in its cache.
@@ -284,11 +285,13 @@ class PoolCore:
             return []
         return [self._lose(known, cause), *self._assign()]
 
-    def report(self, replica: int, generation: int, load: int) -> None:
-        """A replica says how many requests it has in all."""
+    def report(self, replica: int, generation: int, load: int, tokens: int) -> None:
+        """A replica says how many requests it has in all, and how many tokens it has generated."""
         known = self._of_generation(replica, generation)
         if known is not None:
             known.foreign = max(0, load - len(known.requests))
+            if tokens != known.tokens:
+                known.tokens, known.progressed = tokens, True
 
     def replica_stopped(self, replica: int, generation: int, now: float) -> list[Action]:
         """What StopReplica asked for is done: nothing of that generation runs any more."""
@@ -428,6 +431,7 @@ class PoolCore:
             return []
         replica.state = "starting"
         replica.generation += 1
+        replica.tokens = 0
         self.restarts += 1
         return [StartReplica(replica.number, replica.generation)]
 

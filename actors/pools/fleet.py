@@ -8,7 +8,7 @@ import anyio
 import msgspec
 
 from actors.bundles import Placement
-from actors.engine import EngineActor, EngineInfo, EngineSpec
+from actors.engine import EngineActor, EngineInfo, EngineSpec, Pulse
 from arun.errors import ArunError, ChannelLost, MisuseError, PlacementError
 from arun.logs import get_logger
 from arun.runtime import Background, Runtime
@@ -123,7 +123,7 @@ class ReplicaEvents(Protocol):
 
     def lost(self, replica: Replica, generation: int, cause: str) -> None: ...
 
-    def report(self, replica: Replica, load: int) -> None: ...
+    def report(self, replica: Replica, pulse: Pulse) -> None: ...
 
     def stopped(self, replica: Replica, generation: int) -> None: ...
 
@@ -301,9 +301,9 @@ class Fleet:
             try:
                 while True:
                     with anyio.fail_after(self._options.pulse + self._options.watchdog):
-                        load: int = await anext(signs)
+                        pulse: Pulse = await anext(signs)
                     heard = True
-                    self._events.report(replica, load)
+                    self._events.report(replica, pulse)
             except ChannelLost as exc:  # it goes on where there is another connection
                 cause = str(exc)
             except TimeoutError:

@@ -85,6 +85,7 @@ class ReplicaEntry:
         "silent",
         "state",
         "suspect",
+        "tokens",
     )
 
     def __init__(self, number: int, supervisor: Supervisor) -> None:
@@ -96,8 +97,10 @@ class ReplicaEntry:
         self.suspect = False
         #: requests of others, as it reported last
         self.foreign = 0
+        #: that it had generated, as it reported last
+        self.tokens = 0
         self.progressed = False
-        #: seconds without a delta though somebody waited for one, counted from the first tick that saw it
+        #: seconds without a delta or a token though somebody waited for one, from the first tick that saw it
         self.silent: float | None = None
         self.restart = True
         #: whether the last StopReplica was for a restart, so that its place was not given back

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from actors.actor import ActorStream
-    from actors.engine import Delta, GenerateRequest
+    from actors.engine import Delta, GenerateRequest, Pulse
     from actors.pools.assignment import PoolCore
     from actors.pools.fleet import Fleet, Replica
     from actors.pools.pool_actions import Action
@@ -146,8 +146,8 @@ class Router:
     def lost(self, replica: Replica, generation: int, cause: str) -> None:
         self.do(self.core.replica_lost(replica.number, generation, cause))
 
-    def report(self, replica: Replica, load: int) -> None:
-        self.core.report(replica.number, replica.generation, load)
+    def report(self, replica: Replica, pulse: Pulse) -> None:
+        self.core.report(replica.number, replica.generation, pulse.in_flight, pulse.tokens)
 
     def stopped(self, replica: Replica, generation: int) -> None:
         self.do(self.core.replica_stopped(replica.number, generation, anyio.current_time()))

@@ -78,7 +78,7 @@ def test_what_a_replica_reports_of_other_clients_counts():
     core.submit("a")
     core.delta("a", 0, 1, load=5)
     assert [where(core.submit(request)) for request in "bcde"] == [[("b", 1)], [("c", 1)], [("d", 1)], [("e", 1)]]
-    core.report(0, 1, 1)
+    core.report(0, 1, 1, 0)
     assert where(core.submit("f")) == [("f", 0)]
 
 

@@ -323,6 +323,13 @@ _POOL = (
         "            self._new_waiting -= 1\n            in_flight = 0\n            raise",
     ),
     Plant(
+        "signs of progress are not heard",
+        "pool",
+        "actors.pools.assignment",
+        "known.tokens, known.progressed = tokens, True",
+        "known.tokens = tokens",
+    ),
+    Plant(
         "watchdog counts who is not waited for",
         "pool",
         "actors.pools.assignment",

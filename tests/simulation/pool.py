@@ -41,6 +41,7 @@ PATHS = (
     "a replica was dropped after it had been given up",
     "more replicas were wanted",
     "an answer came whole from a lost replica",
+    "a replica showed its progress by signs alone",
     "an answer was continued behind its deltas",
     "an answer was begun anew",
     "an answer was lost with its replica",
@@ -73,7 +74,7 @@ class Stream:
 
     def __init__(self, request: Request, engine: Engine, epoch: int, start: int) -> None:
         self.request, self.engine, self.epoch = request, engine, epoch
-        self.next = start
+        self.next = self.sent = start
         self.way: deque[Delta | None] = deque()
         self.unread: deque[Delta | None] = deque()
         self.broken = self.aborted = False
@@ -112,7 +113,10 @@ class Engine:
         #: what the core was told, or has decided
         self.told_ready = self.told_lost = self.stopping = False
         self.streams: list[Stream] = []
-        self.last_delta = pool.world.now
+        #: when it was last heard of: a delta was read, or a sign told of tokens
+        self.heard = pool.world.now
+        self.tokens = self.told_tokens = 0
+        self._signs = False
         world = pool.world
         if world.chance(pool.faults):
             world.after(world.between(0, 6), self.crash)
@@ -131,12 +135,22 @@ class Engine:
         self.pool.world.note("up", self.number, self.generation)
         self._tell("ready")
 
+    def _give_sign(self) -> None:
+        """Say what it does, and again after a while, as long as it does something."""
+        self._signs = self.state == "up" and bool(self.live)
+        if self._signs:
+            world = self.pool.world
+            world.after(world.between(0, self.pool.latency), self.pool.signed, self, len(self.live), self.tokens)
+            world.after(self.pool.watchdog // 4, self._give_sign)
+
     def accept(self, stream: Stream) -> None:
         """A request arrives."""
         if self.state in {"dead", "stopped"}:
             stream.push(None)
         elif self.state == "up":
             self._later(stream)
+            if not self._signs:
+                self._give_sign()
 
     def _later(self, stream: Stream) -> None:
         self.pool.world.after(self.pool.world.between(0, self.pool.pace), self._generate, stream)
@@ -149,9 +163,12 @@ class Engine:
             self.crash()
             return
         tokens = min(world.between(1, 3), request.total - stream.next)
-        start, stream.next = stream.next, stream.next + tokens
+        stream.next += tokens
+        self.tokens += tokens
         last = stream.next == request.total
-        stream.push(Delta(start, tokens, last))
+        if last or not request.whole:
+            stream.push(Delta(stream.sent, stream.next - stream.sent, last))
+            stream.sent = stream.next
         if not last:
             self._later(stream)
 
@@ -221,6 +238,7 @@ class Request:
         self.lane: Any = "batch" if world.chance(40) else "interactive"
         self.priority = world.pick((0, 0, 0, 1, -1))
         self.total = world.pick((1, 2, 4, 9))
+        self.whole = world.chance(30)
         self.resumable = world.chance(70)
         self.reroute: Any = world.pick(("continue", "continue", "restart", "never"))
         self.poison = world.chance(pool.poison)
@@ -296,7 +314,7 @@ class Request:
         if not pool.core.delta(self.id, stream.epoch, item.tokens, pool.load_of(engine)):
             raise Violation(f"{self.id}: a delta of the epoch that runs was a dead letter")
         if not self.lost:
-            engine.last_delta = pool.world.now
+            engine.heard = pool.world.now
         if item.start != self.delivered:
             raise Violation(f"{self.id}: got token {item.start}, wanted {self.delivered}")
         self.out = True
@@ -441,6 +459,14 @@ class Pool:
         if self.engines.get(engine.number) is not engine and (actions or core.state(engine.number) != before):
             raise Violation(f"{what} of generation {engine.generation} of replica {engine.number} changed something")
         self.do(actions)
+
+    def signed(self, engine: Engine, load: int, tokens: int) -> None:
+        """A sign of life arrives."""
+        if tokens != engine.told_tokens and self.engines.get(engine.number) is engine:
+            engine.told_tokens, engine.heard = tokens, self.world.now
+            if engine.live and all(stream.request.whole for stream in engine.live):
+                self.world.sometimes("a replica showed its progress by signs alone")
+        self.core.report(engine.number, engine.generation, load + self.world.below(self.foreign + 1), tokens)
 
     def stopped(self, engine: Engine) -> None:
         number, now = engine.number, self.world.now
@@ -642,7 +668,7 @@ class Pool:
             return
         live = engine.live
         if live and not engine.told_lost:
-            silent = world.now - engine.last_delta
+            silent = world.now - engine.heard
             if not any(one.request.wants for one in live):
                 raise Violation(f"replica {action.replica} was given up though nobody waited for it")
             if silent < self.watchdog:
