@@ -54,6 +54,10 @@ class ExecutorWorker:
 
     async def _attach(self, kind: str, name: str) -> Any:
         """The detached pool or actor of that name; attached to once."""
+        known = self._attached.get((kind, name))
+        if isinstance(known, EnginePool) and known.ended:  # another one may have its name by now
+            del self._attached[kind, name]
+            await known.aclose()
         if (kind, name) not in self._attached:
             if self._cluster is None:
                 self._cluster = RayCluster.connect()

@@ -314,6 +314,20 @@ def test_a_replica_that_serves_others_is_not_silent():
         assert core.tick(float(second)) == []
 
 
+def test_a_replica_that_reports_tokens_is_not_silent():
+    core = opened(1, watchdog=8.0)
+    core.submit("a")
+    core.hungry("a")
+    for second in range(100):
+        core.report(0, 1, 1, tokens=second // 5)
+        assert core.tick(float(second)) == []
+    actions = []
+    for second in range(100, 120):
+        core.report(0, 1, 1, tokens=19)
+        actions += core.tick(float(second))
+    assert [type(action) for action in actions] == [StopReplica]
+
+
 def test_a_program_that_stood_still_blames_nobody():
     core = opened(1, watchdog=8.0)
     core.submit("a")

@@ -30,6 +30,19 @@ async def test_it_answers_with_the_words_of_the_prompt_a_token_a_word():
     assert all(len(delta.token_ids) == 1 for delta in deltas)
 
 
+async def test_an_answer_that_may_come_whole_is_one_delta_an_index():
+    engine = make(token_seconds=0.01)
+    request = GenerateRequest("a", "to be or not", Sampling(max_tokens=100, n=2), whole=True)
+    deltas = [delta async for delta in engine.generate(request)]
+    assert [(delta.index, delta.text, delta.finish_reason) for delta in deltas] == [
+        (0, "to be or not", "stop"),
+        (1, "to be or not", "stop"),
+    ]
+    assert [delta.usage for delta in deltas] == [None, Usage(4, 8)]
+    assert all(delta.first_ago >= 0.03 for delta in deltas)
+    assert engine.load().tokens == 8
+
+
 async def test_the_same_prompt_gives_the_same_tokens():
     assert await answer(make(), "to be or not") == await answer(make(), "to be or not")
 

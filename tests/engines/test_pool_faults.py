@@ -81,9 +81,9 @@ async def test_an_answer_goes_on_at_another_replica_after_the_last_token_that_wa
 
 async def test_most_tokens_are_counted_over_all_replicas():
     async with open_pool(echo(die_after=3)) as pool:
-        done = await pool.complete(WORDS, max_tokens=5, ignore_eos=True)
-    assert (done.text, done.finish_reason, done.usage) == ("w0 w1 w2 w3 w4", "length", Usage(40, 5))
-    assert len(done.token_ids) == 5
+        deltas = await read(pool.generate(WORDS, max_tokens=5, ignore_eos=True))
+    assert (text(deltas), deltas[-1].finish_reason, deltas[-1].usage) == ("w0 w1 w2 w3 w4", "length", Usage(40, 5))
+    assert len(deltas) == 5
 
 
 async def test_a_waiting_request_outlives_the_only_replica():
@@ -243,6 +243,13 @@ async def test_a_slow_consumer_is_no_hanging_replica():
         await anext(stream)
         await anyio.sleep(0.5)
         assert len(await read(stream)) == 39
+        assert pool.stats().restarts == 0
+
+
+async def test_an_engine_at_work_on_an_answer_that_comes_whole_does_not_hang():
+    async with open_pool(echo(token_seconds=0.05), watchdog=0.4) as pool:
+        done = await pool.complete(WORDS, max_tokens=40)
+        assert done.usage.completion_tokens == 40
         assert pool.stats().restarts == 0
 
 

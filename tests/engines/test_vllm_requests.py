@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 import pytest
 
+from actors.engine import Completion
 from arun.errors import EngineError, RequestError
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="session")]
@@ -35,6 +36,20 @@ async def test_n_answers_to_one_prompt_stream_with_their_index(tiny_pool):
     done = await tiny_pool.complete("a b c", n=3, max_tokens=5, ignore_eos=True, temperature=1, seed=3)
     assert [choice.finish_reason for choice in done.choices] == ["length"] * 3
     assert [len(choice.token_ids) for choice in done.choices] == [5, 5, 5]
+
+
+async def test_an_answer_that_is_read_at_its_end_is_the_one_that_streams(tiny_pool):
+    began = asyncio.get_running_loop().time()
+    asked = {"max_tokens": 60, "stop": ["zzz"], "logprobs": 1, "prompt_logprobs": 0, **GREEDY}
+    done = await tiny_pool.complete("a b c", **asked)
+    taken = asyncio.get_running_loop().time() - began
+    deltas = [delta async for delta in tiny_pool.generate("a b c", **asked)]
+    streamed = Completion.of("", deltas)
+    assert len(deltas) > 10
+    assert done.choices == streamed.choices
+    assert done.prompt_logprobs == streamed.prompt_logprobs
+    assert done.usage.completion_tokens == 60
+    assert 0 < done.time_to_first_token < taken
 
 
 async def test_leaving_n_answers_aborts_them_all(tiny_pool):
