@@ -52,7 +52,8 @@ class Strike(msgspec.Struct, frozen=True):
 
 def drawn(chance: Random, faults: tuple[str, ...], count: int, deltas: int) -> list[Strike]:
     """So many faults within the first so many deltas, some of them at the same moment."""
-    moments = [chance.randrange(deltas) for _ in range(count)]
+    # Not before the first: a request that is submitted to a replica that was struck before it is no loss of that fault.
+    moments = [max(1, chance.randrange(deltas)) for _ in range(count)]
     moments = [chance.choice(moments[:number]) if number and chance.random() < 0.3 else at
                for number, at in enumerate(moments)]  # fmt: skip
     return sorted(

@@ -27,3 +27,11 @@ def test_requests_end_as_promised_in_ray_also_when_placement_groups_are_removed(
 @pytest.mark.ray
 def test_nothing_is_left_when_the_owner_of_a_pool_in_ray_is_killed() -> None:
     assert kill_owner(Setting(cluster="ray"), seed=2, after=0) == []
+
+
+@pytest.mark.ray
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+def test_vllm_in_ray_answers_as_promised_through_faults_and_is_gone_with_its_killed_owner() -> None:
+    """One round, and the owner's end within the next: two replicas take a minute to start."""
+    assert kill_owner(Setting(cluster="ray", engine="vllm", faults=2), seed=0, after=1) == []
