@@ -23,7 +23,7 @@ from actors.engines.vllm_start import set_environment
 from arun.data import from_rows
 
 from .harness import Check, Options, Row
-from .pool import BATCH_TOKENS, MODEL_LEN, prompt, ray_data_llm
+from .pool import BATCH_TOKENS, MODEL_LEN, children, prompt, ray_data_llm, stopped
 
 __all__ = ("ROWS",)
 
@@ -87,12 +87,16 @@ async def _main(rounds: int, count: int) -> dict[str, float]:
                 assert table.column("answer_completion_tokens").to_pylist() == [BATCH_TOKENS] * count
                 return taken
 
+            before = children(os.getpid())
             with _llm(model) as generate:
+                llm = children(os.getpid()) - before
+                engines = {child for replica in pool.stats().replicas if replica.pid for child in children(replica.pid)}
                 found: dict[str, list[float]] = {"arun": [], "llm": []}
                 for number in range(-1, rounds):  # -1: the warm-up
                     for name in sorted(found, reverse=number % 2 == 0):
                         gc.collect()
-                        taken = await (ours() if name == "arun" else asyncio.to_thread(generate, prompts))
+                        with stopped(llm if name == "arun" else engines):
+                            taken = await (ours() if name == "arun" else asyncio.to_thread(generate, prompts))
                         if number >= 0:
                             found[name].append(taken)
         few, all_ = [await asyncio.to_thread(_ray, model, some) for some in (prompts[: count // 10], prompts)]

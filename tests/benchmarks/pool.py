@@ -29,7 +29,7 @@ from arun import Ok
 
 from .harness import Check, Options, Row
 
-__all__ = ("BATCH_TOKENS", "MODEL_LEN", "ROWS", "prompt", "ray_data_llm")
+__all__ = ("BATCH_TOKENS", "MODEL_LEN", "ROWS", "children", "prompt", "ray_data_llm", "stopped")
 
 _CONCURRENT = 64
 MODEL_LEN = 1024
@@ -101,18 +101,18 @@ async def _tokens(rounds: int, singles: int) -> dict[str, dict[str, float]]:
     model = str(tiny_model())
     spec = EngineSpec(model=model, max_model_len=MODEL_LEN)
     async with RayCluster.connect(num_cpus=2) as cluster, cluster.engines(spec) as pool:
-        before = _children(os.getpid())
+        before = children(os.getpid())
         with _async_llm(model) as direct:
             contestants: dict[str, _Ask] = {"direct": direct, "pool": _through(pool)}
             cores = {
-                "direct": _children(os.getpid()) - before,
-                "pool": {child for replica in pool.stats().replicas if replica.pid for child in _children(replica.pid)},
+                "direct": children(os.getpid()) - before,
+                "pool": {child for replica in pool.stats().replicas if replica.pid for child in children(replica.pid)},
             }
             found: dict[str, dict[str, list[float]]] = {name: {} for name in contestants}
             for number in range(-1, rounds):  # -1: the warm-up
                 for name in sorted(contestants, reverse=number % 2 == 0):
                     gc.collect()
-                    with _stopped(*(cores[other] for other in cores if other != name)):
+                    with stopped(*(cores[other] for other in cores if other != name)):
                         taken = await _round(contestants[name], number)
                         firsts = [(await _answer(contestants[name], prompt(n), 1))[1] for n in range(singles)]
                     if number >= 0:
@@ -129,7 +129,7 @@ _Ask = Callable[[str, int], AsyncIterator[int]]
 
 
 @contextlib.contextmanager
-def _stopped(*processes: set[int]) -> Iterator[None]:
+def stopped(*processes: set[int]) -> Iterator[None]:
     """The other contestant's engine: its workers wait in busy loops, and would take a core meanwhile."""
     pids = set[int]().union(*processes)
     for pid in pids:
@@ -141,13 +141,13 @@ def _stopped(*processes: set[int]) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def _children(pid: int) -> set[int]:
+def children(pid: int) -> set[int]:
     """All processes that a process has started, and those that they have."""
     found: set[int] = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(FileNotFoundError):
             for child in map(int, (task / "children").read_text().split()):
-                found |= {child, *_children(child)}
+                found |= {child, *children(child)}
     return found
 
 
