@@ -127,7 +127,7 @@ class Iterate(msgspec.Struct, frozen=True, eq=False):
 class OneToOne(msgspec.Struct, frozen=True, eq=False):
     """Runs steps over each block, as one generator.
 
-    :ivar inline: whether the same generator also reads the source that is its input.
+    :ivar inline: whether the same generator also runs the source or union that is its input.
     """
 
     steps: tuple[Step, ...]

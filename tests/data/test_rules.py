@@ -62,7 +62,7 @@ async def test_a_limit_goes_before_what_keeps_rows_and_into_unions() -> None:
     limited = numbers(9).map(f).filter(lambda row: True).map(g).limit(2)
     assert stages(limited) == ["read rows + map(f) + filter(<lambda>) + limit(2) + map(g)"]
     both = stages(numbers(9).union(numbers(9)).limit(2))
-    assert both == ["read rows + limit(2)", "read rows + limit(2)", "union <- [0], [1]", "limit(2) <- [2]"]
+    assert both == ["read rows + limit(2)", "read rows + limit(2)", "union + limit(2) <- [0], [1]"]
 
 
 async def test_a_limit_stays_behind_what_may_leave_rows_out_or_has_no_order() -> None:
