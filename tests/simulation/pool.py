@@ -497,7 +497,7 @@ class Pool:
         actions = self.core.scale(replicas)
         # Those given up are forgotten, and those that are too many never come again.
         for number in list(self.engines):
-            if self.core.state(number) in {None, "draining", "dead"}:
+            if self.core.state(number) in {None, "draining", "dead"} or not self.core._replicas[number].restart:
                 self.unwanted.add(number)
         for action in actions:
             if isinstance(action, StopReplica):
@@ -616,6 +616,7 @@ class Pool:
             world.sometimes("a request was quarantined at the first suspicion" if first else "a suspect was the reason")
         elif action.reason == "no_replica":
             world.sometimes("nobody was left to serve")
+            self.since_batch = 0  # all who wait fail, so nobody went before those who come now
             serving = [n for n in self.engines if self._will_serve(n)]
             if serving:
                 raise Violation(f"{request} failed for want of a replica, and {serving} will serve")
