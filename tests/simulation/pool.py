@@ -253,6 +253,8 @@ class Request:
         self.delivered = 0
         self.out = False
         self.wants = False
+        #: whether it has waited, and something came in this tick
+        self.wakes = False
         #: whether the replica that runs it is lost, and its stream is not read to the end
         self.lost = False
         self.losses = 0
@@ -293,12 +295,13 @@ class Request:
     def arrived(self) -> None:
         """Something of its stream can be read."""
         if self.wants:
-            self.wants = False
+            self.wants, self.wakes = False, True
             self.pool.world.after(0, self.read)
 
     def read(self) -> None:
         """Read what is next, or wait for it."""
         stream, pool = self.stream, self.pool
+        self.wakes = False
         if self.state != "running" or stream is None:
             self.wants = self.state in {"waiting", "running"}
             return
@@ -670,7 +673,7 @@ class Pool:
         live = engine.live
         if live and not engine.told_lost:
             silent = world.now - engine.heard
-            if not any(one.request.wants for one in live):
+            if not any(one.request.wants or one.request.wakes for one in live):
                 raise Violation(f"replica {action.replica} was given up though nobody waited for it")
             if silent < self.watchdog:
                 raise Violation(f"replica {action.replica} was given up after {silent} silent ticks")
