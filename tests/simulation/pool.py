@@ -146,7 +146,7 @@ class Engine:
     def accept(self, stream: Stream) -> None:
         """A request arrives."""
         if self.state in {"dead", "stopped"}:
-            stream.push(None)
+            self.pool.world.after(1, stream.push, None)  # or one is sent here again and again before its loss is told
         elif self.state == "up":
             self._later(stream)
             if not self._signs:
