@@ -177,7 +177,9 @@ class RayExecutor:
         group = await self._take_group()
         try:
             sys_path = [str(entry) or os.getcwd() for entry in sys.path]
-            handle = await self._cluster.spawn(ExecutorWorker, sys_path, group=group, env=self._env)
+            handle = await self._cluster.spawn(
+                ExecutorWorker, sys_path, self._cluster.settings, group=group, env=self._env
+            )
         except BaseException:
             self._give_back(group)
             raise

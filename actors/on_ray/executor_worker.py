@@ -22,11 +22,13 @@ class ExecutorWorker:
     """Runs the subtasks of a :class:`~actors.executor.RayExecutor`, one at a time, and keeps the code that they need.
 
     :param sys_path: the parent's, so that a worker on its machine finds the modules that it finds.
+    :param settings: of the parent's cluster, TLS among them, as ``RayCluster.connect()`` takes them.
     """
 
-    def __init__(self, sys_path: list[str]) -> None:
+    def __init__(self, sys_path: list[str], settings: dict[str, Any]) -> None:
         sys.path.extend(entry for entry in sys_path if entry not in sys.path)
         self._library = Library()
+        self._settings = settings
         self._cluster: RayCluster | None = None
         self._attached: dict[tuple[str, str], Any] = {}
 
@@ -60,7 +62,7 @@ class ExecutorWorker:
             await known.aclose()
         if (kind, name) not in self._attached:
             if self._cluster is None:
-                self._cluster = RayCluster.connect()
+                self._cluster = RayCluster.connect(**self._settings)
                 await self._cluster.start()
             if kind == "pool":
                 pool = self._cluster.pool(name)

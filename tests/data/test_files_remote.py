@@ -84,7 +84,7 @@ class PlainWeb(Web):
 @pytest.fixture(params=[Web, PlainWeb])
 def web(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[type[Web], str]]:
     """A web server for the files of ``tmp_path``."""
-    pytest.importorskip("aiohttp")
+    pytest.importorskip("aiohttp", reason="fsspec reads http with it")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(request.param, directory=str(tmp_path))) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
