@@ -9,13 +9,16 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
 from types import AsyncGeneratorType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 from hypothesis import HealthCheck, settings
 
 from arun import Runtime
+
+if TYPE_CHECKING:
+    from arun.channel import TLSConfig
 
 # Neither Ray nor vLLM reports usage from a test run, nor do the processes that they start.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -97,6 +100,27 @@ def ray_session() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> TLSConfig:
+    """Of a node: its name is in its certificate, its address is not."""
+    import trustme
+
+    from arun.channel import TLSConfig
+
+    folder = tmp_path_factory.mktemp("certificates")
+    authority = trustme.CA()
+    issued = authority.issue_cert("actors.example")
+    authority.cert_pem.write_to_path(str(folder / "authority.pem"))
+    issued.private_key_pem.write_to_path(str(folder / "node.key"))
+    (folder / "node.pem").write_bytes(b"".join(part.bytes() for part in issued.cert_chain_pems))
+    return TLSConfig(
+        certificate=str(folder / "node.pem"),
+        key=str(folder / "node.key"),
+        authority=str(folder / "authority.pem"),
+        hostname="actors.example",
+    )
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 import pytest_asyncio
-import trustme
 
 from actors.on_ray.ray_wire import RayDoor, connect_over_ray
 from actors.ray_cluster import RayCluster
@@ -58,23 +57,6 @@ __all__ = (
 )
 
 pytestmark = [pytest.mark.asyncio, pytest.mark.ray, pytest.mark.timeout(120)]
-
-
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> TLSConfig:
-    """Of a node: its name is in its certificate, its address is not."""
-    folder = tmp_path_factory.mktemp("certificates")
-    authority = trustme.CA()
-    issued = authority.issue_cert("actors.example")
-    authority.cert_pem.write_to_path(str(folder / "authority.pem"))
-    issued.private_key_pem.write_to_path(str(folder / "node.key"))
-    (folder / "node.pem").write_bytes(b"".join(part.bytes() for part in issued.cert_chain_pems))
-    return TLSConfig(
-        certificate=str(folder / "node.pem"),
-        key=str(folder / "node.key"),
-        authority=str(folder / "authority.pem"),
-        hostname="actors.example",
-    )
 
 
 @pytest.fixture(params=["ray", "tls"])

@@ -34,6 +34,7 @@ from arun import (
     WorkerDied,
     action,
 )
+from arun.channel import TLSConfig
 from arun.errors import PlacementError
 from arun.registry import register
 from tests.actors.samples import Counter
@@ -246,6 +247,22 @@ async def test_workers_attach_to_detached_pools_and_actors(cluster: RayCluster, 
     finally:
         await pool.close()
         await cluster.stop(counter)
+
+
+async def test_workers_attach_over_tls_where_their_cluster_has_it(ray_session: None, tls: TLSConfig) -> None:
+    @action(reads=["value"], writes=["out"])
+    async def ask(state: State, engine: EnginePool) -> State:
+        return state.update(out=(await engine.complete(state["value"])).text)
+
+    async with RayCluster.connect(tls=tls) as cluster, RayExecutor(cluster, workers=1) as workers:
+        spec = EngineSpec(model="echo", engine="echo")
+        pool = cluster.engines(spec, name="secret", lifetime="detached", cpus=0.1)
+        try:
+            async with pool:
+                app = app_of(workers, Fan(SubGraphTask(ask, State({"value": "word"}))), engine=pool)
+                assert (await app.arun()).state["outs"] == ["word"]
+        finally:
+            await pool.close()
 
 
 async def test_a_resource_of_this_process_alone_stays_behind_and_says_so(
