@@ -4,14 +4,15 @@ An order names the code that it needs by its hash; a worker that has not got it 
 once for all workers, fetched once by each, and ends with the job, however that ends: the head node removes what is
 below a job's name. Values never travel this way.
 
-    parent    pickle -> sha256 -> table[job:sha256]           order(code=[job:sha256, ...])
-    worker    table[job:sha256] -> same sha256? -> unpickle   kept while it is among the latest 256
+    parent    pickle -> sha256 -> table[job:executor:sha256]           order(code=[job:executor:sha256, ...])
+    worker    table[job:executor:sha256] -> same sha256? -> unpickle   kept while it is among the latest 256
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import uuid
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,12 +71,13 @@ class Luggage:
 
 
 class CodeTable:
-    """The parent's side of the table: what of it is there for this executor.
+    """The parent's side of the table: what of it is there for this executor, which no other one of the job shares.
 
     What nobody has needed lately is removed, so that closures that are new each time do not fill the head node.
     """
 
     def __init__(self) -> None:
+        self._name = uuid.uuid4().hex
         self._users: OrderedDict[str, int] = OrderedDict()
         self._writing = anyio.Lock()
         self._types: dict[str, tuple[Registered, bytes]] = {}
@@ -91,7 +93,8 @@ class CodeTable:
 
     async def check_in(self, luggage: Luggage) -> tuple[str, ...]:
         """Put code there that is not there yet; :meth:`check_out` the result when the order is through."""
-        keys = {_key(digest): blob for digest, blob in luggage.blobs.items()}
+        below = f"{_job_prefix()}{self._name}:"
+        keys = {below + digest: blob for digest, blob in luggage.blobs.items()}
         async with self._writing:
             for key, blob in keys.items():
                 if key not in self._users:
@@ -157,9 +160,9 @@ class Library:
             ) from exc
 
 
-def _key(digest: str) -> str:
+def _job_prefix() -> str:
     job: str = import_ray().get_runtime_context().get_job_id()
-    return f"RemoteFunction:{job}:{digest}"  # the form that the head node knows a job's functions by
+    return f"RemoteFunction:{job}:"  # the head node removes what begins so when the job ends
 
 
 def _write(key: str, blob: bytes) -> None:

@@ -125,6 +125,22 @@ async def test_code_is_sent_once_and_removed_with_the_executor(cluster: RayClust
     assert set(table()) == before
 
 
+async def test_executors_of_one_job_do_not_remove_each_others_code(cluster: RayCluster, workers: RayExecutor) -> None:
+    @action(reads=["value"], writes=["out"])
+    def local(state: State) -> State:
+        return state.update(out=state["value"])
+
+    task = SubGraphTask(local, State({"value": 1}))
+    async with RayExecutor(cluster, workers=1) as first:
+        async with RayExecutor(cluster, workers=1) as second:
+            assert await outs_of(second, task) == [1]
+            assert await outs_of(workers, task) == [1]  # the same code is there for two executors
+        assert await outs_of(first, task) == [1]
+    with pytest.raises(WorkerDied):
+        await outs_of(workers, SubGraphTask(subjects.die, State({"how": "kill"})))
+    assert await outs_of(workers, task) == [1]  # by a worker that has fetched nothing yet
+
+
 async def test_code_that_is_new_each_time_does_not_fill_the_table(workers: RayExecutor) -> None:
     def closing_over(number: int) -> Any:
         @action(reads=[], writes=["out"])
