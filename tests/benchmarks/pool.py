@@ -35,12 +35,13 @@ _CONCURRENT = 64
 MODEL_LEN = 1024
 _TOKENS = 128
 BATCH_TOKENS = 64
+_BURST = "first_of_64"
 
 
 def tokens(options: Options) -> list[Row]:
     """64 requests at a time, every delta streamed; and what a request waits for its first."""
     taken = _measured("tokens", options.rounds, options.n(20))
-    pool, direct, many = taken["pool"], taken["direct"], "first_of_64"
+    pool, direct, many = taken["pool"], taken["direct"], _BURST
     ratio = direct["token"] / pool["token"]
     added = {name: (pool[name] - direct[name]) * 1e3 for name in ("first", many)}
     what = f"a token of the tiny model, {_CONCURRENT} requests at a time, RayCluster and pool"
@@ -115,8 +116,9 @@ async def _tokens(rounds: int, singles: int) -> dict[str, dict[str, float]]:
                     with stopped(*(cores[other] for other in cores if other != name)):
                         taken = await _round(contestants[name], number)
                         firsts = [(await _answer(contestants[name], prompt(n), 1))[1] for n in range(singles)]
+                        bursts = [await _burst(contestants[name], n) for n in range(singles)]
                     if number >= 0:
-                        for figure, values in {**taken, "first": firsts}.items():
+                        for figure, values in {"token": [taken], "first": firsts, _BURST: bursts}.items():
                             found[name].setdefault(figure, []).extend(values)
     return {
         name: {figure: statistics.median(values) for figure, values in figures.items()}
@@ -151,18 +153,15 @@ def children(pid: int) -> set[int]:
     return found
 
 
-async def _round(ask: _Ask, number: int) -> dict[str, list[float]]:
-    """64 consumers, each of which asks 4 times."""
-    firsts: list[float] = []
+async def _round(ask: _Ask, number: int) -> float:
+    """64 consumers, each of which asks 4 times: seconds a token."""
     count = 0
 
     async def consume(consumer: int) -> None:
         nonlocal count
         for turn in range(4):
-            got, first = await _answer(ask, prompt(number * 1000 + consumer * 10 + turn), _TOKENS)
+            got, _ = await _answer(ask, prompt(number * 1000 + consumer * 10 + turn), _TOKENS)
             count += got
-            if turn == 0:
-                firsts.append(first)
 
     began = time.perf_counter()
     async with asyncio.TaskGroup() as consumers:
@@ -170,7 +169,20 @@ async def _round(ask: _Ask, number: int) -> dict[str, list[float]]:
             consumers.create_task(consume(consumer))
     taken = time.perf_counter() - began
     assert count == _CONCURRENT * 4 * _TOKENS, count
-    return {"token": [taken / count], "first_of_64": firsts}
+    return taken / count
+
+
+async def _burst(ask: _Ask, number: int) -> float:
+    """64 requests at once, for one token each: what the median one waits."""
+    firsts: list[float] = []
+
+    async def consume(consumer: int) -> None:
+        firsts.append((await _answer(ask, prompt(number * 1000 + consumer), 1))[1])
+
+    async with asyncio.TaskGroup() as consumers:
+        for consumer in range(_CONCURRENT):
+            consumers.create_task(consume(consumer))
+    return statistics.median(firsts)
 
 
 async def _answer(ask: _Ask, prompt: str, max_tokens: int) -> tuple[int, float]:
