@@ -40,6 +40,8 @@ __all__ = (
 # The ranks that vLLM makes room for.
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+_SEQUENCES = 256
+
 _LAST_WORDS_SECONDS = 2.0  # for processes that have failed to end
 
 
@@ -92,6 +94,7 @@ def start_vllm(spec: EngineSpec) -> Running:
     dead: Any = importlib.import_module("vllm.v1.engine.exceptions")
     async_llm: Any = importlib.import_module("vllm.v1.engine.async_llm")
     lora: Any = importlib.import_module("vllm.lora.request")
+    usage: Any = importlib.import_module("vllm.usage.usage_lib").UsageContext
     sampling: Any = importlib.import_module("vllm.sampling_params")
 
     try:
@@ -99,7 +102,8 @@ def start_vllm(spec: EngineSpec) -> Running:
     except TypeError as exc:
         raise MisuseError(f"engine_args: vLLM's AsyncEngineArgs refuses them: {exc}") from exc
     recorder = _metrics_recorder()
-    llm = async_llm.AsyncLLM.from_engine_args(args, stat_loggers=[recorder])
+    # The context decides how much goes into one step: without one, half of what vLLM's server takes, or an eighth.
+    llm = async_llm.AsyncLLM.from_engine_args(args, stat_loggers=[recorder], usage_context=usage.OPENAI_API_SERVER)
     return Running(
         llm=llm,
         tokenizer=None if args.skip_tokenizer_init else llm.get_tokenizer(),
@@ -184,6 +188,9 @@ def _engine_args(spec: EngineSpec, *, cpu: bool) -> dict[str, Any]:
         args["distributed_executor_backend"] = "ray" if not cpu and _in_placement_group() else "mp"
     if cpu:
         args["enforce_eager"] = True
+        # As many as a pool has in flight at one replica, and as LLM.generate takes; by default a server takes half. Not
+        # more than the tokens of one step, which vLLM refuses.
+        args["max_num_seqs"] = min(_SEQUENCES, spec.engine_args.get("max_num_batched_tokens") or _SEQUENCES)
         if spec.workers == 1 and os.environ.get("VLLM_CPU_OMP_THREADS_BIND") == "nobind":
             # vLLM takes "uni" for "mp" on a CPU, since it pins the worker's threads to cores; here they aren't. With
             # "mp" two processes wait for each other in busy loops, also when there is nothing to do.

@@ -162,6 +162,22 @@ async def test_an_answer_goes_on_when_its_engine_core_was_killed(descendants, sh
     assert shared_memory() == before
 
 
+async def test_all_that_a_replica_has_in_flight_is_in_one_batch():
+    async with LocalCluster(cpus=8) as cluster, cluster.engines(EngineSpec(model="tiny", max_model_len=512)) as pool:
+        async with asyncio.TaskGroup() as group:
+            asked = [
+                group.create_task(pool.complete("a b c", max_tokens=500, temperature=0, ignore_eos=True))
+                for _ in range(300)
+            ]
+            largest = 0
+            while largest < 256:  # of the 300; vLLM's own default is 128 on a CPU
+                [metrics] = await pool.metrics()
+                largest = max(largest, metrics.running)
+            for task in asked:
+                task.cancel()
+        assert largest == 256
+
+
 async def test_weights_that_are_missing_are_named_by_the_error(tmp_path):
     model = tmp_path / "hollow"
     shutil.copytree(tiny_model(), model)
