@@ -11,6 +11,7 @@ import msgspec
 
 from arun.actions import Action
 from arun.application import Application, Wiring
+from arun.burr import without_burrs_names
 from arun.errors import MisuseError
 from arun.graph import Graph, GraphBuilder, check_entrypoint
 from arun.guards import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ("ApplicationBuilder",)
 
 
+@without_burrs_names
 class ApplicationBuilder:
     """Builds an :class:`Application`; every method returns the builder."""
 
