@@ -159,6 +159,8 @@ class ApplicationBuilder:
         """
         if on_finished not in {"raise", "fresh"}:
             raise MisuseError(f"with_store(on_finished={on_finished!r}): takes 'raise' or 'fresh'")
+        if store is not None and not hasattr(store, "open_run"):
+            raise MisuseError(f"with_store() takes a store, such as SQLiteStore(path), not {shown(store)}")
         self._store, self._on_finished = store, on_finished
         return self
 
