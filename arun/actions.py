@@ -22,7 +22,7 @@ from typing import Any, Self, cast
 
 from arun.calls import Performed, call, in_thread, performed, state_of
 from arun.collectors import ItemsOnly
-from arun.context import ApplicationContext
+from arun.context import ApplicationContext, current_context
 from arun.errors import MisuseError
 from arun.events import ActionFinished, ActionStarted
 from arun.guards import Watched, check_function, check_methods, close_unused
@@ -76,7 +76,8 @@ class Action:
 
     def run(self, state: State, **inputs: Any) -> Any:
         """Compute the result from the State and the inputs."""
-        raise MisuseError(f"{type(self).__qualname__} defines neither run() nor execute()")
+        hint = "; rename its stream_run() to run(): what that yields is streamed" if hasattr(self, "stream_run") else ""
+        raise MisuseError(f"{type(self).__qualname__} defines neither run() nor execute(){hint}")
 
     def update(self, result: Any, state: State) -> State:
         """The new State, given what ``run`` returned."""
@@ -337,6 +338,7 @@ async def perform(
     """
     checks = context.checks
     watched = Watched(_readable(what, state)) if checks is not None and checks.strict else None
+    current_context.set(context)  # in the contextvars of this step or subtask, where no other code runs after it
     if context.capacities and what.leaf:
         result, changes = await within(
             context.capacities, what, functools.partial(what.execute, state.scoped(what.scope), inputs, context)
@@ -352,13 +354,9 @@ async def perform(
     written, required = changes.written_keys(), what.required_writes
     if not written <= what.allowed_writes:
         # What merge() and the like wrote back as it was is no change.
-        changed = changes.differing_keys(state)
-        extra = ", ".join(repr(key) for key in changed if key not in what.allowed_writes)
+        extra = [key for key in changes.differing_keys(state) if key not in what.allowed_writes]
         if extra:
-            raise MisuseError(
-                f"action {what.display_name!r} wrote {extra}, which it does not declare "
-                f"(writes={list(what.writes)}); add it to writes, or return the State without it"
-            )
+            raise MisuseError(_undeclared(what, extra, changes))
     if not required <= written:
         missing = next((key for key in sorted(required) if key not in written and key not in state), None)
         if missing is not None:
@@ -367,6 +365,19 @@ async def perform(
                 f"it wrote: {', '.join(written) or 'nothing'}"
             )
     return result, changes
+
+
+def _undeclared(what: Action, extra: Sequence[str], changes: State) -> str:
+    keys, writes = ", ".join(map(repr, extra)), list(what.writes)
+    if changes.delta.deleted.issuperset(extra):
+        return (
+            f"action {what.display_name!r} removed {keys}, which it does not declare (writes={writes}); add it to "
+            "writes, or remove less: state.wipe(delete=[...])"
+        )
+    return (
+        f"action {what.display_name!r} wrote {keys}, which it does not declare (writes={writes}); add it to writes, or "
+        "return the State without it"
+    )
 
 
 def _readable(what: Action, state: State) -> dict[str, Any]:

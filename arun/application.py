@@ -27,6 +27,7 @@ import anyio.lowlevel
 import msgspec
 
 from arun.actions import Action, take_step
+from arun.burr import without_burrs_names
 from arun.context import ApplicationContext, Run, Sink
 from arun.errors import ApplicationBusyError, MisuseError
 from arun.events import RunCancelled, RunFailed, RunFinished, RunStarted
@@ -83,6 +84,7 @@ class Wiring(msgspec.Struct, frozen=True):
     hooks: Hooks | None = None
 
 
+@without_burrs_names
 class Application:
     """One identity with one State, running one step after the other. Made by :class:`arun.ApplicationBuilder`.
 

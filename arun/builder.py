@@ -11,6 +11,7 @@ import msgspec
 
 from arun.actions import Action
 from arun.application import Application, Wiring
+from arun.burr import without_burrs_names
 from arun.errors import MisuseError
 from arun.graph import Graph, GraphBuilder, check_entrypoint
 from arun.guards import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ("ApplicationBuilder",)
 
 
+@without_burrs_names
 class ApplicationBuilder:
     """Builds an :class:`Application`; every method returns the builder."""
 
@@ -157,6 +159,8 @@ class ApplicationBuilder:
         """
         if on_finished not in {"raise", "fresh"}:
             raise MisuseError(f"with_store(on_finished={on_finished!r}): takes 'raise' or 'fresh'")
+        if store is not None and not hasattr(store, "open_run"):
+            raise MisuseError(f"with_store() takes a store, such as SQLiteStore(path), not {shown(store)}")
         self._store, self._on_finished = store, on_finished
         return self
 

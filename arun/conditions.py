@@ -231,7 +231,8 @@ def _compile(source: str) -> tuple[Callable[..., bool], list[str]]:
         if isinstance(node, ast.Call):
             if not isinstance(node.func, ast.Name) or node.func.id not in _FUNCTIONS or node.keywords:
                 raise MisuseError(
-                    f"expr({source!r}): calls {ast.unparse(node.func)}(); it may call only {', '.join(_FUNCTIONS)}"
+                    f"expr({source!r}): calls {ast.unparse(node.func)}(); it may call only {', '.join(_FUNCTIONS)}; "
+                    "pass a function as the condition instead: lambda state: ..."
                 )
             called.add(node.func)
         elif isinstance(node, ast.Name) and node not in called and node.id not in keys:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import anyio
 import msgspec
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from arun.ledger import Ledger
     from arun.threads import Threads
 
-__all__ = ("ApplicationContext", "Run", "Sink")
+__all__ = ("ApplicationContext", "Run", "Sink", "current_context")
 
 
 class Sink(Protocol):
@@ -86,7 +87,8 @@ class Run:
 
 
 class ApplicationContext(msgspec.Struct, kw_only=True, eq=False):
-    """Given to ``states``, ``actions`` and ``tasks`` as ``context`` and to any action as its parameter ``__context``.
+    """Given to ``states``, ``actions`` and ``tasks`` as ``context`` and to any action as its parameter ``__context``;
+    what an action calls gets it from :meth:`get`.
 
     :ivar app_id: identifier of the application.
     :ivar partition_key: the application's partition, or None.
@@ -122,6 +124,11 @@ class ApplicationContext(msgspec.Struct, kw_only=True, eq=False):
 
     def __repr__(self) -> str:
         return f"<ApplicationContext of {self.label}, application {self.app_id!r}>"
+
+    @classmethod
+    def get(cls) -> ApplicationContext | None:
+        """The context of the action that this is called in, at any depth and in its threads; None outside of one."""
+        return current_context.get()
 
     @property
     def label(self) -> str:
@@ -161,4 +168,6 @@ class ApplicationContext(msgspec.Struct, kw_only=True, eq=False):
         await self.run.emit(kind, action=self.action_name, path=self.path, attempt=self.attempt, **fields)
 
 
+#: of the innermost action that runs
+current_context: Final[ContextVar[ApplicationContext | None]] = ContextVar("arun_context", default=None)
 _copy: Callable[[ApplicationContext], ApplicationContext] = ApplicationContext.__copy__  # type: ignore[attr-defined]  # msgspec has it

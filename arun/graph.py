@@ -9,6 +9,7 @@ from typing import Any, Self
 from arun.actions import Action, as_action
 from arun.conditions import Condition, as_condition, default, truth
 from arun.errors import MisuseError
+from arun.signatures import describe
 from arun.state import State
 
 __all__ = ("Graph", "GraphBuilder", "Transition", "check_entrypoint")
@@ -69,8 +70,8 @@ class Graph:
         :raises MisuseError: for a name or tag that the graph does not have.
         """
         selected: set[str] = set()
-        for name in [names] if isinstance(names, str) else names:
-            if name.startswith("@tag:"):
+        for name in [names] if isinstance(names, (str, Action)) else names:
+            if str(name).startswith("@tag:"):
                 try:
                     tagged = self.get_actions_by_tag(name.removeprefix("@tag:"))
                 except ValueError as exc:
@@ -94,6 +95,9 @@ class Graph:
 
     def check_name(self, name: str, what: str) -> None:
         """:raises MisuseError: if there is no action of that name."""
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            hint = f"; write {name.display_name!r}" if isinstance(name, Action) else ""
+            raise MisuseError(f"{what} takes the name of an action, not {describe(name)}{hint}")
         if name not in self.actions:
             close = difflib.get_close_matches(name, self.actions, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -129,12 +133,14 @@ class GraphBuilder:
     ) -> Self:
         """Add ``(from, to)`` or ``(from, to, condition)``; ``from`` may be a list of names."""
         for transition in transitions:
-            if not 2 <= len(transition) <= 3:
+            pair = isinstance(transition, (tuple, list))  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            if not pair or not 2 <= len(transition) <= 3:
                 raise MisuseError(f"with_transitions takes (from, to) or (from, to, condition), not {transition!r}")
             sources, to = transition[0], transition[1]
             condition = as_condition(transition[2]) if len(transition) == 3 else default
             self._transitions.extend(
-                Transition(source, to, condition) for source in ([sources] if isinstance(sources, str) else sources)
+                Transition(source, to, condition)
+                for source in ([sources] if isinstance(sources, (str, Action)) else sources)
             )
         return self
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Final, Literal, cast
 
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
@@ -14,12 +14,13 @@ from arun.errors import MisuseError
 __all__ = ("Kind", "Parameters", "describe", "kind_of", "name_of", "refuse_unknown", "where")
 
 Kind = Literal["coroutine", "async generator", "function", "generator"]
+_CONTEXT: Final = "__context"
 
 
 class Parameters:
     """The parameters of a function besides the State, looked at once."""
 
-    __slots__ = ("any", "names", "open", "required", "takes_state", "wants_context")
+    __slots__ = ("any", "context_name", "names", "open", "required", "takes_state")
 
     def __init__(
         self,
@@ -28,14 +29,15 @@ class Parameters:
         *,
         takes_state: bool = True,
         open_: bool = False,
-        wants_context: bool = False,
+        context_name: str | None = None,
     ) -> None:
         self.names = names
         self.required = required
         self.takes_state = takes_state
         self.open = open_
-        self.wants_context = wants_context
-        self.any = bool(names) or open_ or wants_context
+        #: the parameter that takes the ApplicationContext
+        self.context_name = context_name
+        self.any = bool(names) or open_ or context_name is not None
 
     @classmethod
     def of(cls, function: Callable[..., Any]) -> Parameters:
@@ -45,24 +47,26 @@ class Parameters:
         except (TypeError, ValueError) as exc:
             raise MisuseError(f"{function!r} has no signature that can be read, so it can't be an action") from exc
         positional = [p for p in parameters if p.kind not in {p.KEYWORD_ONLY, p.VAR_KEYWORD}]
-        rest = [p for p in parameters[1:] if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}]
+        named = {p.name: p for p in parameters[1:] if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}}
+        context_name = next((name for name in _context_names(function) if name in named), None)
+        named.pop(context_name or "", None)
         return cls(
-            tuple(p.name for p in rest if p.name != "__context"),
-            frozenset(p.name for p in rest if p.default is p.empty and p.name != "__context"),
+            tuple(named),
+            frozenset(name for name, p in named.items() if p.default is p.empty),
             takes_state=bool(positional),
             open_=any(p.kind is p.VAR_KEYWORD for p in parameters),
-            wants_context=any(p.name == "__context" for p in rest),
+            context_name=context_name,
         )
 
     def joined(self, required: Collection[str], optional: Collection[str]) -> Parameters:
         """These and others by name, for a function that takes ``**inputs`` and names them elsewhere."""
-        more = [name for name in (*required, *optional) if name not in self.names and name != "__context"]
+        more = [name for name in (*required, *optional) if name not in self.names and name != _CONTEXT]
         return Parameters(
             (*self.names, *more),
             self.required.union(name for name in required if name in more),
             takes_state=self.takes_state,
             open_=self.open,
-            wants_context=self.wants_context or "__context" in required or "__context" in optional,
+            context_name=self.context_name or (_CONTEXT if _CONTEXT in required or _CONTEXT in optional else None),
         )
 
     def unbound(self, bound: Collection[str]) -> tuple[Sequence[str], Sequence[str]]:
@@ -83,15 +87,27 @@ class Parameters:
                     break
             else:
                 if name in self.required:
+                    if name.startswith("__"):
+                        raise MisuseError(
+                            f"action {action_name!r} asks for {name!r}; {_CONTEXT} is the only such name that there is"
+                        )
                     known = sorted({*inputs, *context.inputs, *context.resources})
                     raise MisuseError(
                         f"action {action_name!r} needs {name!r}, which is neither bound nor an input nor a resource "
                         f"(there are: {', '.join(known) or 'none'}){_nearest(name, known)}; "
                         f"pass inputs={{{name!r}: ...}}, or with_resources({name}=...)"
                     )
-        if self.wants_context:
-            kwargs["__context"] = context
+        if self.context_name is not None:
+            kwargs[self.context_name] = context
         return kwargs
+
+
+def _context_names(function: Callable[..., Any]) -> Iterator[str]:
+    """``__context``, and what Python makes of that name in the class whose method the function is."""
+    yield _CONTEXT
+    owner = str(getattr(function, "__qualname__", "")).rpartition(".")[0].rpartition(".")[2]
+    if owner.isidentifier():
+        yield f"_{owner.lstrip('_')}{_CONTEXT}"
 
 
 def kind_of(function: Callable[..., Any]) -> Kind:

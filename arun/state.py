@@ -108,13 +108,17 @@ class State(Mapping[str, Any]):
     def wipe(self, delete: Collection[str] | None = None, keep: Collection[str] | None = None) -> State:
         """Remove the keys in ``delete``, or all but those in ``keep``, or, given neither, all.
 
+        In an action, a key that it declares and the State does not have counts as removed, too, so that the first visit
+        is as good as the others.
+
         :raises ValueError: if both are given.
         """
         if delete is not None and keep is not None:
             raise ValueError("wipe() takes either delete or keep, not both")
+        declared = self._scope.readable if self._scope is not None else frozenset[str]()
         if delete is None:
-            delete = [key for key in self._keys() if key not in (keep or ())]
-        return self._with(dict.fromkeys((key for key in delete if self._has(key)), _DELETED))
+            delete = [key for key in dict.fromkeys((*self._keys(), *declared)) if key not in (keep or ())]
+        return self._with(dict.fromkeys((key for key in delete if key in declared or self._has(key)), _DELETED))
 
     def merge(self, other: Mapping[str, Any]) -> State:
         """Set all fields of another State or mapping; where both have a key, the other's value wins."""
@@ -148,6 +152,11 @@ class State(Mapping[str, Any]):
         """
         from arun.codec import decode
 
+        if not isinstance(data, (bytes, bytearray, memoryview)):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise CodecError(
+                f"State.deserialize() takes the bytes that serialize() gave, not a {type(data).__name__}; "
+                "State(fields) makes a State of a dict"
+            )
         state = decode(data)
         if not isinstance(state, State):
             raise CodecError(f"these {len(data)} bytes hold a {type(state).__name__} and no State")

@@ -112,6 +112,12 @@ def resolve(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nod
     return None if "refwarn" in node else content
 
 
+def leave_out(app: Sphinx, what: str, name: str, member: object, skip: bool, options: object) -> bool | None:
+    """Leave out what a class has only to say what to write instead (:mod:`arun.burr`)."""
+    return True if type(member).__module__ == "arun.burr" else None
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("autodoc-skip-member", leave_out)
     app.connect("source-read", add_modules)
     app.connect("missing-reference", resolve)

@@ -26,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FLOORS: dict[str, int] = {
     name: floor
     for floor, names in enumerate((
-        "errors frames logs",
+        "burr errors frames logs",
         "codec events guards outcomes policies registry runtime state timed",
         "conditions context handles hooks hosted hosting threads",
         "attempts calls collectors reductions signatures stream",

@@ -162,4 +162,4 @@ def _wants_context(action: Action) -> bool:
     if any(_wants_context(part) for part in action.parts):
         return True
     function = action.function if isinstance(action, FunctionAction) else function_of(action)
-    return function is not None and Parameters.of(function).wants_context
+    return function is not None and Parameters.of(function).context_name is not None

@@ -222,6 +222,17 @@ async def test_the_context_is_given_to_who_asks_for_it() -> None:
     assert app.partition_key == "p"
 
 
+async def test_of_names_with_two_underscores_only_the_context_is_handed_over() -> None:
+    @action(reads=[], writes=[])
+    async def traced(state: State, __tracer: Any) -> State:
+        return state
+
+    with pytest.raises(
+        MisuseError, match="action 'traced' asks for '__tracer'; __context is the only such name that there is"
+    ):
+        await run(traced)
+
+
 # -- reads and writes ------------------------------------------------------------------------------
 
 
@@ -263,13 +274,24 @@ async def test_writing_an_undeclared_key_names_action_and_key() -> None:
         await run(step)
 
 
-async def test_deleting_an_undeclared_key_is_writing_it() -> None:
+@pytest.mark.parametrize("wiped", [{"delete": ["a"]}, {"keep": ["b"]}])
+async def test_removing_an_undeclared_key_names_action_and_key(wiped: dict[str, list[str]]) -> None:
     @action(reads=["a"], writes=[])
     async def step(state: State) -> State:
-        return state.wipe(delete=["a"])
+        return state.wipe(**wiped)
 
-    with pytest.raises(MisuseError, match="wrote 'a'"):
-        await run(step, a=1)
+    with pytest.raises(MisuseError, match=r"action 'step' removed 'a', .*\(writes=\[\]\)"):
+        await run(step, a=1, b=2)
+
+
+@pytest.mark.parametrize("wiped", [{"delete": ["answer"]}, {"keep": ["log"]}, {}])
+async def test_a_declared_key_may_be_removed_before_anything_has_written_it(wiped: dict[str, list[str]]) -> None:
+    @action(reads=[], writes=["log", "answer"])
+    async def begin(state: State, prompt: str) -> State:
+        return state.wipe(**wiped).append(log=prompt)
+
+    for fields in ({"log": []}, {"log": [], "answer": "of the last turn"}):
+        assert await run(begin, {"prompt": "Hi"}, **fields) == {"log": ["Hi"]}
 
 
 async def test_writing_back_what_was_there_is_no_write() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import anyio
@@ -12,7 +13,9 @@ from arun import (
     Application,
     ApplicationBuilder,
     ApplicationBusyError,
+    ApplicationContext,
     GraphBuilder,
+    MapActions,
     MisuseError,
     Result,
     RunnableGraph,
@@ -295,6 +298,55 @@ async def test_steps_that_never_await_can_be_cancelled_and_starve_nobody(nested:
 
 async def _nothing(state: State) -> State:
     return state
+
+
+async def test_what_an_action_calls_can_ask_for_its_context() -> None:
+    def here() -> str:
+        context = ApplicationContext.get()
+        return context.action_name if context is not None else "nowhere"
+
+    @action(reads=[], writes=["seen"])
+    def in_a_thread(state: State) -> State:
+        return state.append(seen=here())
+
+    @action(reads=[], writes=["seen"])
+    async def streaming(state: State) -> AsyncIterator[object]:
+        yield here()
+        await checkpoint()
+        yield state.append(seen=here())
+
+    class Both(MapActions):
+        reads, writes = [], ["seen"]
+
+        async def actions(self, state: State, context: Any, inputs: Any) -> AsyncIterator[Any]:
+            yield in_a_thread.with_name(f"{here()}/a")
+            yield RunnableGraph(GraphBuilder().with_actions(streaming).build(), "streaming")
+
+        async def reduce(self, state: State, states: AsyncIterator[State]) -> State:
+            seen = sorted([place async for done in states for place in done["seen"]])
+            return state.update(seen=[*seen, here()])
+
+    app = ApplicationBuilder().with_actions(both=Both()).build()
+    assert (await app.arun()).state["seen"] == ["both/a", "streaming", "both"]
+    assert here() == "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("run", "await app.arun"),
+        ("astream_result", r"app\.astream\("),
+        ("with_tracker", "with_hooks"),
+        ("initialize_from", "with_store"),
+        ("nonsense", "'$"),
+    ],
+)
+def test_a_name_of_burrs_that_is_not_here_says_what_to_write(name: str, instead: str) -> None:
+    made = builder()
+    owner: object = made if name.startswith(("with", "init")) else made.build()
+    assert not hasattr(owner, name)
+    with pytest.raises(AttributeError, match=f"{type(owner).__name__}' object has no attribute '{name}.*{instead}"):
+        getattr(owner, name)
 
 
 async def test_the_builder_can_build_many_that_are_apart() -> None:

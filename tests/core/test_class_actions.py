@@ -9,7 +9,17 @@ from typing import Any, ClassVar
 import pytest
 from anyio.lowlevel import checkpoint
 
-from arun import Action, ApplicationBuilder, Input, MisuseError, Result, Runtime, SingleStepAction, State
+from arun import (
+    Action,
+    ApplicationBuilder,
+    ApplicationContext,
+    Input,
+    MisuseError,
+    Result,
+    Runtime,
+    SingleStepAction,
+    State,
+)
 from tests.core.action_programs import app_of, items_of, run, scaled
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("nothing_left")]
@@ -124,6 +134,39 @@ async def test_an_incomplete_class_action_says_what_is_missing() -> None:
 
     with pytest.raises(MisuseError, match=r"update\(\) returned dict"):
         await run(NoState(), n=1)
+
+
+async def test_a_streaming_action_of_burrs_is_told_what_to_rename() -> None:
+    class Chat(Add):
+        async def stream_run(self, state: State) -> AsyncIterator[dict[str, int]]:
+            yield {"n": 1}
+
+    with pytest.raises(MisuseError, match=r"Chat defines neither run\(\) .*; rename its stream_run\(\) to run\(\)"):
+        await run(Chat(), n=1)
+
+
+async def test_a_method_gets_the_context_though_python_renames_its_parameter() -> None:
+    class Where(Action):
+        reads, writes = [], ["where"]
+
+        async def run(self, state: State, __context: ApplicationContext) -> str:  # type: ignore[override]
+            return __context.action_name
+
+        def update(self, result: Any, state: State) -> State:
+            return state.update(where=result)
+
+    class _WhereElse(SingleStepAction):
+        reads, writes = [], ["where"]
+
+        def run_and_update(self, state: State, __context: ApplicationContext) -> State:  # type: ignore[override]
+            return state.update(where=__context.action_name)
+
+    class Inherited(_WhereElse):
+        pass
+
+    for kind in (Where, _WhereElse, Inherited):
+        assert await run(kind().with_name("here")) == {"where": "here"}
+        assert kind().input_names == (frozenset(), frozenset())
 
 
 async def test_input_and_result_are_actions() -> None:

@@ -73,6 +73,7 @@ async def test_expr_evaluates_over_the_state(source: str, holds: bool) -> None:
         ("(n := 3)", "NamedExpr"),
         ("2 ** n", "Pow"),
         ("f'{n}'", "JoinedStr"),
+        ("kind.lower() == 'a'", r"calls kind.lower\(\); .*pass a function as the condition instead"),
         ("xs[0](1)", "may call only"),
         ("sorted(xs, key=abs)", "may call only"),
         ("n >", "no Python expression"),

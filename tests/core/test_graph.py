@@ -58,6 +58,9 @@ def test_graphs_can_be_joined() -> None:
             "never",
         ),
         (lambda: builder().with_transitions(("count",)), r"takes \(from, to\)"),
+        (lambda: builder().with_transitions("count", "show"), r"takes \(from, to\) .*, not 'count'"),
+        (lambda: builder().with_transitions((count, "show")).build(), "a transition takes the name .*; write 'count'"),
+        (lambda: builder().with_transitions((["count"], show)).build(), "a transition takes the name .*; write 'show'"),
         (lambda: builder().with_transitions(("count", "show", "n > 1")), r"expr\('n > 1'\)"),
         (lambda: GraphBuilder().with_actions(lambda state: state), "decorate the function"),
         (lambda: GraphBuilder().with_actions(RunnableGraph), "is a class; pass an instance"),
@@ -69,12 +72,19 @@ def test_graphs_can_be_joined() -> None:
             "no transition leads",
         ),
         (lambda: ApplicationBuilder().with_actions(count).with_entrypoint("counts").build(), "did you mean 'count'?"),
+        (
+            lambda: ApplicationBuilder().with_actions(count).with_entrypoint(count).build(),
+            "entrypoint .*; write 'count'",
+        ),
+        (lambda: ApplicationBuilder().with_store("runs.db"), r"takes a store, such as SQLiteStore\(path\), not a str"),
         (lambda: RunnableGraph(builder().build(), "count"), "no transition leads from 'count' to: show"),
         (
             lambda: builder().build().select(["@tag:no"], what="halt_after"),
             "tag 'no' was not found; the actions' tags are: counts",
         ),
         (lambda: builder().build().select("sho", what="halt_before"), "halt_before names 'sho'"),
+        (lambda: builder().build().select(show, what="halt_before"), "halt_before takes the name .*; write 'show'"),
+        (lambda: builder().build().select([show], what="halt_after"), "halt_after takes the name .*; write 'show'"),
     ],
 )
 def test_a_graph_that_cannot_work_is_refused(build: Any, message: str) -> None:

@@ -315,6 +315,7 @@ def tell_variable(state: State) -> State:
 @action(reads=["wanted"], writes=["out"])
 def tell_context(state: State, __context: ApplicationContext) -> State:
     context = __context
+    assert ApplicationContext.get() is context
     out = (context.app_id, context.action_name, context.path, dict(context.inputs), context.partition_key)
     return state.update(out=out)
 

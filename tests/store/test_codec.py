@@ -61,6 +61,11 @@ def test_what_is_no_state_is_refused(data: bytes) -> None:
         State.deserialize(data)
 
 
+def test_a_dict_is_no_serialized_state() -> None:
+    with pytest.raises(CodecError, match=r"takes the bytes that serialize\(\) gave, not a dict; State\(fields\) makes"):
+        State.deserialize({"n": 1})  # type: ignore[arg-type]
+
+
 class _Client:
     """Something that is no data."""
 
