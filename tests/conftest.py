@@ -35,7 +35,7 @@ settings.load_profile("brief")
 
 # The slower a kind of test, the later it runs, so that a plain mistake shows within seconds. Seconds are for one test,
 # its fixtures included: the first engine test of a module starts the engine that the others share.
-_KINDS = (("engine", 300), ("ray", 120))
+_KINDS = (("engine", 300), ("ray", 120), ("long", 300))
 
 
 @pytest.fixture(params=["asyncio", "trio"])
