@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, Self, Unpack, cast
@@ -372,7 +373,6 @@ class Operations:
 
     def _prepare_expression(self, operation: str, options: RowOptions) -> None:
         """Refuse options, and load what computes it: that takes long, so not in the event loop of a run."""
-        import arun.data.expressions  # noqa: F401 - loaded only
-
+        importlib.import_module("arun.data.expressions")
         if options:
             raise MisuseError(f"{operation}() of an Arrow expression takes no {next(iter(options))}=")
