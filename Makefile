@@ -30,19 +30,21 @@ setup: $(STAMP) ## install everything into .venv; the other targets do it by the
 demo: $(STAMP) ## ask a real model about real rows, and watch the partial reductions
 	@$(BIN)/arun demo $(ARGS)
 
-# The fast tests share the cores: two workers a core, since many wait for a process that they have started, and at most
+# The fast and the long tests share the cores: two workers a core, since many wait for a process that they have started, and at most
 # 16, since each collects all tests. A Ray or an engine takes the cores all for itself. Without caches of bytecode, each
 # of those processes would compile arun anew.
 unexport PYTHONDONTWRITEBYTECODE
 WORKERS := $(shell n=$$((2 * $$(nproc))); echo $$((n < 16 ? n : 16)))
-FAST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not ray and not engine" $(ARGS)
-SLOW = $(BIN)/python -m pytest -m "ray or engine" $(ARGS)
+SHARED = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+ALONE = $(BIN)/python -m pytest
 
-test: $(STAMP) ## all tests: the fast ones, then those with a real Ray, then those with a real vLLM
-	@$(FAST); fast=$$?; $(SLOW); slow=$$?; [[ $$fast =~ ^[05]$$ && $$slow =~ ^[05]$$ ]] # 5: ARGS chose none of these
+test: $(STAMP) ## all tests: the fast and the long ones, then those with a real Ray, then those with a real vLLM
+	@$(SHARED) -m "not ray and not engine" $(ARGS); shared=$$?; \
+	$(ALONE) -m "ray or engine" $(ARGS); alone=$$?; \
+	[[ $$shared =~ ^[05]$$ && $$alone =~ ^[05]$$ ]] # 5: ARGS chose none of these
 
-test-fast: $(STAMP) ## the tests that start neither Ray nor vLLM
-	$(FAST)
+test-fast: $(STAMP) ## the tests to run while coding: those that start neither Ray nor vLLM, and are not long by design
+	$(SHARED) -m "not ray and not engine and not long" $(ARGS)
 
 SOURCES := $(wildcard arun actors examples tests docs)
 # examples/quickstart.py is what the README shows: it goes without types, to fit on a screen.

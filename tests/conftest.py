@@ -35,7 +35,7 @@ settings.load_profile("brief")
 
 # The slower a kind of test, the later it runs, so that a plain mistake shows within seconds. Seconds are for one test,
 # its fixtures included: the first engine test of a module starts the engine that the others share.
-_KINDS = (("engine", 300), ("ray", 120))
+_KINDS = (("engine", 300), ("ray", 120), ("long", 300))
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -144,13 +144,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def rank(item: pytest.Item) -> int:
-        return next((len(_KINDS) - i for i, (kind, _) in enumerate(_KINDS) if item.get_closest_marker(kind)), 0)
-
+    ranks: dict[pytest.Item, int] = {}
     for item in items:
-        if item.get_closest_marker("timeout") is None:
-            for kind, seconds in _KINDS:
-                if item.get_closest_marker(kind) is not None:
-                    item.add_marker(pytest.mark.timeout(seconds))
-                    break
-    items.sort(key=rank)
+        marked = {mark.name for mark in item.iter_markers()}
+        place, seconds = next(((n, seconds) for n, (kind, seconds) in enumerate(_KINDS) if kind in marked), (None, 0))
+        ranks[item] = 0 if place is None else len(_KINDS) - place
+        if place is not None and "timeout" not in marked:
+            item.add_marker(pytest.mark.timeout(seconds))
+    items.sort(key=ranks.__getitem__)

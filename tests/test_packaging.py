@@ -101,7 +101,11 @@ def room(module: str) -> str:
 
 @pytest.mark.parametrize(
     ("module", "unwanted"),
-    [("arun", "ray vllm torch transformers numpy pyarrow actors"), ("actors", "ray vllm torch transformers")],
+    [
+        ("arun", "ray vllm torch transformers numpy pyarrow actors"),
+        ("arun.data", "ray vllm torch transformers pandas duckdb actors"),
+        ("actors", "ray vllm torch transformers numpy pyarrow"),
+    ],
 )
 def test_importing_the_package_leaves_the_heavy_parts_alone(module: str, unwanted: str) -> None:
     loaded = subprocess.run(

@@ -208,7 +208,11 @@ class Combine:
         self._options = options
 
     def __call__(self, group: pa.Table) -> Iterator[pa.Table]:
-        yield from self.of([_side(group, side) for side in ((0, 1) if isinstance(self._barrier, Join) else (0,))])
+        sides = [_side(group, side) for side in ((0, 1) if isinstance(self._barrier, Join) else (0,))]
+        # Of no rows comes no row, at the price of a DuckDB for each. The first group is asked all the same: without
+        # keys it has one row also then, and with them it tells what is wrong with the columns.
+        if group.column(BUCKET)[0].as_py() == 0 or any(map(len, sides)):
+            yield from self.of(sides)
 
     def of(self, sides: Sequence[pa.Table]) -> Iterator[pa.Table]:
         """Run it over its inputs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, Self, Unpack, cast
@@ -62,7 +63,7 @@ class Operations:
         :param options: of a function; see :class:`~arun.data.declare.RowOptions`.
         """
         if isinstance(condition, pc.Expression):
-            self._no_options("filter", options)
+            self._prepare_expression("filter", options)
             return self._then(Where(condition))
         return self._then(row_function("filter", condition, options))
 
@@ -75,7 +76,7 @@ class Operations:
         :param options: of a function; see :class:`~arun.data.declare.RowOptions`.
         """
         if isinstance(value, pc.Expression):
-            self._no_options("with_column", options)
+            self._prepare_expression("with_column", options)
             return self._then(Expression(name, value))
         return self._then(row_function("with_column", value, options, name))
 
@@ -370,6 +371,8 @@ class Operations:
     def _all_to_all(self, barrier: Barrier) -> Self:
         return type(self)(AllToAll(barrier, (self._readable(),)))
 
-    def _no_options(self, operation: str, options: RowOptions) -> None:
+    def _prepare_expression(self, operation: str, options: RowOptions) -> None:
+        """Refuse options, and load what computes it: that takes long, so not in the event loop of a run."""
+        importlib.import_module("arun.data.expressions")
         if options:
             raise MisuseError(f"{operation}() of an Arrow expression takes no {next(iter(options))}=")

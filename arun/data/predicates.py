@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyarrow as pa
-import pyarrow.acero as acero
 import pyarrow.compute as pc
 
+from arun.data.expressions import evaluate
 from arun.errors import DataError
 
 __all__ = ("columns_of", "keep")
-
-_MASK = "mask"
 
 
 def columns_of(predicate: pc.Expression, schema: pa.Schema) -> list[str]:
@@ -21,7 +19,7 @@ def columns_of(predicate: pc.Expression, schema: pa.Schema) -> list[str]:
     :raises DataError: it reads a column that isn't there, or is no condition on columns of these types.
     """
     try:
-        kind = _project(schema.empty_table(), predicate).type
+        kind = evaluate(schema.empty_table(), predicate).type
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, KeyError) as exc:
         raise DataError(f"{predicate} can't be computed on the columns {', '.join(schema.names)}: {exc}") from exc
     if not pa.types.is_boolean(kind):
@@ -37,25 +35,16 @@ def keep(batch: pa.RecordBatch, predicate: pc.Expression, columns: Sequence[str]
     """
     if not batch.num_rows:
         return batch
-    mask = _project(pa.Table.from_batches([batch.select(columns)]), predicate)
+    mask = evaluate(pa.Table.from_batches([batch.select(columns)]), predicate)
     held = mask.true_count
     if held == batch.num_rows:
         return batch
     return batch.filter(mask) if held else batch.slice(0, 0)
 
 
-def _project(table: pa.Table, expression: pc.Expression) -> pa.BooleanArray:
-    plan = acero.Declaration.from_sequence([
-        acero.Declaration("table_source", acero.TableSourceNodeOptions(table)),
-        acero.Declaration("project", acero.ProjectNodeOptions([expression], [_MASK])),
-    ])
-    mask = plan.to_table(use_threads=False).column(0)
-    return mask.chunk(0) if mask.num_chunks == 1 else mask.combine_chunks()
-
-
 def _works(predicate: pc.Expression, schema: pa.Schema) -> bool:
     try:
-        _project(schema.empty_table(), predicate)
+        evaluate(schema.empty_table(), predicate)
     except (pa.ArrowInvalid, KeyError):
         return False
     return True

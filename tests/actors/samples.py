@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import anyio
 import msgspec
-import numpy as np
 
 from actors.actor import actor
 
@@ -184,14 +183,3 @@ class Sees:
     async def devices(self) -> str | None:
         """What CUDA is told to see."""
         return os.environ.get("CUDA_VISIBLE_DEVICES")
-
-
-class Arrays:
-    """Takes and gives arrays."""
-
-    async def scale(self, values: np.ndarray, by: float = 2.0) -> np.ndarray:
-        return values * by
-
-    async def rows(self, values: np.ndarray) -> AsyncIterator[np.ndarray]:
-        for row in values:
-            yield row

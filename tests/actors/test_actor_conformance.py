@@ -15,10 +15,11 @@ import pytest
 
 from actors.bundles import Placement
 from arun.errors import ActorDied, ActorNotFound, ChannelLost, MisuseError, PlacementError, RemoteError
+from tests.actors.arrays import Arrays
 from tests.actors.conftest import make_cluster
 from tests.actors.fragile import Fragile
 from tests.actors.programs import wait_gone
-from tests.actors.samples import Arrays, Counter, Diary, FailsToStart, HangsAtStart, Point, Wide
+from tests.actors.samples import Counter, Diary, FailsToStart, HangsAtStart, Point, Wide
 from tests.faults.nemesis import cut
 
 if TYPE_CHECKING:

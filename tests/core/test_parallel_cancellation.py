@@ -209,13 +209,18 @@ async def test_a_run_that_was_cancelled_can_be_run_again() -> None:
     async def work(i: int) -> int:
         nonlocal calls
         calls += 1
+        if calls == 3:
+            begun.set()
         if calls <= 3:
             await anyio.sleep_forever()
         return i
 
+    begun = anyio.Event()
     app = app_of(Each(work))
-    with anyio.move_on_after(0.01):
-        await app.arun()
+    async with anyio.create_task_group() as group:
+        group.start_soon(app.arun)
+        await begun.wait()
+        group.cancel_scope.cancel()
     assert (await app.arun()).state["ys"] == [0, 1, 2]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +20,7 @@ from actors.pool import EnginePool
 from arun import MisuseError, Runtime
 from arun.data import Dataset, from_rows
 from arun.errors import RequestError
+from tests.data.mortal import Mortal
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("nothing_left")]
 Row = dict[str, Any]
@@ -191,22 +190,6 @@ async def test_rows_go_to_actors_that_live_as_long_as_the_run() -> None:
         assert step.peak_in_flight == 6
         with pytest.raises(MisuseError, match="has no method 'sub'"):
             from_rows([]).map_actor(cluster, Adder, "sub")
-
-
-@actor(concurrency=2)
-class Mortal:
-    """Dies of some rows, once each, or always."""
-
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-
-    async def add(self, row: dict[str, int]) -> dict[str, int]:
-        if row["n"] in {3, 9} and not (self.folder / str(row["n"])).exists():
-            (self.folder / str(row["n"])).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if row["n"] == 100:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return {"n": row["n"] + 1}
 
 
 AT_ONCE = Supervisor(intensity=20, backoff=Backoff(first=0.0))

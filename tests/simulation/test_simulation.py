@@ -25,7 +25,7 @@ def quietly() -> Iterator[None]:
     structlog.configure(**before)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.long
 @pytest.mark.usefixtures("quietly")
 @pytest.mark.parametrize("universe", list(UNIVERSES))
 def test_no_seed_breaks_an_invariant_and_every_rare_path_is_taken(universe: str) -> None:
@@ -59,7 +59,7 @@ def test_another_log_is_refused() -> None:
         replay("channel", seed=1, log="00", show=0)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.long
 @pytest.mark.parametrize("universe", list(UNIVERSES))
 def test_every_planted_bug_is_found(universe: str) -> None:
     """In a process of its own, that has not imported what is to be changed."""

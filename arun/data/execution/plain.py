@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Any, cast
 
 import pyarrow as pa
-import pyarrow.acero as acero
 
 from arun.data.block import Row, Shaper
 from arun.data.execution.batch_functions import call_on_batch
@@ -111,13 +110,9 @@ def _with_columns(batch: pa.RecordBatch, step: Select | Drop | Rename | Expressi
 
 
 def _evaluate(batch: pa.RecordBatch, expression: Any) -> pa.Array:
-    table = pa.Table.from_batches([batch])
-    project = [
-        acero.Declaration("table_source", acero.TableSourceNodeOptions(table)),
-        acero.Declaration("project", acero.ProjectNodeOptions([expression], [""])),
-    ]
-    values = acero.Declaration.from_sequence(project).to_table(use_threads=False).column(0)
-    return values.combine_chunks() if values.num_chunks != 1 else values.chunk(0)
+    from arun.data.expressions import evaluate
+
+    return evaluate(pa.Table.from_batches([batch]), expression)
 
 
 def _refused(step: Step, names: list[str], exc: Exception) -> DataError:

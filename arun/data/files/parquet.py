@@ -11,13 +11,11 @@ from typing import Any, ClassVar, Final, Self
 import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pd
 import pyarrow.parquet as pq
 
 from arun.data.files.partitions import Partitions
 from arun.data.files.paths import File, Listing, Paths
 from arun.data.files.selection import chosen, without_first
-from arun.data.predicates import columns_of, keep
 from arun.data.schemas import conform, unify
 from arun.data.source import Fragment
 from arun.errors import DataError
@@ -108,6 +106,8 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
             for batch in reader.iter_batches(rows, row_groups=[number], columns=columns):
                 batch = self.footers.partitions.add(batch, file, needed.names)
                 if self.predicate is not None:
+                    from arun.data.predicates import keep
+
                     batch = keep(conform(batch, needed, name=file.path), self.predicate, asked)
                 yield conform(batch, schema, name=file.path)
 
@@ -166,6 +166,8 @@ class _Footers:
         """
         key = (str(predicate), visible)
         if key not in self._asked:
+            from arun.data.predicates import columns_of
+
             self._asked[key] = columns_of(predicate, chosen(self.schema, visible, name))
         return self._asked[key]
 
@@ -194,6 +196,8 @@ class _Footers:
 
 
 def _described(file: File, said: pc.Expression | None) -> Any:
+    import pyarrow.dataset as pd  # which imports pandas where that is installed: longer than all of arun.data takes
+
     piece = pd.ParquetFileFormat().make_fragment(file.path, file.filesystem, partition_expression=said)
     try:
         piece.ensure_complete_metadata()
