@@ -142,7 +142,9 @@ def batch_function(function: Callable[[Any], Any], options: BatchOptions) -> Bat
 
 
 def at_least(operation: str, name: str, value: int, least: int) -> int:
-    """:raises MisuseError: the number is smaller."""
+    """:raises MisuseError: the number is smaller, or no whole number."""
+    if not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+        raise MisuseError(f"{operation}({name}={value!r}): it must be a whole number")
     if value < least:
         raise MisuseError(f"{operation}({name}={value}): it must be at least {least}")
     return value

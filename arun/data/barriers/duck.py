@@ -73,10 +73,14 @@ async def query(
         tables = statement.tables
         running = _Query(statement, limits, what)
         await running.serve(running.begin)
+        empty = True
         while batches := await running.serve(running.next_batches):
             for batch in batches:
                 for block in unpack(batch, statement.schema):
+                    empty = False
                     yield block
+        if empty:  # it still has columns
+            yield pa.RecordBatch.from_pylist([], schema=statement.schema)
     finally:
         with anyio.CancelScope(shield=True):
             if running is not None:
