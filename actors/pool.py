@@ -176,6 +176,7 @@ class EnginePool:
         self.on_progress = on_progress
         self._engines = engines
         self._state: Literal["new", "starting", "open", "closed"] = "new"
+        self._runtime: Runtime | None = None
         self._closing: Background[None] | None = None
         self._ending: Background[None] | None = None
 
@@ -192,7 +193,7 @@ class EnginePool:
         """
         if self._state != "new":
             raise MisuseError(f"pool {self.name!r} was started before; make a new one with cluster.engines()")
-        self._state = "starting"
+        self._state, self._runtime = "starting", Runtime.current()
         try:
             await self._engines.start()
         except BaseException:
@@ -412,6 +413,7 @@ class EnginePool:
 
         Of a detached pool: abort this program's requests and let go of it; the engines go on.
         """
+        self._refuse_elsewhere()
         if self._closing is None:
             self._state = "closed"
             self._closing = Runtime.current().start(self._engines.leave, name=f"close of pool {self.name}")
@@ -419,6 +421,7 @@ class EnginePool:
 
     async def close(self) -> None:
         """End the pool, also a detached one, for everybody who has attached to it. Idempotent, never cut short."""
+        self._refuse_elsewhere()
         if self._ending is None:
             self._state = "closed"
             self._closing = self._ending = Runtime.current().start(self._engines.end, name=f"end of pool {self.name}")
@@ -452,7 +455,19 @@ class EnginePool:
             raise MisuseError(
                 f"pool {self.name!r} is not open; use it inside `async with cluster.engines(...) as pool:`"
             )
+        self._refuse_elsewhere()
         return self._engines
+
+    def _refuse_elsewhere(self) -> None:
+        try:
+            here = self._runtime is None or self._runtime is Runtime.current()
+        except anyio.NoEventLoopError:
+            here = False
+        if not here:
+            raise MisuseError(
+                f"pool {self.name!r} was opened on another event loop or thread, the only one that can use or close "
+                "it; call it there, by asyncio.run_coroutine_threadsafe() for one, or open another pool here"
+            )
 
     def _tell(self, progress: ReplicaProgress) -> None:
         if self.on_progress is not None:
