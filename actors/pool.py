@@ -277,6 +277,18 @@ class EnginePool:
                 deltas.append(delta)
         return Completion.of(request.request_id, deltas, first)
 
+    def check_options(self, options: Mapping[str, Any], *, chat: bool = False) -> None:
+        """Look at arguments of :meth:`complete` before there is a prompt, as datasets do; the pool need not be open.
+
+        :param options: by name.
+        :param chat: whether the prompts will be chat messages.
+        :raises RequestError: an unknown parameter or a value out of range.
+        """
+        given = dict(options)
+        routing = {name: given.pop(name) for name in ("lane", "priority") if name in given}
+        given.pop("request_id", None)
+        to_request("", [{"role": "user", "content": "?"}] if chat else "?", given, **routing)
+
     def map(
         self,
         requests: Iterable[BatchRequest] | AsyncIterable[BatchRequest],

@@ -176,6 +176,11 @@ def _check_concurrency(operation: str, concurrency: int | None) -> None:
 
 
 def _check_executor(operation: str, function: Callable[..., Any], executor: Any) -> None:
+    if executor is not None and (isinstance(executor, type) or not hasattr(executor, "check")):
+        raise MisuseError(
+            f"{operation}(executor=...) was given {shown(executor)}; it takes an Executor, such as one of "
+            "`async with ProcessExecutor() as executor`"
+        )
     if executor is not None and kind_of(function) not in {"function", "generator"}:
         raise MisuseError(
             f"{operation}(executor=...) runs plain functions elsewhere; {where(function)} is async, and runs on this "

@@ -174,6 +174,10 @@ class Operations:
         :param in_flight: most rows that one actor has at a time.
         :param options: of ``cluster.spawn``, or further arguments of the class.
         """
+        if not isinstance(cls, type):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"map_actor() was given {shown(cls)}; it takes an actor's class, and makes its own of it")
+        if not callable(getattr(cluster, "spawn", None)):
+            raise MisuseError(f"map_actor() was given {shown(cluster)}; it takes a LocalCluster or a RayCluster")
         at_least("map_actor", "replicas", replicas, 1)
         at_least("map_actor", "in_flight", in_flight, 1)
         call = ActorCall(cluster, cls, method, args=args, options=options, replicas=replicas, in_flight=in_flight)
@@ -232,7 +236,7 @@ class Operations:
         :param keys: columns; none of them: all rows are one group.
         """
         self._readable()
-        return Grouped(self, keys)
+        return Grouped(self, names("group_by", keys) if keys else ())
 
     def distinct(self, *by: str) -> Self:
         """Each row once, in no particular order. On DuckDB; spills to disk.

@@ -11,8 +11,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from arun import MisuseError
-from arun.data import Dataset, from_arrow, from_iterable, from_rows, read_csv, read_ipc, read_jsonl, read_parquet
+from arun import MisuseError, ProcessExecutor
+from arun.data import (
+    Dataset,
+    from_arrow,
+    from_iterable,
+    from_pandas,
+    from_ray,
+    from_rows,
+    read_csv,
+    read_ipc,
+    read_jsonl,
+    read_parquet,
+)
 from arun.errors import DataError
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("runtime", "nothing_left")]
@@ -317,11 +328,25 @@ async def test_a_data_frame_may_hold_a_column_in_pieces() -> None:
         (lambda rows: rows.rename("n"), r"rename\(\) was given a str, 'n'; it takes a mapping, {'old': 'new'}"),
         (lambda rows: rows.explain(format="dot"), r"explain\(format='dot'\): takes 'text' or 'mermaid'"),
         (lambda rows: rows.write_jsonl("out/").group_by("n"), r"write jsonl out/ is a sink: run it"),
+        (lambda rows: rows.group_by(["n"]), r"group_by\(\) was given a list, .*: group_by\('a', 'b'\)"),
+        (lambda rows: rows.group_by("n").aggregate(x=3), r"3 is no aggregation; give 'count', or \('sum', column\)"),
+        (
+            lambda rows: rows.map(double, executor=ProcessExecutor),
+            r"map\(executor=...\) was given a class, .*takes an Exec",
+        ),
+        (lambda rows: from_pandas(3), "int is no DataFrame of pandas"),
+        (lambda rows: from_ray(3), "int is no Dataset of Ray"),
     ],
 )
 def test_what_makes_no_sense_is_refused_where_it_is_said(mistake: Any, message: str) -> None:
     with pytest.raises(MisuseError, match=message):
         mistake(numbers(3))
+
+
+async def test_a_sum_that_is_too_large_is_told_without_its_sql() -> None:
+    with pytest.raises(DataError, match=r"^aggregate: .*out of range") as caught:
+        await from_rows([{"n": 2**62}] * 4).group_by().aggregate(n=("sum", "n")).collect()
+    assert "SELECT" not in str(caught.value)
 
 
 async def test_count_asks_nobody_who_need_not_be_asked() -> None:
