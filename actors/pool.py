@@ -12,6 +12,7 @@ that in its :mod:`actors.pools.pool_supervisor`. A pool holds no cancel scope, s
 from __future__ import annotations
 
 import uuid
+from collections.abc import AsyncIterable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import anyio
@@ -27,12 +28,13 @@ from actors.pools.owned_engines import OwnedEngines
 from actors.pools.pool_stats import PoolStats, ReplicaProgress, ReplicaStats
 from actors.requests import to_embed_request, to_request
 from arun.errors import MisuseError, RequestError
+from arun.guards import shown
 from arun.outcome_stream import fan_out
 from arun.policies import Policy
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable, Iterable, Mapping
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -310,6 +312,12 @@ class EnginePool:
         :return: outcomes. A request without a ``request_id`` gets one that ends in ``-`` and its number, from 0; the
             Completion has it, and an EngineError too.
         """
+        if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable | AsyncIterable):
+            raise MisuseError(f"pool.map() was given {shown(requests)}; it takes many requests: pool.map([prompt])")
+        if policy is not None and not isinstance(policy, Policy):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(
+                f"pool.map() was given the policy {shown(policy)}; it takes a Policy, such as Policy(limit=8)"
+            )
         policy = policy or Policy(limit=self.batch_limit, on_error="collect")
         return fan_out(calls(self.complete, requests, {"lane": "batch", **options}), policy)
 
