@@ -312,7 +312,8 @@ class EnginePool:
         :return: outcomes. A request without a ``request_id`` gets one that ends in ``-`` and its number, from 0; the
             Completion has it, and an EngineError too.
         """
-        if isinstance(requests, str | bytes | Mapping) or not isinstance(requests, Iterable | AsyncIterable):
+        given: object = requests
+        if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable | AsyncIterable):
             raise MisuseError(f"pool.map() was given {shown(requests)}; it takes many requests: pool.map([prompt])")
         if policy is not None and not isinstance(policy, Policy):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
             raise MisuseError(
