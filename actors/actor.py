@@ -19,6 +19,7 @@ import anyio
 
 from actors.interface import ActorOptions, MethodOptions
 from actors.members.link import expired, to_send
+from arun.channel import register_type
 from arun.errors import ChannelLost, MisuseError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from actors.interface import Method
     from actors.members.link import Line, Link
     from arun.channel import Connection, Stream
+    from arun.channel.extensions import Buffers
 
 __all__ = ("ActorHandle", "ActorStream", "actor", "method")
 
@@ -110,7 +112,7 @@ class ActorHandle:
     """
 
     def __init__(self, link: Link) -> None:
-        self._arun_link = link
+        self.__dict__["_arun_link"] = link
         for method in link.interface.methods.values():
             self.__dict__[method.name] = (_StreamMethod if method.streaming else _UnaryMethod)(link, method)
 
@@ -121,6 +123,13 @@ class ActorHandle:
             f"{', '.join(link.interface.methods)}"
         )
 
+    def __setattr__(self, name: str, value: object) -> None:
+        link = self._arun_link
+        raise AttributeError(
+            f"{name!r} can't be set on the handle of actor {link.name!r} ({link.interface.class_name}): its attributes "
+            "are in its own process; give the class a method that sets it"
+        )
+
     def __repr__(self) -> str:
         return f"<{self._arun_link.describe()}>"
 
@@ -129,6 +138,21 @@ class ActorHandle:
             f"the handle of actor {self._arun_link.name!r} can't be pickled: it is one end of a connection. "
             "Send the actor's name and use `await cluster.get(name)`"
         )
+
+
+def _unsendable(handle: ActorHandle) -> tuple[Any, Buffers]:
+    raise TypeError(
+        f"the handle of actor {object.__getattribute__(handle, '_arun_link').name!r} is one end of a connection. Call "
+        "it here and send what it gives; a detached actor is found by its name from everywhere, with "
+        "`await cluster.get(name)`"
+    )
+
+
+def _unmade(_: Any, __: memoryview) -> ActorHandle:
+    raise ValueError("a handle is not sent")
+
+
+register_type(ActorHandle, name="actors.ActorHandle", pack=_unsendable, unpack=_unmade)
 
 
 class ActorStream:

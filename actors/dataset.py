@@ -139,6 +139,8 @@ async def _run(root: Node, lowering: _Lowering) -> Report:
 
     if isinstance(root, Write):
         await _iterate(dataset, note)
+        if not parts and root.sink.part_bytes is None:
+            parts.append(await run_in_thread(lambda: root.sink.part("part-00000").commit()))
         await run_in_thread(root.sink.end)
         rows = sum(part.rows for part in parts)
     else:

@@ -205,6 +205,10 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
         :raises MisuseError: an unknown engine, or a size below 1.
         """
+        if not isinstance(self.model, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"model is {self.model!r}; it must be text: a folder, or a name on the hub")
+        if isinstance(self.engine, type) and not hasattr(self.engine, "generate"):
+            raise MisuseError(f"{self.engine.__qualname__} has no generate(), so it is no engine; {_USE}")
         if isinstance(self.engine, str) and self.engine not in _ENGINES:
             raise MisuseError(f"there is no engine {self.engine!r}; {_USE}")
         if self.runner not in {"generate", "pooling"}:

@@ -12,6 +12,7 @@ that in its :mod:`actors.pools.pool_supervisor`. A pool holds no cancel scope, s
 from __future__ import annotations
 
 import uuid
+from collections.abc import AsyncIterable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import anyio
@@ -27,12 +28,13 @@ from actors.pools.owned_engines import OwnedEngines
 from actors.pools.pool_stats import PoolStats, ReplicaProgress, ReplicaStats
 from actors.requests import to_embed_request, to_request
 from arun.errors import MisuseError, RequestError
+from arun.guards import shown
 from arun.outcome_stream import fan_out
 from arun.policies import Policy
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, Callable, Iterable, Mapping
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -176,6 +178,7 @@ class EnginePool:
         self.on_progress = on_progress
         self._engines = engines
         self._state: Literal["new", "starting", "open", "closed"] = "new"
+        self._runtime: Runtime | None = None
         self._closing: Background[None] | None = None
         self._ending: Background[None] | None = None
 
@@ -192,7 +195,7 @@ class EnginePool:
         """
         if self._state != "new":
             raise MisuseError(f"pool {self.name!r} was started before; make a new one with cluster.engines()")
-        self._state = "starting"
+        self._state, self._runtime = "starting", Runtime.current()
         try:
             await self._engines.start()
         except BaseException:
@@ -276,6 +279,18 @@ class EnginePool:
                 deltas.append(delta)
         return Completion.of(request.request_id, deltas, first)
 
+    def check_options(self, options: Mapping[str, Any], *, chat: bool = False) -> None:
+        """Look at arguments of :meth:`complete` before there is a prompt, as datasets do; the pool need not be open.
+
+        :param options: by name.
+        :param chat: whether the prompts will be chat messages.
+        :raises RequestError: an unknown parameter or a value out of range.
+        """
+        given = dict(options)
+        routing = {name: given.pop(name) for name in ("lane", "priority") if name in given}
+        given.pop("request_id", None)
+        to_request("", [{"role": "user", "content": "?"}] if chat else "?", given, **routing)
+
     def map(
         self,
         requests: Iterable[BatchRequest] | AsyncIterable[BatchRequest],
@@ -297,6 +312,13 @@ class EnginePool:
         :return: outcomes. A request without a ``request_id`` gets one that ends in ``-`` and its number, from 0; the
             Completion has it, and an EngineError too.
         """
+        given: object = requests
+        if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable | AsyncIterable):
+            raise MisuseError(f"pool.map() was given {shown(requests)}; it takes many requests: pool.map([prompt])")
+        if policy is not None and not isinstance(policy, Policy):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(
+                f"pool.map() was given the policy {shown(policy)}; it takes a Policy, such as Policy(limit=8)"
+            )
         policy = policy or Policy(limit=self.batch_limit, on_error="collect")
         return fan_out(calls(self.complete, requests, {"lane": "batch", **options}), policy)
 
@@ -412,6 +434,7 @@ class EnginePool:
 
         Of a detached pool: abort this program's requests and let go of it; the engines go on.
         """
+        self._refuse_elsewhere()
         if self._closing is None:
             self._state = "closed"
             self._closing = Runtime.current().start(self._engines.leave, name=f"close of pool {self.name}")
@@ -419,6 +442,7 @@ class EnginePool:
 
     async def close(self) -> None:
         """End the pool, also a detached one, for everybody who has attached to it. Idempotent, never cut short."""
+        self._refuse_elsewhere()
         if self._ending is None:
             self._state = "closed"
             self._closing = self._ending = Runtime.current().start(self._engines.end, name=f"end of pool {self.name}")
@@ -452,7 +476,19 @@ class EnginePool:
             raise MisuseError(
                 f"pool {self.name!r} is not open; use it inside `async with cluster.engines(...) as pool:`"
             )
+        self._refuse_elsewhere()
         return self._engines
+
+    def _refuse_elsewhere(self) -> None:
+        try:
+            here = self._runtime is None or self._runtime is Runtime.current()
+        except anyio.NoEventLoopError:
+            here = False
+        if not here:
+            raise MisuseError(
+                f"pool {self.name!r} was opened on another event loop or thread, the only one that can use or close "
+                "it; call it there, by asyncio.run_coroutine_threadsafe() for one, or open another pool here"
+            )
 
     def _tell(self, progress: ReplicaProgress) -> None:
         if self.on_progress is not None:

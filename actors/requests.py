@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypedDict, TypeGuard
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypedDict, TypeGuard, get_args
 
 import msgspec
 
@@ -79,9 +79,18 @@ def to_prompt(prompt: PromptLike) -> Prompt:
         raise RequestError(f"a prompt is text, a list of token ids or a list of chat messages: {exc}") from None
     if not checked:
         raise RequestError("the prompt is empty")
+    try:
+        for text in (checked,) if isinstance(checked, str) else _texts(checked):
+            text.encode()
+    except UnicodeEncodeError as exc:
+        raise RequestError(f"the prompt is no valid text: {exc}") from None
     if not (isinstance(checked, str) or is_tokens(checked) or is_chat(checked)):
         raise RequestError("the prompt has both token ids and chat messages; give a list of either")
     return checked
+
+
+def _texts(prompt: Sequence[int | ChatMessage]) -> Iterator[str]:
+    return (part.content for part in prompt if isinstance(part, ChatMessage) and part.content is not None)
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -139,7 +148,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
-    seed: int | None = None
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     presence_penalty: Annotated[float, msgspec.Meta(ge=-2, le=2)] | None = None
@@ -164,7 +173,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
         """
         for name in options:
             if name not in cls.__struct_fields__:
-                known = (*cls.__struct_fields__, *RequestOptions.__annotations__)
+                known = list(dict.fromkeys((*cls.__struct_fields__, *RequestOptions.__annotations__)))
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
                 raise RequestError(f"there is no sampling parameter {name!r}; {hint}")
@@ -290,6 +299,7 @@ def to_request(
     :param options: fields of :class:`Sampling` and :class:`RequestOptions` by name; None counts as not given.
     :raises RequestError: an unknown name (the message has the nearest known one) or a value out of range.
     """
+    _check_routing(request_id, lane, priority)
     sampling = dict(options)
     adapter = sampling.pop("adapter", None)
     chat = {name: value for name in ChatOptions.__struct_fields__ if (value := sampling.pop(name, None)) is not None}
@@ -328,7 +338,18 @@ def to_embed_request(
         checked = msgspec.convert(pooling, Pooling)
     except msgspec.ValidationError as exc:
         raise RequestError(f"embed: {exc}") from None
+    _check_routing(request_id, lane, priority)
     return GenerateRequest(request_id, to_prompt(prompt), lane=lane, priority=priority, pooling=checked)
+
+
+def _check_routing(request_id: object, lane: object, priority: object) -> None:
+    """:raises RequestError: one of these is nothing that a pool could go by."""
+    if lane not in get_args(Lane):
+        raise RequestError(f"lane={lane!r}: it must be 'interactive' or 'batch'")
+    if not isinstance(request_id, str):
+        raise RequestError(f"request_id={request_id!r}: it must be text")
+    if not isinstance(priority, int):
+        raise RequestError(f"priority={priority!r}: it must be a whole number; lower goes first")
 
 
 def _to_structured_outputs(value: Any) -> StructuredOutputs:

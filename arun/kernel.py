@@ -179,9 +179,16 @@ class Kernel(Generic[T]):
             "started on; read them there, and pass on what you need"
         )
 
-    def raise_failures(self) -> None:
-        """Raise what failed, if anything did: one error as itself, several as a group."""
+    def raise_failures(self, *, first: bool = False) -> None:
+        """Raise what failed, if anything did: one error as itself, several as a group.
+
+        :param first: of several raise the first one, with a note that tells of the others.
+        """
         failures, self._failures = self._failures, []
+        if first and len(failures) > 1:
+            others = len(failures) - 1
+            failures[0].add_note(f"{others} more failed before they could be cancelled, such as {failures[1]!r:.200}")
+            raise failures[0]
         if len(failures) == 1:
             raise failures[0]
         if failures:

@@ -63,6 +63,9 @@ class HostOrder(msgspec.Struct, frozen=True, kw_only=True):
     def __repr__(self) -> str:
         return f"<HostOrder for {self.path}>"  # tracebacks may show local variables, and the token is a secret
 
+    def __rich_repr__(self) -> list[tuple[str, object]]:
+        return [("path", self.path)]  # rich, and so structlog's tracebacks, would take all fields of a Struct instead
+
     def write(self) -> bytes:
         """The order as it goes into the pipe: its length in 8 bytes, then msgpack."""
         body = msgspec.msgpack.encode(self)

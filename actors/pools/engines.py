@@ -46,6 +46,8 @@ class PoolSettings(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for option, least in _LEAST.items():
             value = getattr(self, option)
+            if not isinstance(value, int):
+                raise MisuseError(f"{option} is {value!r}; it must be a whole number")
             if value < least:
                 raise MisuseError(f"{option} is {value}; it must be at least {least}")
         if self.max_in_flight > _MOST_IN_FLIGHT:

@@ -163,6 +163,13 @@ class Fleet:
         self.set_state(replica, "reserving bundles")
         return replica
 
+    def refuse_taken_name(self) -> None:
+        """:raises MisuseError: the cluster has a pool of this name."""
+        if any(actor.name == f"{self._pool}-0" for actor in self._cluster.list()):
+            raise MisuseError(
+                f"this cluster has a pool named {self._pool!r} already; give one of the two another name="
+            )
+
     async def check_fits(self, replicas: int) -> None:
         """Refuse at once what the cluster can never hold.
 

@@ -135,6 +135,8 @@ class OwnedEngines:
 
     async def scale(self, replicas: int) -> None:
         router = self._started()
+        if not isinstance(replicas, int):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"scale({replicas!r}): it takes a whole number of replicas")
         if replicas < 1:
             raise MisuseError(f"scale({replicas}): a pool has at least 1 replica; close() ends it")
         serving = [replica for replica in self._fleet.replicas.values() if replica.state in _SERVING]
@@ -204,6 +206,7 @@ class OwnedEngines:
 
     async def _start_replicas(self) -> None:
         count = self._settings.replicas
+        self._fleet.refuse_taken_name()
         await self._fleet.check_fits(count)
         self._router = router = Router(self.pool, self._core, self._fleet)
         self._fleet.report_to(router)

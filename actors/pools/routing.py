@@ -24,6 +24,7 @@ from arun.errors import (
     ChannelLost,
     EngineDead,
     EngineError,
+    PayloadError,
     ReplicaLost,
     RequestError,
     RequestQuarantined,
@@ -323,6 +324,8 @@ class Route:
             self.stream = replica.actor.generate(self._continued())
         except EngineError as exc:
             self.error = exc
+        except PayloadError as exc:
+            self.error = RequestError(f"request {self.request.request_id!r} can't be sent to an engine: {exc}")
         except ArunError as exc:
             self.error = EngineError(str(exc))
         self._tell()

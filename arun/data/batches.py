@@ -47,8 +47,8 @@ class Cutter:
     """
 
     def __init__(self, batch_size: int | None) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise MisuseError(f"batch_size={batch_size}: it takes 1 or more, or None for the blocks as they come")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"batch_size={batch_size!r}: it takes 1 or more, or None for the blocks as they come")
         self._batch_size = batch_size
         self._waiting: deque[pa.RecordBatch] = deque()
         self._rows = 0

@@ -24,7 +24,7 @@ from arun.errors import DataError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ("Block", "Row", "Shaper", "joined", "origin_of", "place_of", "unify")
+__all__ = ("Block", "Row", "Shaper", "joined", "origin_of", "place_of", "row_dicts", "unify")
 
 #: A row as users' functions see it.
 Row: TypeAlias = dict[str, Any]
@@ -84,6 +84,16 @@ def place_of(origin: int) -> tuple[int, int]:
     return origin >> _OFFSET_BITS, origin & (1 << _OFFSET_BITS) - 1
 
 
+def row_dicts(batch: pa.RecordBatch) -> list[Row]:
+    """Its rows as dicts.
+
+    :raises DataError: two columns have one name, so a dict would lose one of them.
+    """
+    if len(set(batch.schema.names)) < batch.num_columns:
+        unify([batch.schema])
+    return cast("list[Row]", batch.to_pylist())
+
+
 def unify(schemas: Iterable[pa.Schema]) -> pa.Schema:
     """The schema that the data of all of these fits into, without loss.
 
@@ -129,6 +139,9 @@ class Shaper:
         columns = self._columns(rows)
         if not columns:  # rows without columns are still rows
             return pa.RecordBatch.from_struct_array(pa.array([{}] * len(rows), type=pa.struct([])))
+        for name in columns:
+            if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+                raise DataError(f"{self._step} gave a row with the key {name!r}; names of columns are text")
         arrays = [self._array(name, values) for name, values in columns.items()]
         return pa.RecordBatch.from_arrays(arrays, names=list(columns))
 
@@ -153,7 +166,7 @@ class Shaper:
         try:
             if self._given:
                 return _as_given(values, cast("pa.DataType", known))
-            array = pa.array(values)
+            array = _inferred(values)
             if known is None and name in self._texts:
                 known = pa.string()
             if array.type == known:
@@ -172,9 +185,20 @@ class Shaper:
         return array
 
 
+def _inferred(values: list[Any]) -> pa.Array:
+    """An array of the values' own type: pyarrow alone would cut nanoseconds off pandas' timestamps and durations."""
+    array = pa.array(values)
+    kind = array.type
+    if (pa.types.is_timestamp(kind) or pa.types.is_duration(kind)) and kind.unit == "us":
+        exact = "nanosecond" if pa.types.is_timestamp(kind) else "nanoseconds"
+        if any(getattr(value, exact, 0) for value in values):
+            return pa.array(values, pa.timestamp("ns", kind.tz) if pa.types.is_timestamp(kind) else pa.duration("ns"))
+    return array
+
+
 def _as_given(values: list[Any], given: pa.DataType) -> pa.Array:
     try:
-        return pa.array(values).cast(given)
+        return _inferred(values).cast(given)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         if pa.types.is_integer(given):  # pa.array() would cut off fractions
             raise

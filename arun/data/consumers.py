@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from functools import partial
-from typing import cast
 
 import anyio
 import pyarrow as pa
 
-from arun.data.block import Block, Row, unify
+from arun.data.block import Block, Row, row_dicts, unify
 from arun.data.sink import Part, PartWriter, Sink
 from arun.hosting import GRACE
 from arun.threads import run_in_thread
@@ -41,7 +40,7 @@ async def take(blocks: AsyncIterator[Block]) -> list[Row]:
     """All rows."""
     rows: list[Row] = []
     async for block in blocks:
-        rows += cast("list[Row]", block.batch.to_pylist())
+        rows += row_dicts(block.batch)
     return rows
 
 
@@ -63,7 +62,7 @@ async def write(sink: Sink, blocks: AsyncIterator[Block]) -> list[Part]:
             del block
             await run_in_thread(todo, label=label)
             del todo
-        await run_in_thread(writing.commit, label=label)
+        await run_in_thread(writing.finish, label=label)
     except BaseException:
         with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
             await run_in_thread(writing.abort, label=label)
@@ -90,6 +89,12 @@ class _Writing:
         self._part.write(block.batch)
         if self._sink.part_bytes is not None and self._part.size() >= self._sink.part_bytes:
             self.commit()
+
+    def finish(self) -> None:
+        """Commit what is left; of no rows, the only part that there is."""
+        if not self.parts and self._part is None and self._sink.part_bytes is None:
+            self._part = self._sink.part("part-00000")
+        self.commit()
 
     def commit(self) -> None:
         if self._part is not None:

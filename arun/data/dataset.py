@@ -154,7 +154,11 @@ class Dataset(Operations):
 
     async def collect(self, options: RunOptions | None = None) -> pa.Table:
         """Run it, and return all rows as a ``pyarrow.Table``."""
-        return await self._run(self._readable(), consumers.to_table, options)
+        table = await self._run(self._readable(), consumers.to_table, options)
+        if table.num_rows or table.num_columns:
+            return table
+        known = await run_in_thread(partial(known_schema, self.node))
+        return table if known is None else known.empty_table()
 
     async def to_pandas(self, options: RunOptions | None = None) -> Any:
         """Run it, and return all rows as a ``pandas.DataFrame``."""
@@ -218,6 +222,8 @@ class Dataset(Operations):
         :param format: "text", or "mermaid": the stages as a flowchart.
         :param engine: where it would run; of another than "local": what that makes of each node, or why it can't.
         """
+        if format not in {"text", "mermaid"}:
+            raise MisuseError(f"explain(format={format!r}): takes 'text' or 'mermaid'")
         logical = Plan([self.node])
         optimised = plan_of(logical.roots, options or RunOptions())
         elsewhere = backend_of(engine)
@@ -260,6 +266,7 @@ async def run(*datasets: Dataset, options: RunOptions | None = None, engine: str
     reports: list[Report] = []
     for dataset, result in zip(datasets, results, strict=True):
         dataset._statistics = statistics
-        parts = tuple(result) if isinstance(dataset.node, Write) else ()
-        reports.append(Report(sum(part.rows for part in parts) if parts else result, parts, statistics))
+        parts = tuple(result) if isinstance(dataset.node, Write) else None
+        rows = result if parts is None else sum(part.rows for part in parts)
+        reports.append(Report(rows, parts or (), statistics))
     return reports

@@ -142,7 +142,9 @@ def batch_function(function: Callable[[Any], Any], options: BatchOptions) -> Bat
 
 
 def at_least(operation: str, name: str, value: int, least: int) -> int:
-    """:raises MisuseError: the number is smaller."""
+    """:raises MisuseError: the number is smaller, or no whole number."""
+    if not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+        raise MisuseError(f"{operation}({name}={value!r}): it must be a whole number")
     if value < least:
         raise MisuseError(f"{operation}({name}={value}): it must be at least {least}")
     return value
@@ -174,6 +176,11 @@ def _check_concurrency(operation: str, concurrency: int | None) -> None:
 
 
 def _check_executor(operation: str, function: Callable[..., Any], executor: Any) -> None:
+    if executor is not None and (isinstance(executor, type) or not hasattr(executor, "check")):
+        raise MisuseError(
+            f"{operation}(executor=...) was given {shown(executor)}; it takes an Executor, such as one of "
+            "`async with ProcessExecutor() as executor`"
+        )
     if executor is not None and kind_of(function) not in {"function", "generator"}:
         raise MisuseError(
             f"{operation}(executor=...) runs plain functions elsewhere; {where(function)} is async, and runs on this "

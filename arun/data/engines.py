@@ -76,10 +76,14 @@ class Ask:
         chat: bool = False,
         system: str | None = None,
     ) -> None:
+        _check_engine(engine, "complete")
         self.engine = engine
         self.prompt = prompt
         self.output = output
         self.options = {"lane": "batch", **options, **({} if fields is None else {"structured_outputs": fields})}
+        check_options = getattr(engine, "check_options", None)
+        if check_options is not None:  # else each row would fail of them, and be left out by on_error="skip"
+            check_options(self.options, chat=chat)
         self.fields = fields
         self.chat = chat
         self.system = system
@@ -114,6 +118,7 @@ class Embed:
     """Embeds a text of each row; ``{output}_prompt_tokens`` comes beside the vector, float32."""
 
     def __init__(self, engine: Embedder, prompt: PromptOf, output: str, options: Mapping[str, Any]) -> None:
+        _check_engine(engine, "embed")
         self.engine = engine
         self.prompt = prompt
         self.output = output
@@ -237,10 +242,18 @@ def prefix_of(ask: Ask | Embed) -> Callable[[Row], str]:
     """What rows are grouped by, so that those whose prompts begin alike run together."""
 
     def prefix(row: Row) -> str:
-        prompt = ask.prompt_of(row) if isinstance(ask, Ask) else _value(row, ask.prompt)
+        try:
+            prompt = ask.prompt_of(row) if isinstance(ask, Ask) else _value(row, ask.prompt)
+        except Exception:  # noqa: BLE001 - whatever it is, the row's own call tells, and on_error= decides
+            return ""
         return prompt if isinstance(prompt, str) else repr(prompt)
 
     return prefix
+
+
+def _check_engine(engine: object, method: str) -> None:
+    if not callable(getattr(engine, method, None)):
+        raise MisuseError(f"{shown(engine)} has no {method}(); give an EnginePool, or anything with such a method")
 
 
 def _value(row: Row, prompt: PromptOf) -> Any:

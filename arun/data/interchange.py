@@ -41,6 +41,8 @@ def arrow_source(data: Any, *, name: str | None = None) -> TableSource:
 
 def pandas_source(frame: Any) -> TableSource:
     """Rows of a pandas DataFrame. An index that is more than a count becomes columns."""
+    if not hasattr(frame, "columns"):
+        raise MisuseError(f"{type(frame).__qualname__} is no DataFrame of pandas")
     table = pa.Table.from_pandas(frame).replace_schema_metadata()
     return TableSource(name="pandas DataFrame", table=table)
 
@@ -61,6 +63,8 @@ def huggingface_source(dataset: Any) -> HuggingFaceSource | StreamingSource:
 
 def ray_source(dataset: Any) -> StreamingSource:
     """Rows of a ``ray.data.Dataset``, which is executed and streamed when they are read."""
+    if not hasattr(dataset, "iter_batches"):
+        raise MisuseError(f"{type(dataset).__qualname__} is no Dataset of Ray")
     schema: Any = getattr(dataset.schema(fetch_if_missing=False), "base_schema", None)
     known = schema.remove_metadata() if hasattr(schema, "remove_metadata") else None  # of pandas it is another kind
     return StreamingSource(name="ray Dataset", dataset=dataset, known=known, blocks=_ray_blocks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal, Self, Unpack, cast
+from typing import Any, Literal, Self, Unpack, cast, get_args
 
 import msgspec
 import pyarrow.compute as pc
@@ -21,6 +21,7 @@ from arun.data.logical import AllToAll, Barrier, Node, OneToOne, Union, Write, Z
 from arun.data.sink import Sink
 from arun.data.steps import Drop, Expression, Limit, Rename, Select, Step, Where
 from arun.errors import ActorDied, MisuseError
+from arun.guards import shown
 from arun.policies import Retry
 
 __all__ = ("Operations",)
@@ -75,6 +76,8 @@ class Operations:
         :param value: a function of a row, plain or async, or an Arrow expression.
         :param options: of a function; see :class:`~arun.data.declare.RowOptions`.
         """
+        if not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"with_column() was given {shown(name)} for a name; names of columns are text")
         if isinstance(value, pc.Expression):
             self._prepare_expression("with_column", options)
             return self._then(Expression(name, value))
@@ -172,6 +175,10 @@ class Operations:
         :param in_flight: most rows that one actor has at a time.
         :param options: of ``cluster.spawn``, or further arguments of the class.
         """
+        if not isinstance(cls, type):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"map_actor() was given {shown(cls)}; it takes an actor's class, and makes its own of it")
+        if not callable(getattr(cluster, "spawn", None)):
+            raise MisuseError(f"map_actor() was given {shown(cluster)}; it takes a LocalCluster or a RayCluster")
         at_least("map_actor", "replicas", replicas, 1)
         at_least("map_actor", "in_flight", in_flight, 1)
         call = ActorCall(cluster, cls, method, args=args, options=options, replicas=replicas, in_flight=in_flight)
@@ -192,6 +199,8 @@ class Operations:
 
         :param columns: old to new.
         """
+        if not isinstance(columns, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"rename() was given {shown(columns)}; it takes a mapping, {{'old': 'new'}}")
         names("rename", tuple(columns.values()))
         return self._then(Rename(dict(columns)))
 
@@ -218,6 +227,8 @@ class Operations:
             raise MisuseError(
                 f"sort() by {len(by)} columns in {len(directions)} directions; give one for each, or for all"
             )
+        if nulls not in {"first", "last"}:
+            raise MisuseError(f"sort(nulls={nulls!r}): takes 'first' or 'last'")
         return self._all_to_all(Sort(names("sort", by), directions, nulls))
 
     def group_by(self, *keys: str) -> Grouped[Self]:
@@ -225,7 +236,8 @@ class Operations:
 
         :param keys: columns; none of them: all rows are one group.
         """
-        return Grouped(self, keys)
+        self._readable()
+        return Grouped(self, names("group_by", keys) if keys else ())
 
     def distinct(self, *by: str) -> Self:
         """Each row once, in no particular order. On DuckDB; spills to disk.
@@ -251,11 +263,13 @@ class Operations:
         :param suffix: what a column of the other gets whose name is taken.
         """
         keys = on if isinstance(on, str | Mapping) else tuple(on)
+        if how not in get_args(How):
+            raise MisuseError(f"join(how={how!r}): takes {', '.join(map(repr, get_args(How)))}")
         if bool(keys) == (how == "cross"):
             raise MisuseError(
                 f"join(how={how!r}) takes {'no columns' if keys else 'the columns to join on'}: on={on!r}"
             )
-        return type(self)(AllToAll(Join(keys, how, suffix), (self._readable(), other._readable())))
+        return type(self)(AllToAll(Join(keys, how, suffix), (self._readable(), *self._nodes_of("join", other))))
 
     def random_shuffle(self, *, seed: int | None = None) -> Self:
         """All rows in a random order, each order as likely as any other. Spills to disk.
@@ -279,11 +293,11 @@ class Operations:
 
     def union(self, *others: Self) -> Self:
         """The rows of this one, then those of the others."""
-        return type(self)(Union(tuple(one._readable() for one in (self, *others))))
+        return type(self)(Union((self._readable(), *self._nodes_of("union", *others))))
 
     def zip(self, *others: Self) -> Self:
         """The columns of this one and of others of as many rows, side by side; a name that is taken gets a number."""
-        return type(self)(Zip(tuple(one._readable() for one in (self, *others))))
+        return type(self)(Zip((self._readable(), *self._nodes_of("zip", *others))))
 
     # -- sinks ----------------------------------------------------------------------------------------------
 
@@ -362,6 +376,13 @@ class Operations:
                 "it, or from what was written"
             )
         return self.node
+
+    def _nodes_of(self, operation: str, *others: Self) -> list[Node]:
+        """The plans of other datasets."""
+        for other in others:
+            if not isinstance(other, Operations):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+                raise MisuseError(f"{operation}() was given {shown(other)}; it takes datasets: from_rows([...])")
+        return [other._readable() for other in others]
 
     def _ask(self, ask: Ask | Embed, what: str, by_prefix: bool, rows: RowOptions | None) -> Self:
         step = row_function("map", ask, rows or {})

@@ -53,7 +53,8 @@ class Sink(Protocol):
     ``arun.data.checkpoint.journal.ResumableSink``.
 
     :ivar name: for people, such as ``parquet answers/``.
-    :ivar part_bytes: a part that has grown past this is committed and another one begun; None: one part for all.
+    :ivar part_bytes: a part that has grown past this is committed and another one begun; None: one part for all,
+        which is there also when there are no rows.
     """
 
     name: str

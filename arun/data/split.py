@@ -149,8 +149,8 @@ class Splits:
         most: int | None = None,
     ) -> None:
         keys = (by,) if isinstance(by, str) else tuple(by)
-        if consumers < 1:
-            raise MisuseError(f"split({consumers}): into at least 1")
+        if not isinstance(consumers, int) or consumers < 1:  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"split({consumers!r}): into at least 1, a whole number")
         if equal and keys:
             raise MisuseError(f"split(equal=True, by={by!r}): keys need not have as many rows; give one of them")
         self.consumers = consumers

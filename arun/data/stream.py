@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 from arun.data.batches import BatchFormat, Cutter, converter
-from arun.data.block import Block, Row
+from arun.data.block import Block, Row, row_dicts
 from arun.data.execution.boundary import Boundary
 from arun.data.execution.execution import Consumer
 from arun.data.execution.statistics import StageStatistics
@@ -98,7 +98,7 @@ class RowStream:
     async def __anext__(self) -> Row:
         while not self._rows:
             batch = await self._blocks.__anext__()
-            self._rows = batch.to_pylist()
+            self._rows = row_dicts(batch)
             self._rows.reverse()
         return self._rows.pop()
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
+from rich.pretty import pretty_repr
 
 from actors.actor import actor
+from actors.hosts.host_main import HostOrder
 from actors.interface import describe
 from actors.local_cluster import LocalCluster
-from arun.errors import MisuseError
+from arun.errors import MisuseError, PayloadError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -32,6 +34,11 @@ class PlainStart:
     def on_start(self) -> None: ...
 
     async def ping(self) -> None: ...
+
+
+class Echo:
+    async def echo(self, value: Any) -> Any:
+        return value
 
 
 class Mute:
@@ -144,3 +151,32 @@ async def test_a_handle_says_why_it_cannot_be_pickled() -> None:
         handle = await cluster.spawn(Pair, "x", name="y")
         with pytest.raises(TypeError, match="Send the actor's name"):
             pickle.dumps(handle)
+
+
+@pytest.mark.asyncio
+async def test_an_attribute_of_an_actor_is_not_set_on_its_handle() -> None:
+    async with LocalCluster(isolation="task") as cluster:
+        handle = await cluster.spawn(Pair, "x", name="y")
+        with pytest.raises(AttributeError, match=r"'left' can't be set on the handle of actor 'y'.*; give the class a"):
+            handle.left = 1  # type: ignore[attr-defined]  # a mistake
+
+
+@pytest.mark.asyncio
+async def test_a_handle_in_an_argument_is_refused_with_the_way_out() -> None:
+    async with LocalCluster(isolation="task") as cluster:
+        echo = await cluster.spawn(Echo, name="y")
+        for argument in (echo, {"of": [echo]}):
+            with pytest.raises(
+                PayloadError, match=r"the handle of actor 'y' is one end of a connection\. Call it here"
+            ):
+                await echo.echo(argument)
+        assert await echo.echo(1) == 1
+
+
+def test_what_a_host_is_told_shows_in_no_traceback() -> None:
+    """Rich shows local variables, and of a Struct all fields, where nothing else is said."""
+    order = HostOrder(
+        blob=b"blobby", token=b"token!", path="/x", status_fd=1, owner_pid=1, grace=1.0, sys_path=[], pythonpath=None
+    )
+    assert pretty_repr(order) == "HostOrder(path='/x')"
+    assert repr(order) == "<HostOrder for /x>"

@@ -197,6 +197,12 @@ class TestOnRay:
         assert len(reports[1].parts) == 1
         assert (tmp_path / "one.jsonl").read_text().startswith('{"id":39,')
 
+    async def test_one_file_is_written_of_no_rows_too(self, path: str, tmp_path: Path) -> None:
+        (tmp_path / "none.jsonl").write_text("old\n")
+        none = read_parquet(path).filter(lambda row: False).write_jsonl(tmp_path / "none.jsonl", mode="overwrite")
+        report = await none.arun(engine=RAY)
+        assert (report.rows, len(report.parts), (tmp_path / "none.jsonl").read_bytes()) == (0, 1, b"")
+
     async def test_branches_of_one_run_share_what_is_before_them(self, path: str, tmp_path: Path) -> None:
         def note(row: dict[str, Any]) -> dict[str, Any]:
             with (tmp_path / "calls").open("a") as calls:

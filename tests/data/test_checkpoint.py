@@ -462,3 +462,12 @@ def test_progress_is_a_set_of_rows(spans: list[tuple[int, int, int]], data: st.D
         assert (number, skip) not in model
     origins = [origin_of(*one) for one in model]
     assert merged(ranges_of(origins)) == merged((f, s, s + n) for f, s, n in spans)
+
+
+async def test_a_single_file_is_there_when_no_row_is_left(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    sink = jsonl_sink(tmp_path / "none.jsonl")
+    for _ in range(2):
+        report = await job.run(lambda rows: rows.filter(lambda row: False), sink)
+        assert (report.rows, len(report.parts)) == (0, 1)
+    assert (tmp_path / "none.jsonl").read_bytes() == b""

@@ -64,6 +64,52 @@ async def test_each_row_gets_its_answer_and_what_it_took() -> None:
     ]
 
 
+async def test_a_prompt_that_can_not_be_computed_is_the_row_s_error() -> None:
+    rows = from_rows([{"n": 0, "of": {"text": "x"}}, {"n": 1, "of": None}])
+
+    def prompt(row: Row) -> str:
+        return str(row["of"]["text"])
+
+    async with open_pool() as pool:
+        good, bad = await rows.generate(pool, prompt=prompt, rows={"on_error": "collect"}).take()
+        assert (good["answer"], good["error"]) == ("x", None)
+        assert bad["error"].startswith("TypeError: ")
+        with pytest.raises(TypeError) as caught:
+            await rows.generate(pool, prompt=prompt).take()
+    assert any(note.startswith("in generate(answer), row 1 of what") for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"max_token": 3}, "no sampling parameter 'max_token'; did you mean 'max_tokens'"),
+        ({"max_tokens": 0}, r"Expected `int` >= 1 - at `\$\.max_tokens`"),
+        ({"lane": "slow"}, "lane='slow': it must be 'interactive' or 'batch'"),
+        ({"chat_template": "x"}, "only chat messages have a template"),
+    ],
+    ids=str,
+)
+async def test_options_that_no_row_could_have_are_refused_where_they_are_said(options: Any, told: str) -> None:
+    async with open_pool() as pool:
+        with pytest.raises(RequestError, match=told):  # not by each row, which on_error="skip" would leave out
+            prompts("x").generate(pool, rows={"on_error": "skip"}, **options)
+        prompts("x").chat(pool, chat_template="x", max_tokens=3, priority=1)
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        (lambda rows: rows.generate(None), r"None has no complete\(\); give an EnginePool"),
+        (lambda rows: rows.embed("pool"), r"a str, 'pool' has no embed\(\); give an EnginePool"),
+        (lambda rows: rows.map_actor(None, Adder, "add"), "was given None; it takes a LocalCluster"),
+        (lambda rows: rows.map_actor(SimpleNamespace(spawn=print), 3, "x"), "was given an int, 3; it takes an actor's"),
+    ],
+)
+async def test_what_is_no_engine_or_actor_is_refused_where_it_is_said(step: Any, told: str) -> None:
+    with pytest.raises(MisuseError, match=told):
+        step(prompts("x"))
+
+
 async def test_a_prompt_may_be_computed_and_a_chat_may_be_text() -> None:
     async with open_pool() as pool:
         dataset = prompts("x").generate(pool, prompt=lambda row: f"{row['prompt']} y", output="said", max_tokens=8)

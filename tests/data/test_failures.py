@@ -49,6 +49,16 @@ async def test_an_error_is_raised_as_itself_and_names_step_and_row(function: Any
     assert f"in map({function.__name__}), row 5 of what it was given: {{'n': 5}}" in notes
 
 
+async def test_of_rows_that_fail_together_the_first_is_raised() -> None:
+    async def each(row: Row) -> Row:
+        raise ValueError(row["n"])
+
+    with pytest.raises(ValueError, match="0") as caught:
+        await numbers(4).map(each).collect()
+    assert caught.value.args == (0,)
+    assert "3 more failed before they could be cancelled, such as ValueError(1)" in caught.value.__notes__
+
+
 async def test_an_error_in_a_batch_names_step_and_rows() -> None:
     def broken(batch: pa.RecordBatch) -> pa.RecordBatch:
         raise ValueError("five")

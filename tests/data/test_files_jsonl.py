@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arun.data.files import jsonl_source, lines
+from arun.data.files import jsonl_sink, jsonl_source, lines
 from arun.data.files.lines import chunks, line_at
 from arun.data.files.paths import Listing
 from arun.errors import DataError
-from tests.data.reading import read, rows
+from tests.data.reading import read, rows, write
 
 
 def file(folder: Path, content: str | bytes, name: str = "x.jsonl") -> Path:
@@ -195,3 +195,22 @@ def test_a_line_longer_than_a_chunk_is_one_row(tmp_path: Path) -> None:
     path = file(tmp_path, f'{{"a":"{"x" * (9 << 20)}"}}\n{{"a":"y"}}\n')
     source = jsonl_source(path, fragment_bytes=1 << 20, sample_bytes=100)
     assert [len(row["a"]) for row in rows(source)] == [9 << 20, 1]
+
+
+def test_a_list_of_several_types_is_named_with_the_remedy(tmp_path: Path) -> None:
+    path = file(tmp_path, '{"a": [1]}\n{"a": [1, "x"]}\n')
+    with pytest.raises(DataError, match=r"x\.jsonl:2: .*; give schema=, where pa\.string\(\) takes everything"):
+        read(jsonl_source(path))
+    schema = pa.schema([("a", pa.string())])
+    assert rows(jsonl_source(path, schema=schema)) == [{"a": "[1]"}, {"a": '[1, "x"]'}]
+
+
+def test_a_map_is_an_object_and_comes_back_by_its_type(tmp_path: Path) -> None:
+    kind = pa.map_(pa.string(), pa.int64())
+    block = pa.record_batch({"m": pa.array([[("a", 1), ("b", 2)], None, []], kind)})
+    write(jsonl_sink(tmp_path / "x.jsonl"), block)
+    assert (tmp_path / "x.jsonl").read_text() == '{"m":{"a":1,"b":2}}\n{"m":null}\n{"m":{}}\n'
+    assert read(jsonl_source(tmp_path / "x.jsonl", schema=block.schema)) == pa.Table.from_batches([block])
+    twice = pa.record_batch({"m": pa.array([[("a", 1), ("a", 2)]], kind)})
+    with pytest.raises(DataError, match=r"JSON objects can't hold a map with one key twice: .* was 'a'"):
+        write(jsonl_sink(tmp_path / "y.jsonl"), twice)

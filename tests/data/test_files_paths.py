@@ -9,7 +9,7 @@ import pyarrow.fs
 import pytest
 
 from arun.data.files.paths import Listing, locate
-from arun.errors import DataError
+from arun.errors import DataError, MisuseError
 
 
 def make(folder: Path, *names: str) -> None:
@@ -80,6 +80,13 @@ def test_what_is_not_there_is_told_with_what_is(tmp_path: Path, path: str, messa
 def test_no_paths_at_all_are_refused() -> None:
     with pytest.raises(DataError, match=r"no path is given; name a file, a folder or a glob with \.txt files"):
         _ = Listing([], (".txt",)).files
+
+
+def test_what_is_no_path_is_refused() -> None:
+    with pytest.raises(DataError, match=r"the path is empty; name a file or a folder, which may be '\.'"):
+        _ = Listing("", (".txt",)).files
+    with pytest.raises(MisuseError, match="None is no path; give a file, a folder, a glob, a URL, or a list of these"):
+        Listing(None, (".txt",))  # type: ignore[arg-type]  # a mistake
 
 
 def test_a_kind_of_url_that_nobody_knows_is_refused() -> None:

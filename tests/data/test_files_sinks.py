@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from arun.data import from_rows
 from arun.data.files import (
     FileSink,
     csv_sink,
@@ -127,6 +128,91 @@ def test_overwriting_replaces_everything_at_the_end(kind: Any, folder: str) -> N
     write(sink(f"{folder}/x{suffix}"), BLOCK, BLOCK)
     write(sink(f"{folder}/x{suffix}", mode="overwrite"), BLOCK)
     assert rows(source(f"{folder}/x{suffix}")) == ROWS
+
+
+@pytest.mark.parametrize("name", ["out", "x"])
+def test_of_two_writers_the_second_is_refused_and_the_first_keeps_its_rows(kind: Any, folder: str, name: str) -> None:
+    sink, source, suffix = kind
+    path = f"{folder}/{name}" if name == "out" else f"{folder}/{name}{suffix}"
+    one, other = sink(path), sink(path)
+    one.begin()
+    other.begin()
+    first, second = one.part("part-00000"), other.part("part-00000")
+    second.write(BLOCK.slice(1))
+    first.write(BLOCK)
+    first.commit()
+    with pytest.raises(DataError, match="another run has written to this place meanwhile; let one run at a time"):
+        second.commit()
+    second.abort()
+    one.end()
+    assert rows(source(path)) == ROWS
+    assert len(names(folder)) == (2 if name == "out" else 1)
+
+
+def test_what_a_later_writer_has_tidied_away_is_told(kind: Any, folder: str) -> None:
+    sink, _, _ = kind
+    one = sink(f"{folder}/out")
+    one.begin()
+    part = one.part("part-00000")
+    part.write(BLOCK)
+    sink(f"{folder}/out").begin()
+    with pytest.raises(DataError, match="another run has written to this place meanwhile"):
+        part.commit()
+    part.abort()
+
+
+def test_two_writers_may_append(kind: Any, folder: str) -> None:
+    sink, source, _ = kind
+    one, other = sink(f"{folder}/out", mode="append"), sink(f"{folder}/out", mode="append")
+    one.begin()
+    other.begin()
+    for out in (one, other):
+        part = out.part("part-00000")
+        part.write(BLOCK)
+        part.commit()
+    one.end()
+    other.end()
+    assert rows(source(f"{folder}/out")) == ROWS * 2
+
+
+def test_of_two_writers_that_overwrite_the_second_is_refused(kind: Any, folder: str) -> None:
+    sink, source, _ = kind
+    write(sink(f"{folder}/out"), BLOCK, BLOCK, BLOCK)
+    one, other = sink(f"{folder}/out", mode="overwrite"), sink(f"{folder}/out", mode="overwrite")
+    one.begin()
+    other.begin()
+    for out, block in ((one, BLOCK), (other, BLOCK.slice(1))):
+        part = out.part("part-00000")
+        part.write(block)
+        part.commit()
+    one.end()
+    with pytest.raises(DataError, match=r"another run has replaced part-00000\..* meanwhile, so what this one has"):
+        other.end()
+    assert rows(source(f"{folder}/out")) == ROWS
+    assert len(names(f"{folder}/out")) == 2
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("runtime", "nothing_left")
+async def test_one_file_is_written_of_no_rows_too_and_replaces_what_was_there(tmp_path: Path, kind: Any) -> None:
+    _, _, suffix = kind
+    word = kind[0].__name__.removesuffix("_sink")
+    path = tmp_path / f"x{suffix}"
+    some = from_rows([{"a": 1, "s": "x"}])
+    await getattr(some, f"write_{word}")(path).arun()
+    for none in (some.filter(lambda row: False), some.flat_map(lambda row: [])):  # the columns of one are known
+        report = await getattr(none, f"write_{word}")(path, mode="overwrite").arun()
+        assert (report.rows, len(report.parts)) == (0, 1)
+        assert str(report).startswith("0 rows in 1 part of ")
+        assert '"x"' not in path.read_text(errors="replace")
+        assert names(str(tmp_path)) == [path.name]
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("runtime", "nothing_left")
+async def test_no_rows_of_unknown_columns_are_a_folder_without_parts(tmp_path: Path) -> None:
+    report = await from_rows([{"a": 1}]).flat_map(lambda row: []).write_parquet(tmp_path / "out").arun()
+    assert (report.rows, report.parts, names(str(tmp_path / "out"))) == (0, (), ["_SUCCESS"])
 
 
 def test_overwriting_that_is_given_up_leaves_what_was_there(kind: Any, folder: str) -> None:

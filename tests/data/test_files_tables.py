@@ -81,3 +81,11 @@ def test_ipc_is_read_as_file_and_as_stream(tmp_path: Path) -> None:
 def test_a_file_that_is_no_ipc_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.arrow can't be read as Arrow IPC"):
         ipc_source(file(tmp_path, "hello, world", "x.arrow")).schema()
+
+
+def test_csv_text_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes("word\nZürich\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"x\.csv: the column 'word' holds text that is not UTF-8; .*pa\.binary\(\)"):
+        read(csv_source(path))
+    assert rows(csv_source(path, types={"word": pa.binary()})) == [{"word": "Zürich".encode("latin-1")}]

@@ -11,8 +11,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from arun import MisuseError
-from arun.data import Dataset, from_arrow, from_iterable, from_rows, read_csv, read_ipc, read_jsonl, read_parquet
+from arun import MisuseError, ProcessExecutor
+from arun.data import (
+    Dataset,
+    from_arrow,
+    from_iterable,
+    from_pandas,
+    from_ray,
+    from_rows,
+    read_csv,
+    read_ipc,
+    read_jsonl,
+    read_parquet,
+)
 from arun.errors import DataError
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("runtime", "nothing_left")]
@@ -236,6 +247,106 @@ async def test_nothing_in_gives_nothing_out() -> None:
 async def test_a_table_without_rows_has_its_columns_still() -> None:
     table = await numbers(3).filter(lambda row: False).collect()
     assert (table.num_rows, table.column_names) == (0, ["n"])
+
+
+@pytest.mark.parametrize("rows", ["an empty file", "a condition that holds for none", "a function that keeps none"])
+async def test_no_rows_have_columns_still_whatever_comes_after(tmp_path: Path, rows: str) -> None:
+    table = pa.table({"a": [1], "s": ["x"]})
+    await (
+        from_arrow(table.slice(0, 0) if rows == "an empty file" else table).write_parquet(tmp_path / "x.parquet").arun()
+    )
+    none = read_parquet(tmp_path / "x.parquet")
+    if rows == "a condition that holds for none":
+        none = none.filter(pc.field("a") > 5)
+    elif rows == "a function that keeps none":
+        none = none.filter(lambda row: False)
+    for same in (
+        none,
+        none.sort("a"),
+        none.distinct(),
+        none.random_shuffle(),
+        none.repartition(2),
+        none.repartition(rows=2),
+        none.map_batches(lambda frame: frame, format="pandas"),
+        none.union(none),
+    ):
+        assert (await same.collect()).column_names == ["a", "s"]
+        assert await same.count() == 0
+    assert (await none.group_by("a").aggregate(rows="count").collect()).column_names == ["a", "rows"]
+    assert (await none.join(from_arrow(table), "a").collect()).column_names == ["a", "s", "s_right"]
+    assert (await none.zip(none).collect()).column_names == ["a", "s", "a_1", "s_1"]
+    # Here nobody can know the columns; that is no reason to fail.
+    assert await none.map(double).sort("a").take() == []
+
+
+async def test_two_columns_of_one_name_are_no_row() -> None:
+    table = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    for lossy in (
+        from_arrow(table).map(lambda row: row).arun(),
+        from_arrow(table).map(double_async).arun(),
+        from_arrow(table).take(1),
+        anext(from_arrow(table).rows()),
+    ):
+        with pytest.raises(DataError, match="has two columns 'a'; rename one"):
+            await lossy
+
+
+async def test_names_of_columns_are_text() -> None:
+    with pytest.raises(DataError, match=r"map\(.*\) gave a row with the key 1; names of columns are text"):
+        await numbers(1).map(lambda row: {1: row["n"]}).collect()
+    with pytest.raises(MisuseError, match=r"with_column\(\) was given an int, 3 for a name"):
+        numbers(1).with_column(3, double)  # type: ignore[arg-type]  # a mistake
+
+
+async def test_nanoseconds_survive_a_function_of_rows() -> None:
+    times = pa.array([1_700_000_000_123_456_789, None], pa.timestamp("ns", "UTC"))
+    table = pa.table({"at": times, "took": pa.array([1, None], pa.duration("ns"))})
+    assert await from_arrow(table).map(lambda row: row).collect() == table
+    assert await from_arrow(table).map(lambda row: row, schema=table.schema).collect() == table
+
+
+async def test_a_data_frame_may_hold_a_column_in_pieces() -> None:
+    def twice_over(frame: Any) -> Any:
+        import pandas as pd
+
+        return pd.concat([frame, frame])
+
+    words = from_rows([{"s": "x"}, {"s": "y"}]).map_batches(twice_over, format="pandas")
+    assert (await words.collect())["s"].to_pylist() == ["x", "y", "x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda rows: rows.limit("3"), r"limit\(rows='3'\): it must be a whole number"),
+        (lambda rows: rows.map(double, concurrency=2.5), r"map\(concurrency=2.5\): it must be a whole number"),
+        (lambda rows: rows.split(2.5), r"split\(2.5\): into at least 1, a whole number"),
+        (lambda rows: rows.union([{"n": 1}]), r"union\(\) was given a list, .*; it takes datasets: from_rows\("),
+        (lambda rows: rows.join(None, "n"), r"join\(\) was given None; it takes datasets"),
+        (lambda rows: rows.join(rows, "n", "full"), r"join\(how='full'\): takes 'inner', 'left', "),
+        (lambda rows: rows.sort("n", nulls="middle"), r"sort\(nulls='middle'\): takes 'first' or 'last'"),
+        (lambda rows: rows.rename("n"), r"rename\(\) was given a str, 'n'; it takes a mapping, {'old': 'new'}"),
+        (lambda rows: rows.explain(format="dot"), r"explain\(format='dot'\): takes 'text' or 'mermaid'"),
+        (lambda rows: rows.write_jsonl("out/").group_by("n"), r"write jsonl out/ is a sink: run it"),
+        (lambda rows: rows.group_by(["n"]), r"group_by\(\) was given a list, .*: group_by\('a', 'b'\)"),
+        (lambda rows: rows.group_by("n").aggregate(x=3), r"3 is no aggregation; give 'count', or \('sum', column\)"),
+        (
+            lambda rows: rows.map(double, executor=ProcessExecutor),
+            r"map\(executor=...\) was given a class, .*takes an Exec",
+        ),
+        (lambda rows: from_pandas(3), "int is no DataFrame of pandas"),
+        (lambda rows: from_ray(3), "int is no Dataset of Ray"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_where_it_is_said(mistake: Any, message: str) -> None:
+    with pytest.raises(MisuseError, match=message):
+        mistake(numbers(3))
+
+
+async def test_a_sum_that_is_too_large_is_told_without_its_sql() -> None:
+    with pytest.raises(DataError, match=r"^aggregate: .*out of range") as caught:
+        await from_rows([{"n": 2**62}] * 4).group_by().aggregate(n=("sum", "n")).collect()
+    assert "SELECT" not in str(caught.value)
 
 
 async def test_count_asks_nobody_who_need_not_be_asked() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import gc
 import os
 import pickle
@@ -156,6 +158,69 @@ async def test_an_unknown_parameter_is_refused_by_the_call_itself():
         assert pool.stats().replicas[0].started == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"lane": "fast"}, "lane='fast': it must be 'interactive' or 'batch'"),
+        ({"priority": "high"}, "priority='high': it must be a whole number"),
+        ({"request_id": 3}, "request_id=3: it must be text"),
+        ({"seed": 2**70}, r"Expected `int` <= 9223372036854775807 - at `\$\.seed`"),
+        ({"prompt": "\ud800"}, "the prompt is no valid text: .*surrogates not allowed"),
+        ({"prompt": [{"role": "user", "content": "\ud800"}]}, "the prompt is no valid text: .*surrogates not allowed"),
+    ],
+    ids=str,
+)
+async def test_what_no_engine_could_go_by_is_refused_by_the_call_itself(options, told):
+    async with open_pool() as pool:
+        with pytest.raises(RequestError, match=told):
+            pool.generate(**{"prompt": "a", **options})
+        assert pool.stats().replicas[0].started == 0
+
+
+async def test_what_can_not_be_sent_is_the_fault_of_the_request():
+    async with open_pool() as pool:
+        with pytest.raises(RequestError, match=r"request 'x' can't be sent to an engine: .*surrogates not allowed"):
+            await pool.complete("a", stop=["\ud800"], request_id="x")
+        assert (await pool.complete("a")).text == "a"
+
+
+async def test_an_unknown_parameter_is_told_each_known_one_once():
+    async with open_pool() as pool:
+        with pytest.raises(RequestError, match="there is no sampling parameter 'zzz'; known are") as caught:
+            pool.generate("a", zzz=1)
+    known = str(caught.value).partition("known are ")[2].split(", ")
+    assert len(known) == len(set(known))
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("use", ["complete", "map", "aclose", "without a loop"])
+async def test_another_thread_is_refused_and_the_pool_goes_on(use):
+    async with open_pool() as pool:
+
+        async def used():
+            match use:
+                case "complete":
+                    await pool.complete("a")
+                case "map":
+                    async for outcome in pool.map(["a"]):
+                        raise outcome.error
+                case _:
+                    await pool.aclose()
+
+        call = (
+            functools.partial(pool.generate, "a") if use == "without a loop" else functools.partial(asyncio.run, used())
+        )
+        with pytest.raises(MisuseError, match="was opened on another event loop or thread, the only one that can use"):
+            await anyio.to_thread.run_sync(call)
+        assert (await pool.complete("a")).text == "a"
+
+
+async def test_two_pools_of_one_cluster_have_two_names():
+    async with Runtime(), LocalCluster(isolation="task", cpus=8) as cluster, cluster.engines(echo(), name="chat"):
+        with pytest.raises(MisuseError, match="this cluster has a pool named 'chat' already; give one of the two"):
+            await cluster.engines(echo(), name="chat").start()
+
+
 async def test_a_request_id_can_not_be_in_flight_twice():
     async with open_pool() as pool:
         stream = pool.generate("a", request_id="x")
@@ -278,6 +343,7 @@ async def test_a_process_per_replica_and_none_is_left():
     ("options", "told"),
     [
         ({"replicas": 0}, "replicas is 0; it must be at least 1"),
+        ({"replicas": "2"}, "replicas is '2'; it must be a whole number"),
         ({"max_in_flight": 1001}, "max_in_flight is 1001; one replica takes at most 1000"),
         ({"watchdog": 0}, "both are seconds above 0"),
         ({"lifetime": "forever"}, "must be 'scope' or 'detached'"),
@@ -289,3 +355,16 @@ async def test_a_process_per_replica_and_none_is_left():
 async def test_impossible_options_are_refused_where_they_are_written(options, told):
     with pytest.raises(MisuseError, match=told):
         EnginePool(LocalCluster(isolation="task"), echo(), **options)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ({"model": 3, "engine": "echo"}, "model is 3; it must be text"),
+        ({"model": "x", "engine": int}, r"int has no generate\(\), so it is no engine"),
+    ],
+    ids=str,
+)
+async def test_what_is_no_engine_is_refused_where_it_is_written(spec, told):
+    with pytest.raises(MisuseError, match=told):
+        LocalCluster(isolation="task").engines(EngineSpec(**spec))

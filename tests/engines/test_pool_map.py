@@ -104,6 +104,22 @@ async def test_a_busy_pool_may_be_asked_again_by_policy():
         assert [outcome.value.text for outcome in outcomes] == ["a"] * 10
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["to be"], "was given a str, 'to be'; it takes many requests: pool.map"),
+        ([{"prompt": "x"}], "was given a dict, .*; it takes many requests"),
+        ([3], "was given an int, 3; it takes many requests"),
+        ([["x"], 8], "was given the policy an int, 8; it takes a Policy"),
+    ],
+    ids=str,
+)
+async def test_what_is_no_batch_is_refused_by_the_call_itself(arguments, told):
+    async with open_pool() as pool:
+        with pytest.raises(MisuseError, match=told):
+            pool.map(*arguments)
+
+
 async def test_a_request_without_a_prompt_is_refused():
     async with open_pool() as pool:
         with pytest.raises(MisuseError, match="request 1 of this batch has no 'prompt'; it has text"):

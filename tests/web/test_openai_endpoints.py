@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.asyncio
 
+SLOW = {"token_seconds": 1000.0, "fail_on": "poison", "die_on": "lethal"}
 HELLO: Any = [{"role": "user", "content": "to be or not"}]
 
 
@@ -29,7 +30,7 @@ HELLO: Any = [{"role": "user", "content": "to be or not"}]
 async def pools() -> AsyncIterator[dict[str, EnginePool]]:
     async with LocalCluster(isolation="task", cpus=8) as cluster:
         echo = cluster.engines(EngineSpec(model="echo", engine="echo"), max_in_flight=2, max_waiting=0)
-        slow = EngineSpec(model="echo", engine="echo", engine_args={"token_seconds": 1000.0, "fail_on": "poison"})
+        slow = EngineSpec(model="echo", engine="echo", engine_args=SLOW)
         pools = {
             "echo": echo,
             "slow": cluster.engines(slow, watchdog=5000.0),
@@ -219,6 +220,17 @@ async def test_a_full_pool_is_a_429_with_a_time_to_wait(
     assert caught.value.response.headers["retry-after"] == "1"
     for stream in held:
         await stream.aclose()
+
+
+async def test_a_request_that_kills_engines_is_a_422_which_clients_do_not_send_again(
+    client: openai.AsyncOpenAI, pools: dict[str, EnginePool]
+) -> None:
+    import openai
+
+    poison: Any = [{"role": "user", "content": "lethal"}]
+    with pytest.raises(openai.UnprocessableEntityError, match=r"replicas of pool .* were lost while they ran it"):
+        await client.with_options(max_retries=3).chat.completions.create(model="slow", messages=poison)
+    assert pools["slow"].stats().quarantined == 1
 
 
 async def test_a_closed_pool_is_a_503(client: openai.AsyncOpenAI, pools: dict[str, EnginePool]) -> None:

@@ -49,7 +49,9 @@ class Aggregation(msgspec.Struct, frozen=True):
         """From one, from ``"count"``, or from a tuple such as ``("quantile", "seconds", 0.9)``."""
         if isinstance(spec, cls):
             return spec
-        return cls(spec) if isinstance(spec, str) else cls(*spec)  # type: ignore[misc]  # a tuple of its fields
+        if not isinstance(spec, Sequence):
+            raise MisuseError(f"{spec!r} is no aggregation; give 'count', or ('sum', column)")
+        return cls(spec) if isinstance(spec, str) else cls(*spec)
 
     @property
     def ordered(self) -> bool:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from arun.data.barriers.carried import pack, unpack, with_row
 from arun.data.barriers.limits import Limits
 from arun.data.barriers.relation import Relation, Table
-from arun.errors import ArunError
+from arun.errors import ArunError, DataError
 from arun.hosting import close
 from arun.runtime import post_to_this_loop
 from arun.threads import run_in_thread
@@ -73,10 +73,14 @@ async def query(
         tables = statement.tables
         running = _Query(statement, limits, what)
         await running.serve(running.begin)
+        empty = True
         while batches := await running.serve(running.next_batches):
             for batch in batches:
                 for block in unpack(batch, statement.schema):
+                    empty = False
                     yield block
+        if empty:  # it still has columns
+            yield pa.RecordBatch.from_pylist([], schema=statement.schema)
     finally:
         with anyio.CancelScope(shield=True):
             if running is not None:
@@ -185,9 +189,15 @@ class _Query:
             self._wake()
 
     def _told(self, error: Exception) -> Exception:
+        import duckdb
+
         # Where it happens in the middle of a result, Arrow makes an OSError of DuckDB's own type.
         if "Out of Memory Error" not in str(error):
-            return error
+            if not isinstance(error, duckdb.Error):
+                return error
+            refused = DataError(f"{self._what}: {str(error).strip().splitlines()[0]}")  # what follows is its SQL
+            refused.__cause__ = error
+            return refused
         told = ArunError(
             f"{self._what} needs more than its memory limit of {self._limits.memory:,} bytes, also with spilling to "
             f"disk; give it more ({error})"

@@ -24,6 +24,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         if self.memory < 2**20:
-            raise MisuseError(f"Limits(memory={self.memory}): it is a number of bytes, at least 1 MiB")
+            raise MisuseError(
+                f"a memory limit of {self.memory} bytes is too small to sort or join with; at least 1 MiB"
+            )
         if self.threads is not None and self.threads < 1:
             raise MisuseError(f"Limits(threads={self.threads}): at least 1, or None for one a core")

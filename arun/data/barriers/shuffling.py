@@ -55,9 +55,13 @@ async def random_shuffle(
             return
         schema = unify(schemas)
         shuffled = pile.shuffled()
+        empty = True
         while (batch := await run_in_thread(lambda: next(shuffled, None), label="shuffling")) is not None:
             for block in unpack(held_to(batch, _apart(schema)), schema):
+                empty = False
                 yield block
+        if empty:
+            yield pa.RecordBatch.from_pylist([], schema=schema)
     finally:
         with anyio.CancelScope(shield=True):
             await run_in_thread(pile.close, label="the end of shuffling")
@@ -83,8 +87,14 @@ async def repartition(
     limits = limits or Limits()
     cut, queue, total = _Cut(), SpillingQueue(memory=limits.memory, folder=limits.folder), 0
     reader = queue.reader()
+    empty: pa.RecordBatch | None = None
+    some = False
     try:
         async for block in blocks:
+            if not len(block):
+                empty = block
+                continue
+            some = True
             if rows is None:
                 total += len(block)
                 await queue.put(block)
@@ -100,6 +110,8 @@ async def repartition(
             while cut.rows < wanted:
                 cut.add(await anext(reader))
             yield cut.take(wanted)
+        if empty is not None and not some:
+            yield empty
     finally:
         queue.release()
         with anyio.CancelScope(shield=True):

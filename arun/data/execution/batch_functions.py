@@ -77,6 +77,7 @@ def _to_batch(step: BatchFunction, given: Any) -> pa.RecordBatch:
     if isinstance(given, pa.RecordBatch):
         return given
     if isinstance(given, pa.Table):
+        given = given.replace_schema_metadata()
         batches = given.combine_chunks().to_batches()
         return joined(batches) if batches else pa.RecordBatch.from_pylist([], schema=given.schema)
     try:
@@ -84,7 +85,8 @@ def _to_batch(step: BatchFunction, given: Any) -> pa.RecordBatch:
             columns = cast("Mapping[str, Any]", given)
             return pa.RecordBatch.from_arrays([_column(values) for values in columns.values()], names=list(columns))
         if _is_frame(given):
-            return pa.RecordBatch.from_pandas(given, preserve_index=False)
+            # Not RecordBatch.from_pandas(), which refuses columns that pandas holds in several pieces, or in none.
+            return _to_batch(step, pa.Table.from_pandas(given, preserve_index=False))
     except (pa.ArrowException, TypeError, ValueError) as exc:
         raise DataError(f"what {step.label} gave can't be a record batch: {exc}") from exc
     raise _no_batch(step, given)

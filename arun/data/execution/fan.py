@@ -33,7 +33,7 @@ async def fan(
 
     :param limit: most subtasks that are started and not yet given.
     :param nudge: called by a subtask, it makes this give what has ended, be it none.
-    :raises Exception: the error of a subtask or of the source, after what had ended before it.
+    :raises Exception: the first error of a subtask or of the source, after what had ended before it.
     """
     policy = Policy(limit=limit, order="submitted" if ordered else "completed")
     kernel: Kernel[T] = Kernel(source, work, policy, _anything, name, None, None)
@@ -48,7 +48,7 @@ async def fan(
                 nudge.given = False
                 yield []
             elif kernel.ended:
-                kernel.raise_failures()
+                kernel.raise_failures(first=True)
                 return
             else:
                 await kernel.wait_ready()

@@ -8,7 +8,7 @@ from typing import cast
 
 import pyarrow as pa
 
-from arun.data.block import Row, Shaper
+from arun.data.block import Row, Shaper, row_dicts
 
 __all__ = ("Frame",)
 
@@ -37,7 +37,7 @@ class Frame:
     def rows(self) -> list[Row]:
         """As rows; made once."""
         if self._rows is None:
-            self._rows = cast("list[Row]", cast("pa.RecordBatch", self._batch).to_pylist())
+            self._rows = row_dicts(cast("pa.RecordBatch", self._batch))
         return self._rows
 
     def batch(self, shaper: Shaper) -> pa.RecordBatch:

@@ -136,7 +136,8 @@ async def _batches(blocks: Blocks, counts: list[int], at: int) -> AsyncGenerator
     try:
         async for block in blocks:
             counts[at] += block.rows
-            yield block.batch
+            if block.rows or block.batch.num_columns:  # otherwise it says nothing, not even which columns there are
+                yield block.batch
     finally:
         with anyio.CancelScope(shield=True, deadline=anyio.current_time() + GRACE):
             await close(blocks)

@@ -121,11 +121,13 @@ def _made(source: Source, program: Program | None, progress: Progress | None) ->
     :param progress: of an earlier run, where a checkpoint is kept: what is finished is left out.
     """
     fragments = _all(source) if progress is None else progress.unfinished()
+    silent = progress is None
     for number, fragment, skip in fragments:
         offset = skip
         batches = source.read(fragment, skip=skip)
         try:
             for batch in batches:
+                silent = False
                 block = Block(batch) if progress is None else _unfinished(batch, number, offset, progress)
                 offset += batch.num_rows
                 if program is None:
@@ -138,6 +140,10 @@ def _made(source: Source, program: Program | None, progress: Progress | None) ->
             close_in_thread(batches)
         if progress is not None:
             progress.end(number, offset)
+    schema = source.schema() if silent else None
+    if schema is not None and schema.names:  # there are no rows; what comes after learns the columns all the same
+        nothing = Block(pa.RecordBatch.from_pylist([], schema=schema))
+        yield from (nothing,) if program is None else program.run(nothing)
 
 
 def _all(source: Source) -> Iterator[tuple[int, Fragment, int]]:

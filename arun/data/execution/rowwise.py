@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import anyio
 
-from arun.data.block import Block, Row, Shaper
+from arun.data.block import Block, Row, Shaper, row_dicts
 from arun.data.engines import ActorCall, OpenActors
 from arun.data.execution.fan import fan
 from arun.data.execution.plain import Failure, listed, rows_of, tell_failure
@@ -115,7 +115,7 @@ class Specs:
                     piece = block.slice(offset, size)
                     origins: Sequence[int | None] = piece.origins or [None] * piece.rows
                     numbers = range(self._given, self._given + piece.rows)
-                    specs = list(map(Spec, numbers, piece.batch.to_pylist(), origins))
+                    specs = list(map(Spec, numbers, row_dicts(piece.batch), origins))
                     self._given += len(specs)
                     if self._prefix is not None:
                         prefix = self._prefix

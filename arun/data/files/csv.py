@@ -143,9 +143,16 @@ class _Tables:
     def _head(self, file: File) -> pa.Schema:
         try:
             with self._open(file, self._how.types, [], use_threads=False, block_size=_SAMPLE_BYTES) as reader:
-                return reader.schema
+                schema = reader.schema
         except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
             raise DataError(f"{file.path}: {exc}") from exc
+        for field in schema:
+            if pa.types.is_binary(field.type) and field.name not in self._how.types:
+                raise DataError(
+                    f"{file.path}: the column {field.name!r} holds text that is not UTF-8; convert the file, or say "
+                    f"types={{{field.name!r}: pa.binary()}} to have its bytes"
+                )
+        return schema
 
     def _open(
         self,

@@ -155,7 +155,12 @@ def _inferred(file: File, chunk: Chunk) -> Iterator[tuple[str, pa.Schema]]:
     except (pa.ArrowInvalid, UnicodeDecodeError):
         for number, line in _numbered(file, chunk):
             row = _decoded(file.path, number, line, _ANY)
-            yield f"{file.path}:{number}", pa.Table.from_pylist([row]).schema
+            try:
+                yield f"{file.path}:{number}", pa.Table.from_pylist([row]).schema
+            except pa.ArrowException as exc:  # values of several types in one list, for one
+                raise DataError(
+                    f"{file.path}:{number}: {exc}; give schema=, where pa.string() takes everything"
+                ) from exc
 
 
 def _without_guesses(kind: pa.DataType) -> pa.DataType:
@@ -355,7 +360,9 @@ def _no_columns(rows: int) -> pa.RecordBatch:
 
 
 class JsonLinesFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """How JSON lines are written: one object a line, dates and times in ISO 8601, binary in base64, NaN as null."""
+    """How JSON lines are written: one object a line; dates and times in ISO 8601, binary in base64, maps as objects and
+    NaN as null.
+    """
 
     suffix = ".jsonl"
     word = "jsonl"
@@ -376,7 +383,11 @@ class JsonLinesEncoder:
 
     def write(self, block: pa.RecordBatch) -> None:
         """Append a block."""
-        self._stream.write(self._encoder.encode_lines(block.to_pylist()))
+        try:
+            rows = block.to_pylist(maps_as_pydicts="strict")
+        except KeyError as exc:
+            raise DataError(f"JSON objects can't hold a map with one key twice: {exc.args[0]}") from exc
+        self._stream.write(self._encoder.encode_lines(rows))
 
     def close(self) -> None:
         """Nothing is held back."""

@@ -111,6 +111,10 @@ class FileSink:
         self._mark = ""
         #: by the parts of this run, when all of them are there; they are hidden till then
         self._replaced: list[str] = []
+        #: whether a file of the name of a part would be another run's
+        self._alone = False
+        #: whether a killed run is gone on with, which needs what this one has hidden
+        self._resumes = False
         if mode not in get_args(Mode):
             raise MisuseError(f"{self.name}: mode={mode!r}; it is one of {', '.join(map(repr, get_args(Mode)))}")
         if self._is_file and part_bytes is not None:
@@ -129,9 +133,10 @@ class FileSink:
         :param mark: in the names of all parts of a job that is checkpointed.
         :param again: an earlier process has begun already; what has the mark is its work.
         """
-        self._mark, self._replaced = f"-{mark}" if mark else "", []
+        self._mark, self._replaced, self._resumes = f"-{mark}" if mark else "", [], bool(mark)
         info = self._filesystem.get_file_info(self._path)
         if self._is_file:
+            self._alone = self._mode == "error" and not mark
             self._begin_file(info, again=again)
             return
         if info.type == _Type.File:
@@ -148,7 +153,9 @@ class FileSink:
                 f"{self._given!r} has files already ({len(kept)}, such as {os.path.basename(kept[0])}); "
                 'mode="overwrite" replaces them, mode="append" adds to them'
             )
-        self._mark = self._mark or (f"-{uuid.uuid4().hex[:8]}" if kept else "")
+        if not mark and (kept or self._mode == "append"):
+            self._mark = f"-{uuid.uuid4().hex[:8]}"
+        self._alone = not self._mark
         # Another run that appends may be writing its own.
         stale = [path for path in left if self._mode != "append" or (mark and f"{self._mark}." in path)]
         for path in (*stale, *{success}.intersection(files)):
@@ -172,14 +179,27 @@ class FileSink:
 
     def _file(self, path: str) -> _PartFile:
         whole = self._whole if self._replaced else None
-        return _PartFile(self._filesystem, path, self._how, self._compression, whole=whole)
+        return _PartFile(self._filesystem, path, self._how, self._compression, whole=whole, alone=self._alone)
 
     def end(self) -> None:
-        """Show what is hidden, remove what is replaced, and say that the folder is whole."""
+        """Show what is hidden, remove what is replaced, and say that the folder is whole.
+
+        :raises DataError: another run has replaced it before.
+        """
         if self._is_file:
             return
         below = pyarrow.fs.FileSelector(self._path, recursive=True)
-        for info in self._filesystem.get_file_info(below) if self._mark else ():
+        there = self._filesystem.get_file_info(below) if self._mark else []
+        gone = set(self._replaced).difference(info.path for info in there)
+        if gone:
+            for info in there if not self._resumes else ():
+                if self._is_whole(info.path):
+                    self._filesystem.delete_file(info.path)
+            raise DataError(
+                f"{self._given!r}: another run has replaced {os.path.basename(min(gone))} meanwhile, so what this one "
+                "has written is not shown; let one run at a time write to a folder, or append to it"
+            )
+        for info in there:
             folder, _, name = info.path.rpartition("/")
             if name.startswith(self._whole):
                 self._filesystem.move(info.path, f"{folder}/{name.removeprefix(self._whole)}")
@@ -211,13 +231,17 @@ class _PartFile:
 
     :param path: that it gets in the end.
     :param whole: what its name begins with when it is whole, while it is to stay hidden.
+    :param alone: whether a file of that name would be another run's, and is not replaced.
     """
 
-    def __init__(self, filesystem: Any, path: str, how: Format, compression: str | None, *, whole: str | None) -> None:
+    def __init__(
+        self, filesystem: Any, path: str, how: Format, compression: str | None, *, whole: str | None, alone: bool
+    ) -> None:
         folder, slash, name = path.rpartition("/")
         self._path = path
         self._whole = path if whole is None else f"{folder}{slash}{whole}{name}"
         self._temporary = f"{folder}{slash}{_TEMPORARY}{uuid.uuid4().hex[:8]}-{name}"
+        self._alone = alone
         self._filesystem = filesystem
         self._how = how
         self._file = filesystem.open_output_stream(self._temporary, compression=None)
@@ -256,14 +280,43 @@ class _PartFile:
         return int(self._file.tell()) + self._held_bytes + (0 if self._encoder is None else self._encoder.pending)
 
     def commit(self) -> Part:
-        """End the file and give it its name."""
+        """End the file and give it its name.
+
+        :raises DataError: another run writes there, too.
+        """
         (self._encoder or self._begin()).close()
         self._close()
-        size = self._filesystem.get_file_info(self._temporary).size
+        info = self._filesystem.get_file_info(self._temporary)
+        if info.type != _Type.File:  # a run that began later has tidied it away
+            raise self._disturbed()
         if isinstance(self._filesystem, pyarrow.fs.LocalFileSystem):
             _sync(self._temporary)
+        if not self._name():
+            raise self._disturbed()
+        return Part(path=self._path, rows=self._rows, size=info.size)
+
+    def _name(self) -> bool:
+        """Give it its name; False if that is another run's."""
+        if self._alone and isinstance(self._filesystem, pyarrow.fs.LocalFileSystem):
+            try:
+                os.link(self._temporary, self._whole)
+            except FileExistsError:
+                return False
+            except OSError:
+                pass  # a file system without hard links
+            else:
+                os.unlink(self._temporary)
+                return True
+        if self._alone and self._filesystem.get_file_info(self._whole).type != _Type.NotFound:
+            return False
         self._filesystem.move(self._temporary, self._whole)
-        return Part(path=self._path, rows=self._rows, size=size)
+        return True
+
+    def _disturbed(self) -> DataError:
+        return DataError(
+            f"{self._path}: another run has written to this place meanwhile; let one run at a time write to it, or "
+            'have each append to a folder, with mode="append"'
+        )
 
     def abort(self) -> None:
         """Remove it."""
@@ -348,7 +401,7 @@ def jsonl_sink(
     compression: Compression | None = None,
     filesystem: Any = None,
 ) -> FileSink:
-    """One JSON object a line: dates and times in ISO 8601, binary in base64, NaN as null.
+    """One JSON object a line: dates and times in ISO 8601, binary in base64, maps as objects, NaN as null.
 
     :param compression: of a folder's parts; a single file's is told by its suffix, such as ``.jsonl.gz``.
 

@@ -23,7 +23,7 @@ import fsspec.utils
 import msgspec
 import pyarrow.fs
 
-from arun.errors import DataError
+from arun.errors import DataError, MisuseError
 
 __all__ = ("File", "Listing", "Paths", "locate")
 
@@ -83,6 +83,8 @@ class Listing:
     """
 
     def __init__(self, paths: Paths, suffixes: tuple[str, ...], filesystem: Any = None) -> None:
+        if not isinstance(paths, str | os.PathLike | Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"{paths!r} is no path; give a file, a folder, a glob, a URL, or a list of these")
         given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
         self._given = [os.fspath(path) for path in given]
         self._suffixes = suffixes
@@ -150,6 +152,8 @@ def locate(given: str, filesystem: Any = None) -> tuple[Any, str]:
 
     :raises DataError: the URL's kind is not known, or needs a package that is not there.
     """
+    if not given:
+        raise DataError("the path is empty; name a file or a folder, which may be '.'")
     if filesystem is not None:
         wrapped = filesystem
         if not isinstance(filesystem, pyarrow.fs.FileSystem):

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from arun.errors import EngineError, MisuseError, PoolBusy, RequestError
+from arun.errors import EngineError, MisuseError, PoolBusy, RequestError, RequestQuarantined
 from arun.logs import get_logger
 from arun.web.disconnect import cancel_on_disconnect, disconnected
 from arun.web.openai.answers import DONE, ChatWriter, CompletionWriter, embeddings, event
@@ -272,6 +272,9 @@ def _error(exc: Exception) -> tuple[int, bytes]:
     match exc:
         case _UnknownModel():
             return 404, _error_body(str(exc), "invalid_request_error", "model_not_found")
+        case RequestQuarantined():  # for the client it is a request that must not be sent again, as 503 would be
+            log.warning("openai.failed", error=str(exc))
+            return 422, _error_body(str(exc), "invalid_request_error", type(exc).__name__)
         case RequestError():
             return 400, _error_body(str(exc), "invalid_request_error", None)
         case PoolBusy():
