@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 import fsspec
 import pyarrow.fs
 import pytest
 
+from arun.data import read_parquet
 from arun.data.files.paths import Listing, locate
 from arun.errors import DataError, MisuseError
 
@@ -129,3 +131,18 @@ def test_a_key_changes_with_the_file(tmp_path: Path) -> None:
     assert Listing(tmp_path, (".txt",)).files[0].key == before
     (tmp_path / "a.txt").write_text("xy")
     assert Listing(tmp_path, (".txt",)).files[0].key != before
+
+
+def test_the_key_in_a_url_is_shown_nowhere() -> None:
+    url = "s3://KEY:SECRET@bucket/in.parquet?endpoint_override=127.0.0.1:9&scheme=http"
+    copy = read_parquet(url).write_parquet(url.replace("in.parquet", "out/"))
+    assert "s3://***@bucket/out/" in repr(copy)
+    for shown in (repr(copy), copy.explain(), copy.explain(format="mermaid")):
+        assert "SECRET" not in shown
+
+
+@pytest.mark.parametrize("url", ["nonsense://KEY:SECRET@host/in.parquet", "s3://KEY:SECRET@[bucket/in.parquet"])
+def test_nor_is_it_by_the_error_of_a_wrong_one(url: str) -> None:
+    with pytest.raises(DataError, match=r"^\w+://\*\*\*@") as caught:
+        locate(url)
+    assert "SECRET" not in "".join(traceback.format_exception(caught.type, caught.value, None))

@@ -20,7 +20,7 @@ from arun.data.files.ipc import IpcFormat
 from arun.data.files.jsonl import JsonLinesFormat
 from arun.data.files.parquet import ParquetFormat
 from arun.data.files.partitions import PartitionedPart
-from arun.data.files.paths import locate
+from arun.data.files.paths import locate, public
 from arun.data.schemas import conflict, conform, unify
 from arun.data.sink import Part, PartWriter
 from arun.errors import DataError, MisuseError
@@ -94,14 +94,15 @@ class FileSink:
         filesystem: Any = None,
         partition_by: Sequence[str] = (),
     ) -> None:
-        self._given = os.fspath(path)
+        given = os.fspath(path)
+        self._given = public(given)
         self._how = how
         self._partition_by = (partition_by,) if isinstance(partition_by, str) else tuple(partition_by)
         self._mode = mode
-        self._filesystem, self._path = locate(self._given, filesystem)
+        self._filesystem, self._path = locate(given, filesystem)
         self._path = self._path.rstrip("/")
         endings = {how.suffix + ending: name for name, ending in _ENDINGS.items()} | {how.suffix: None}
-        told = [ending for ending in endings if self._path.endswith(ending) and not self._given.endswith("/")]
+        told = [ending for ending in endings if self._path.endswith(ending) and not given.endswith("/")]
         self._is_file = bool(told)
         self._compression = endings[told[0]] if told else compression
         self._suffix = how.suffix + _ENDINGS.get(self._compression or "", "")

@@ -25,11 +25,12 @@ import pyarrow.fs
 
 from arun.errors import DataError, MisuseError
 
-__all__ = ("File", "Listing", "Paths", "locate")
+__all__ = ("File", "Listing", "Paths", "locate", "public")
 
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 _NATIVE: Final = {"s3", "gs", "gcs"}
+_SECRET: Final = re.compile(r"://[^/@\s]*@")
 _LOCAL: Final = pyarrow.fs.LocalFileSystem()
 _Type: Final = pyarrow.fs.FileType
 
@@ -92,7 +93,7 @@ class Listing:
 
     def __str__(self) -> str:
         more = len(self._given) - 1
-        return f"{self._given[0] if self._given else 'nothing'}{f' and {more} more' if more > 0 else ''}"
+        return f"{public(self._given[0]) if self._given else 'nothing'}{f' and {more} more' if more > 0 else ''}"
 
     @cached_property
     def files(self) -> tuple[File, ...]:
@@ -104,8 +105,9 @@ class Listing:
             raise DataError(f"no path is given; name a file, a folder or a glob with {self._kinds()} files")
         found: dict[tuple[str, str], str] = {}
         files: list[File] = []
-        for given in self._given:
-            filesystem, path = locate(given, self._filesystem)
+        for named in self._given:
+            filesystem, path = locate(named, self._filesystem)
+            given = public(named)
             root, infos = self._expand(filesystem, path, given)
             for info in infos:
                 place = (filesystem.type_name, info.path)
@@ -173,8 +175,13 @@ def locate(given: str, filesystem: Any = None) -> tuple[Any, str]:
             return native, f"{bucket}{slash}{key}".rstrip("/")
         remote, path = fsspec.url_to_fs(given)
     except (ImportError, ValueError, OSError) as exc:
-        raise DataError(f"{given}: {exc}") from exc
+        raise DataError(f"{public(given)}: {public(str(exc))}") from None  # whose message may have the secret
     return pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(remote)), path
+
+
+def public(text: str) -> str:
+    """A URL, or a text with one, without its key or password: what names, plans and errors show."""
+    return _SECRET.sub("://***@", text)
 
 
 def _files(filesystem: Any, folder: str, *, recursive: bool = True, hidden: bool = False) -> Iterator[Any]:
