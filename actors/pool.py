@@ -12,7 +12,7 @@ that in its :mod:`actors.pools.pool_supervisor`. A pool holds no cancel scope, s
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import anyio
@@ -34,7 +34,7 @@ from arun.policies import Policy
 from arun.runtime import Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterable, Callable, Iterable
     from types import TracebackType
     from typing import Self, Unpack
 
@@ -312,8 +312,8 @@ class EnginePool:
         :return: outcomes. A request without a ``request_id`` gets one that ends in ``-`` and its number, from 0; the
             Completion has it, and an EngineError too.
         """
-        given: object = requests
-        if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable | AsyncIterable):
+        many = hasattr(requests, "__iter__") or hasattr(requests, "__aiter__")
+        if isinstance(requests, str | bytes | Mapping) or not many:
             raise MisuseError(f"pool.map() was given {shown(requests)}; it takes many requests: pool.map([prompt])")
         if policy is not None and not isinstance(policy, Policy):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
             raise MisuseError(

@@ -70,6 +70,8 @@ class Roster:
                 return existing
         if name is None:
             name = f"{getattr(cls, '__name__', 'actor').lower()}-{next(self._numbers)}"
+        if not name or not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"name={name!r}: an actor's name is text, or left out")
         if name in self._members:
             raise MisuseError(
                 f"an actor named {name!r} exists already; stop it first, choose another name, or pass "

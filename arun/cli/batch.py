@@ -34,6 +34,7 @@ __all__ = ("BatchOptions", "Todo", "prepare", "run_batch")
 
 _URLS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 _TOO_MANY: Final = 429
+_LETHAL = 422  # engines died of it; those of the next run may be others
 _REFUSED: Final = 400
 _FAILED: Final = 500
 _QUIET_SECONDS: Final = 10.0
@@ -293,7 +294,7 @@ def _result(line: bytes) -> BatchResult | None:
 def _may_succeed(result: BatchResult) -> bool:
     """Whether a failure is worth another attempt."""
     status = _FAILED if result.response is None else result.response.status_code
-    return status >= _FAILED or status == _TOO_MANY
+    return status >= _FAILED or status in {_LETHAL, _TOO_MANY}
 
 
 # -- what a person sees --------------------------------------------------------------------------------------------

@@ -180,3 +180,11 @@ def test_what_a_host_is_told_shows_in_no_traceback() -> None:
     )
     assert pretty_repr(order) == "HostOrder(path='/x')"
     assert repr(order) == "<HostOrder for /x>"
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", ["", 3])
+async def test_the_name_of_an_actor_is_text(name: Any) -> None:
+    async with LocalCluster(isolation="task") as cluster:
+        with pytest.raises(MisuseError, match=f"name={name!r}: an actor's name is text, or left out"):
+            await cluster.spawn(Echo, name=name)

@@ -128,7 +128,7 @@ def test_failures_of_engines_are_tried_again_and_those_of_requests_are_not(tmp_p
     status, _ = Batch(tmp_path, "--engine-args", '{"die_on": "poison"}').end()
     assert status == 1
     found = results(tmp_path / "out.jsonl")
-    assert {name: line["response"]["status_code"] for name, line in found.items()} == {"a": 200, "b": 503, "c": 400}
+    assert {name: line["response"]["status_code"] for name, line in found.items()} == {"a": 200, "b": 422, "c": 400}
     status, _ = Batch(tmp_path).end()
     assert status == 1
     again = results(tmp_path / "out.jsonl")
