@@ -1,4 +1,4 @@
-"""arun in ASGI services (Starlette, FastAPI): runs as server-sent events, runs that end with their request."""
+"""arun in ASGI services (Starlette, FastAPI, Litestar): runs as server-sent events, and as long as their request."""
 
 from __future__ import annotations
 

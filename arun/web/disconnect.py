@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any, Protocol
 
 import anyio
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.types import Receive
 
 __all__ = ("cancel_on_disconnect", "disconnected")
 
@@ -16,18 +15,25 @@ __all__ = ("cancel_on_disconnect", "disconnected")
 _CLIENT_CLOSED_REQUEST = 499
 
 
-async def disconnected(receive: Receive) -> None:
+class _Request(Protocol):
+    """Starlette's, FastAPI's or Litestar's."""
+
+    @property
+    def receive(self) -> Callable[[], Awaitable[Any]]: ...
+
+
+async def disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
     """Return when the client has left. The request's body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 @asynccontextmanager
-async def cancel_on_disconnect(request: Request) -> AsyncGenerator[None, None]:
+async def cancel_on_disconnect(request: _Request) -> AsyncGenerator[None, None]:
     """Cancel the body of this block when the client leaves, and wait for its clean-up.
 
-    The request's body must have been read (FastAPI has, before it calls the handler). An error of the block is raised
-    as itself.
+    The request's body must have been read (FastAPI and Litestar have, before they call a handler that takes it). An
+    error of the block is raised as itself.
 
     :raises starlette.exceptions.HTTPException: status 499, when the client left.
 
