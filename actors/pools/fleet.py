@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import anyio
@@ -14,7 +15,7 @@ from arun.logs import get_logger
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncGenerator, Callable
 
     from actors.bundles import Reservation, Strategy
     from actors.cluster import Cluster
@@ -143,6 +144,8 @@ class Fleet:
         tell: Callable[[Replica], object],
     ) -> None:
         self.replicas: dict[int, Replica] = {}
+        #: for places that are not there yet
+        self._reserved: list[Reservation] = []
         self._pool = pool
         self._cluster = cluster
         self._spec = spec
@@ -160,6 +163,8 @@ class Fleet:
     def add(self, number: int) -> Replica:
         """A place that is not there yet."""
         replica = self.replicas[number] = Replica(number)
+        if self._reserved:
+            replica.reservation = self._reserved.pop()
         self.set_state(replica, "reserving bundles")
         return replica
 
@@ -192,6 +197,24 @@ class Fleet:
         refusal = None if self._options.wait is not None else placement.refusal(resources, idle=True)
         if refusal is not None:
             raise PlacementError(refusal)
+
+    @contextlib.asynccontextmanager
+    async def reserving(self, replicas: int) -> AsyncGenerator[None, None]:
+        """Have bundles for so many more replicas, which the places take that are added in this block, without an await.
+
+        :raises PlacementError: they can't be had; none is taken.
+        """
+        taken: list[Reservation] = []
+        try:
+            while len(taken) < replicas:
+                taken.append(await self._cluster.reserve(self._placement(1), wait=self._options.wait))
+            self._reserved = taken
+            yield
+        finally:
+            self._reserved = []
+            with anyio.CancelScope(shield=True):
+                for reservation in taken:
+                    await reservation.release()
 
     async def prepare(self, replica: Replica) -> None:
         """Take the bundles of a place, if it has none, or if they were taken from it."""

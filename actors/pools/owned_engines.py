@@ -144,7 +144,8 @@ class OwnedEngines:
             await self._fleet.check_fits(replicas)
         before = set(self._fleet.replicas)
         log.info("pool.scale", pool=self.pool, replicas=replicas, serving=len(serving))
-        router.do(self._core.scale(replicas))
+        async with self._fleet.reserving(replicas - len(serving)):
+            router.do(self._core.scale(replicas))
         for replica in [each for number, each in self._fleet.replicas.items() if number not in before]:
             await replica.settled.wait()
             if replica.state == "dead":

@@ -14,7 +14,7 @@ from actors.engine import EngineSpec, Usage
 from actors.local_cluster import LocalCluster
 from actors.members.supervision import Backoff, Supervisor
 from actors.pool import EnginePool
-from arun.errors import EngineDead, PoolBusy, ReplicaLost, RequestQuarantined
+from arun.errors import EngineDead, PlacementError, PoolBusy, ReplicaLost, RequestQuarantined
 from arun.runtime import Runtime
 from tests.faults.nemesis import cut
 
@@ -307,6 +307,17 @@ async def test_scaling_beyond_the_cluster_is_refused_and_nothing_changes():
         with pytest.raises(Exception, match="room for 2 of 3"):
             await pool.scale(3)
         assert [each.state for each in pool.stats().replicas] == ["ready"]
+
+
+async def test_scaling_into_what_others_have_is_refused_and_nothing_changes():
+    async with Runtime(), LocalCluster(isolation="task", cpus=3) as cluster, cluster.engines(echo(), name="a") as pool:
+        async with cluster.engines(echo(), name="b"):
+            with pytest.raises(PlacementError, match="0 of 3 CPU free"):
+                await pool.scale(3)
+            assert [each.state for each in pool.stats().replicas] == ["ready"]
+            assert (await cluster.resources()).cpus_free == 1
+        await pool.scale(3)
+        assert [each.state for each in pool.stats().replicas] == ["ready"] * 3
 
 
 async def test_a_draining_pool_ends_what_runs_and_takes_no_more():
