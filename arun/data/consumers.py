@@ -37,11 +37,11 @@ async def count(blocks: AsyncIterator[Block]) -> int:
 
 
 async def take(blocks: AsyncIterator[Block]) -> list[Row]:
-    """All rows."""
-    rows: list[Row] = []
-    async for block in blocks:
-        rows += row_dicts(block.batch)
-    return rows
+    """All rows, each with all columns: None where its block has none of that name, as failed rows may have."""
+    batches = [block.batch async for block in blocks]
+    columns: Row = dict.fromkeys(name for batch in batches for name in batch.schema.names)
+    rows = (row for batch in batches for row in row_dicts(batch))
+    return [row if len(row) == len(columns) else {**columns, **row} for row in rows]
 
 
 async def first_schema(blocks: AsyncIterator[Block]) -> pa.Schema | None:

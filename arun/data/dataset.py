@@ -189,7 +189,7 @@ class Dataset(Operations):
         return BatchStream(self.astream(options), format, batch_size, drop_last=drop_last)
 
     async def take(self, rows: int = 20, options: RunOptions | None = None) -> list[Row]:
-        """The first rows, as dicts. Reads and computes no more than it must for them."""
+        """The first rows, as dicts of the same columns. Reads and computes no more than it must for them."""
         limited = OneToOne((Limit(at_least("take", "rows", rows, 0)),), self._readable())
         return cast("list[Row]", await self._run(limited, consumers.take, options))
 

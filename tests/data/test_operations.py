@@ -496,3 +496,8 @@ async def test_batches_for_trainers_are_made_of_blocks_that_get_wider() -> None:
     blocks = from_iterable(lambda: [pa.table({"v": values}) for values in ([None], [1], [2.5])])
     (batch,) = [batch async for batch in blocks.iter_batches(batch_size=3)]
     assert batch["v"].to_pylist() == [None, 1.0, 2.5]
+
+
+async def test_rows_that_are_taken_have_the_same_columns_whichever_block_they_came_in() -> None:
+    both = from_rows([{"a": 1}]).union(from_rows([{"b": 2}]))
+    assert await both.take() == (await both.collect()).to_pylist() == [{"a": 1, "b": None}, {"a": None, "b": 2}]
