@@ -70,7 +70,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
         if self.engine == "vllm":
             args = {"max_num_seqs": REQUESTS}
             env = {FOLDER: str(folder)}
-            return EngineSpec(model="tiny", engine=RecordedVLLM, max_model_len=256, engine_args=args, env=env)
+            return EngineSpec(model="tiny", engine=RecordedVLLM, max_model_len=1024, engine_args=args, env=env)
         args = {"token_seconds": 0.004}
         return EngineSpec(model="echo", engine=RecordedEcho, engine_args=args, env={FOLDER: str(folder)})
 
