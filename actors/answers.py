@@ -43,8 +43,8 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     :ivar text: may be empty while a character or a possible stop string is incomplete.
     :ivar token_ids: ``list[int]``, the new tokens; all deltas of one index together are at most ``max_tokens`` long.
     :ivar index: which of several answers to one prompt, from 0.
-    :ivar finish_reason: None until the last delta of its index, then ``"stop"`` (end of sequence or stop string),
-        ``"length"`` (max_tokens or the model's context is full) or ``"abort"``.
+    :ivar finish_reason: None until the last delta of its index, then ``"stop"`` (end of sequence or stop string)
+        or ``"length"`` (max_tokens, or the model's context is full).
     :ivar usage: on the last delta of the request.
     :ivar stop_reason: with ``finish_reason``, the stop string or token id that ended it; None for the end of sequence.
     :ivar logprobs: as asked for: for each new token the token itself, then the most likely ones.

@@ -101,6 +101,7 @@ class VLLMEngine:
         self._ids = itertools.count()
         self._tally = Tally()
         self._output = Output()
+        self._sleeping = False
 
     async def start(self) -> None:
         """Start vLLM, in a worker thread so that the event loop goes on answering; takes 20 to 100 seconds.
@@ -154,6 +155,8 @@ class VLLMEngine:
                     yield delta
         except Exception as exc:  # vLLM's errors, told apart by what the caller can do about them
             outcome = "failed"
+            if self._sleeping and isinstance(exc, EngineDead):
+                raise EngineError("the request was aborted, since its engine was put to sleep") from exc
             raise vllm.translated(exc, await self._last_words(vllm, exc)) from exc
         finally:
             self._tally.end(outcome)
@@ -187,11 +190,13 @@ class VLLMEngine:
         :raises EngineError: this engine can't sleep.
         """
         vllm = self._able_to_sleep()
+        self._sleeping = True
         await vllm.llm.sleep(level)
 
     async def wake(self) -> None:
         """Take the memory back and go on. :raises EngineError: this engine can't sleep."""
         await self._able_to_sleep().llm.wake_up()
+        self._sleeping = False
 
     async def stop(self) -> None:
         """Shut vLLM down and kill what is left of its processes; returns when they are gone."""

@@ -169,7 +169,10 @@ class Answer:
         return not self._open
 
     def deltas(self, chunk: Chunk) -> list[Delta]:
-        """What a chunk makes ready to be delivered."""
+        """What a chunk makes ready to be delivered.
+
+        :raises EOFError: the server gave up on it.
+        """
         if chunk.usage is not None:
             details = chunk.usage.prompt_tokens_details
             cached = (details.cached_tokens if details else None) or 0
@@ -225,6 +228,8 @@ def _packed(vector: list[float]) -> bytes:
 
 
 def _delta(choice: _Choice) -> Delta:
+    if choice.finish_reason == "abort":  # vLLM's server, when it is told to end
+        raise EOFError("the server aborted it")
     text = choice.text or ""
     if choice.delta is not None:
         text = choice.delta.content or choice.delta.refusal or ""

@@ -98,6 +98,7 @@ class Running:
         :param completion_tokens: of the outputs before this one.
         :param whole: whether it is the only one.
         :raises EngineError: vLLM gave up on this request.
+        :raises EngineDead: vLLM ended it, as one that was told to end does with all; they look complete otherwise.
         """
         answers = output.outputs
         last = len(answers) - 1
@@ -106,6 +107,8 @@ class Running:
         for number, answer in enumerate(answers):
             if answer.finish_reason == "error":
                 raise EngineError(f"vLLM gave up on this request: {getattr(output, 'error', None) or 'no reason told'}")
+            if answer.finish_reason == "abort":  # not by us: who aborts a request reads no more of it
+                raise EngineDead("vLLM aborted this request and all others: its EngineCore was told to end")
             token_ids = list(answer.token_ids)
             completion_tokens += len(token_ids)
             usage = None

@@ -37,6 +37,7 @@ pytestmark = pytest.mark.asyncio
 
 CHAT: Any = [{"role": "user", "content": "to be or not"}]
 WORD = '{"choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": null}]}'
+ABORT = '{"choices": [{"index": 0, "delta": {}, "finish_reason": "abort"}]}'  # vLLM's, when it is told to end
 STOP = '{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}'
 USAGE = '{"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 1}}'
 WHOLE = (WORD, STOP, USAGE, "[DONE]")
@@ -181,7 +182,7 @@ async def test_an_answer_that_breaks_off_is_lost_and_its_replica_goes_on(url: st
         assert pool.stats().restarts == 0
 
 
-@pytest.mark.parametrize("last", [events(WORD, cut=True), events(WORD)])
+@pytest.mark.parametrize("last", [events(WORD, cut=True), events(WORD), events(WORD, ABORT)])
 async def test_a_connection_that_is_cut_after_a_delta_is_told(engine_at: Remote, last: Any) -> None:
     engine = await engine_at(Scripted(last))
     with pytest.raises(ReplicaLost, match=r"broke off after 1 deltas: .*reroute='restart'"):
