@@ -30,9 +30,9 @@ setup: $(STAMP) ## install everything into .venv; the other targets do it by the
 demo: $(STAMP) ## ask a real model about real rows, and watch the partial reductions
 	@$(BIN)/arun demo $(ARGS)
 
-# The fast and the long tests share the cores: two workers a core, since many wait for a process that they have started, and at most
-# 16, since each collects all tests. A Ray or an engine takes the cores all for itself. Without caches of bytecode, each
-# of those processes would compile arun anew.
+# The fast and the long tests share the cores: two workers a core, since many wait for a process that they have started,
+# and at most 16, since each collects all tests. A Ray or an engine takes the cores all for itself. Without caches of
+# bytecode, each of those processes would compile arun anew.
 unexport PYTHONDONTWRITEBYTECODE
 WORKERS := $(shell n=$$((2 * $$(nproc))); echo $$((n < 16 ? n : 16)))
 SHARED = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

@@ -149,7 +149,7 @@ async def test_a_method_gets_the_context_though_python_renames_its_parameter() -
     class Where(Action):
         reads, writes = [], ["where"]
 
-        async def run(self, state: State, __context: ApplicationContext) -> str:  # type: ignore[override]
+        async def run(self, state: State, __context: ApplicationContext) -> str:  # type: ignore[override]  # run() takes any inputs
             return __context.action_name
 
         def update(self, result: Any, state: State) -> State:
@@ -158,7 +158,7 @@ async def test_a_method_gets_the_context_though_python_renames_its_parameter() -
     class _WhereElse(SingleStepAction):
         reads, writes = [], ["where"]
 
-        def run_and_update(self, state: State, __context: ApplicationContext) -> State:  # type: ignore[override]
+        def run_and_update(self, state: State, __context: ApplicationContext) -> State:  # type: ignore[override]  # as above
             return state.update(where=__context.action_name)
 
     class Inherited(_WhereElse):

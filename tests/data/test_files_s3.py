@@ -28,7 +28,7 @@ import asyncio, os, sys
 from arun.data import read_parquet
 
 async def slow(row):
-    await asyncio.sleep(0.001)
+    await asyncio.sleep(0.001)  # the work
     print(row["n"], flush=True)
     return {"n": row["n"], "pid": os.getpid()}
 

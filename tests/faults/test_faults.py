@@ -9,6 +9,7 @@ from tests.faults.rounds import Setting
 
 
 @pytest.mark.long
+@pytest.mark.timeout(180)
 def test_requests_end_as_promised_through_faults_at_seeded_moments() -> None:
     """Ten rounds; side by side, because they mostly wait for watchdogs."""
     programs = [start(Setting(), first, 2) for first in range(0, 10, 2)]

@@ -22,6 +22,7 @@ PROCESSES = 2
 
 
 @pytest.mark.long
+@pytest.mark.timeout(240)
 def test_a_million_mutated_frames_break_nothing_and_grow_nothing():
     """In processes of their own: a crash of the decoder is a finding as well, and so is a hang."""
     reports = [

@@ -63,7 +63,7 @@ def test_what_is_no_state_is_refused(data: bytes) -> None:
 
 def test_a_dict_is_no_serialized_state() -> None:
     with pytest.raises(CodecError, match=r"takes the bytes that serialize\(\) gave, not a dict; State\(fields\) makes"):
-        State.deserialize({"n": 1})  # type: ignore[arg-type]
+        State.deserialize({"n": 1})  # type: ignore[arg-type]  # a mistake
 
 
 class _Client:
