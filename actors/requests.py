@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypedDict, TypeGuard, get_args
 
 import msgspec
@@ -74,23 +74,26 @@ def to_prompt(prompt: PromptLike) -> Prompt:
     :raises RequestError: it is empty, or neither text, nor token ids, nor chat messages.
     """
     try:
-        checked = msgspec.convert(prompt, Prompt)
+        checked: Prompt = msgspec.convert(prompt, Prompt)
     except msgspec.ValidationError as exc:
         raise RequestError(f"a prompt is text, a list of token ids or a list of chat messages: {exc}") from None
     if not checked:
         raise RequestError("the prompt is empty")
-    try:
-        for text in (checked,) if isinstance(checked, str) else _texts(checked):
-            text.encode()
-    except UnicodeEncodeError as exc:
-        raise RequestError(f"the prompt is no valid text: {exc}") from None
-    if not (isinstance(checked, str) or is_tokens(checked) or is_chat(checked)):
+    if isinstance(checked, str):
+        _check_text(checked)
+    elif is_chat(checked):
+        for message in checked:
+            _check_text(message.content or "")
+    elif not is_tokens(checked):
         raise RequestError("the prompt has both token ids and chat messages; give a list of either")
     return checked
 
 
-def _texts(prompt: Sequence[int | ChatMessage]) -> Iterator[str]:
-    return (part.content for part in prompt if isinstance(part, ChatMessage) and part.content is not None)
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise RequestError(f"the prompt is no valid text: {exc}") from None
 
 
 class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):

@@ -190,8 +190,12 @@ class VLLMEngine:
         :raises EngineError: this engine can't sleep.
         """
         vllm = self._able_to_sleep()
-        self._sleeping = True
-        await vllm.llm.sleep(level)
+        self._sleeping = True  # from here on: it aborts what runs before it returns
+        try:
+            await vllm.llm.sleep(level)
+        except BaseException:
+            self._sleeping = False
+            raise
 
     async def wake(self) -> None:
         """Take the memory back and go on. :raises EngineError: this engine can't sleep."""

@@ -34,7 +34,7 @@ __all__ = ("BatchOptions", "Todo", "prepare", "run_batch")
 
 _URLS: Final = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 _TOO_MANY: Final = 429
-_LETHAL = 422  # engines died of it; those of the next run may be others
+_LETHAL: Final = 422  # engines died of it; those of the next run may be others
 _REFUSED: Final = 400
 _FAILED: Final = 500
 _QUIET_SECONDS: Final = 10.0

@@ -148,7 +148,7 @@ class Journal:
 
     def finish(self, sink: Sink) -> list[Part]:
         """Make the last part, and of the parts the whole output."""
-        if self._entries or (sink.part_bytes is None and not self.parts):
+        if self._entries or self._is_only(sink):
             self.commit(sink)
         sink.end()
         _store(self._folder / "complete", _Complete(self.parts))
@@ -223,8 +223,9 @@ class Journal:
         """The part that is made of the segments; none of no rows, unless it is the only one."""
         schemas = [schema for schema in self._schemas if schema.names]
         schema = unify((str(self._folder), schema) for schema in schemas)
-        only = sink.part_bytes is None and not self.parts
-        if not only and (not schemas or (self._number and not any(batch.num_rows for batch in self._waiting()))):
+        if not self._is_only(sink) and (
+            not schemas or (self._number and not any(batch.num_rows for batch in self._waiting()))
+        ):
             return None
         writer = sink.part(f"part-{self._number:05}")
         try:
@@ -237,6 +238,10 @@ class Journal:
             raise
         self.parts.append(part)
         return part
+
+    def _is_only(self, sink: Sink) -> bool:
+        """Whether the next part is the one that there is also of no rows."""
+        return sink.part_bytes is None and not self.parts
 
     def _waiting(self) -> Iterator[pa.RecordBatch]:
         for path in self._segments:
