@@ -164,7 +164,10 @@ def names(operation: str, columns: tuple[str, ...]) -> tuple[str, ...]:
 def _check_function(operation: str, function: Any) -> None:
     if callable(function) and not isinstance(function, type):
         return
-    hint = spelling(function) or "it takes a function, a coroutine function or a generator function"
+    takes = "it takes a function, a coroutine function or a generator function"
+    if operation in {"filter", "with_column"}:
+        takes = "it takes a function, a coroutine function or an Arrow expression: pyarrow.compute.field('n') < 3"
+    hint = spelling(function) or takes
     message = f"{operation}() was given {shown(function)}; {hint}"
     close_unused(function)
     raise MisuseError(message)

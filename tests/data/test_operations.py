@@ -398,6 +398,8 @@ def test_what_is_no_function_is_refused_where_it_is_said() -> None:
         numbers(1).map(3)  # type: ignore[arg-type]  # what is tested
     with pytest.raises(MisuseError, match=r"map\(\) was given"):
         numbers(1).map(later({}))  # type: ignore[arg-type]  # what is tested
+    with pytest.raises(MisuseError, match=r"filter\(\) was given a str, 'n < 3'; .* or an Arrow expression: pyarrow"):
+        numbers(1).filter("n < 3")  # type: ignore[arg-type]  # what is tested
     with pytest.raises(MisuseError, match="is a generator"):
         numbers(1).filter(twice)
     with pytest.raises(MisuseError, match="concurrency=0"):
