@@ -50,8 +50,8 @@ class Action:
     """A node of a graph. Immutable: ``bind`` and ``with_name`` return changed copies.
 
     Subclass it as in Burr, with ``run(state, **inputs)`` that returns a result and ``update(result, state)`` that
-    returns the new State. ``run`` may be any of the four kinds of function above; of a generator, every item is
-    streamed and the last one is the result.
+    returns the new State. ``run`` may be any of the four kinds of function above; of what a generator yields, the last
+    is the result and the others are streamed, each when the next one comes.
     """
 
     name: str | None = None

@@ -206,15 +206,19 @@ class Application:
         return await self._run(Run(hooks=self._wiring.hooks), halt_before, halt_after, inputs or {})
 
     async def astep(self, inputs: Mapping[str, Any] | None = None) -> tuple[Action, Any, State] | None:
-        """Run one step; None where there is none left."""
-        await self._acquire()
+        """Run one step; None where there is none left. To hooks it is a run of its own.
+
+        :param inputs: runtime inputs, given to the step if it declares them.
+        """
+        self._check_inputs(inputs or {})
+        run = Run(hooks=self._wiring.hooks)
         try:
-            if self._resumable is not None:
-                await self._resume(self._resumable, again=False)
-            return await self._step(Run(hooks=self._wiring.hooks), inputs or {})
-        finally:
-            with anyio.move_on_after(GRACE, shield=True):
-                await self._release()
+            stepped = await self._step_alone(run, inputs or {}, begins=True)
+            await self._tell_finished(run, stepped[0] if stepped is not None else None)
+        except (Exception, anyio.get_cancelled_exc_class()) as exc:
+            await self._tell_broken_off(run, exc)
+            raise
+        return stepped
 
     async def aiterate(
         self,
@@ -223,17 +227,25 @@ class Application:
         halt_after: str | Iterable[str] = (),
         inputs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[tuple[Action, Any, State], None]:
-        """As :meth:`arun`, yielding ``(action, result, state)`` after each step. Nothing runs between two steps."""
+        """As :meth:`arun`, yielding ``(action, result, state)`` after each step. Nothing runs between two steps.
+
+        To hooks all steps are one run; closing the iterator before the end cancels it.
+        """
         before = self.graph.select(halt_before, what="halt_before")
         after = self.graph.select(halt_after, what="halt_after")
         self._check_inputs(inputs or {})
-        while True:
-            stepped = await self.astep(inputs)
-            if stepped is None:
-                return
-            yield stepped
-            if await self._halts(before) or stepped[0].display_name in after:
-                return
+        run = Run(hooks=self._wiring.hooks)
+        last: Action | None = None
+        try:
+            while stepped := await self._step_alone(run, inputs or {}, begins=last is None):
+                last = stepped[0]
+                yield stepped
+                if await self._halts(before) or last.display_name in after:
+                    break
+            await self._tell_finished(run, last)
+        except (Exception, GeneratorExit, anyio.get_cancelled_exc_class()) as exc:
+            await self._tell_broken_off(run, exc)
+            raise
 
     def astream(
         self,
@@ -282,20 +294,41 @@ class Application:
                 await self._resume(self._resumable, again=True)
             await run.emit(RunStarted, app_id=self.uid)
             result = await self._run_until(run, before, after, inputs)
-            if run.listening:
-                name = result.action.display_name if result.action is not None else ""
-                await run.emit(RunFinished, action=name, state=result.state.get_all())
-        except Exception as exc:
-            await run.emit(RunFailed, error=f"{type(exc).__qualname__}: {exc}")
-            raise
-        except anyio.get_cancelled_exc_class():
-            with anyio.CancelScope(shield=True):
-                await run.emit(RunCancelled)
+            await self._tell_finished(run, result.action)
+        except (Exception, anyio.get_cancelled_exc_class()) as exc:
+            await self._tell_broken_off(run, exc)
             raise
         finally:
             with anyio.move_on_after(GRACE, shield=True):
                 await self._release()
         return result
+
+    async def _step_alone(
+        self, run: Run, inputs: Mapping[str, Any], *, begins: bool
+    ) -> tuple[Action, Any, State] | None:
+        await self._acquire()
+        try:
+            if self._resumable is not None:
+                await self._resume(self._resumable, again=False)
+            if begins:
+                await run.emit(RunStarted, app_id=self.uid)
+            return await self._step(run, inputs)
+        finally:
+            with anyio.move_on_after(GRACE, shield=True):
+                await self._release()
+
+    async def _tell_finished(self, run: Run, last: Action | None) -> None:
+        if run.listening:
+            name = last.display_name if last is not None else ""
+            await run.emit(RunFinished, action=name, state=self._state.get_all())
+
+    @staticmethod
+    async def _tell_broken_off(run: Run, why: BaseException) -> None:
+        if isinstance(why, Exception):
+            await run.emit(RunFailed, error=f"{type(why).__qualname__}: {why}")
+        else:
+            with anyio.CancelScope(shield=True):
+                await run.emit(RunCancelled)
 
     async def _run_until(
         self, run: Run, before: frozenset[str], after: frozenset[str], inputs: Mapping[str, Any]

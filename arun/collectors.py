@@ -99,22 +99,27 @@ def _no_item(where: str, item: Any) -> MisuseError:
 
 
 class ItemsOnly:
-    """Takes what a class action's generator yields: all are items, the last is the result."""
+    """Takes what a class action's generator yields: the last is the result, the others are items.
 
-    __slots__ = ("context", "result")
+    As in Burr; so each item is sent when the next one comes.
+    """
+
+    __slots__ = ("_began", "context", "result")
 
     def __init__(self, context: ApplicationContext) -> None:
         self.context = context
         self.result: Any = None
+        self._began = False
 
     async def take(self, item: Any) -> None:
         if type(item) in _NO_ITEMS:
             raise _no_item(f"action {self.context.label}", item)
-        self.result = item
+        before, self.result = self.result, item
         for beat in self.context.beats:
             beat()
-        if self.context.run.listening:
-            await self.context.emit(Item, values=[item])
+        if self._began and self.context.run.listening:
+            await self.context.emit(Item, values=[before])
+        self._began = True
 
 
 def _is_burr_pair(yielded: Any) -> bool:

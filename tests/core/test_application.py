@@ -155,6 +155,8 @@ async def test_inputs_reach_every_step_that_declares_them_and_unknown_ones_are_r
     assert (await builder(10).build().arun(inputs={"by": 5})).state["n"] == 10
     with pytest.raises(MisuseError, match="inputs has 'bye', but no action takes it; the actions take: by"):
         await builder().build().arun(inputs={"bye": 1})
+    with pytest.raises(MisuseError, match="inputs has 'bye', but no action takes it"):
+        await builder().build().astep(inputs={"bye": 1})
 
 
 async def test_resources_are_injected_by_name_and_never_stored() -> None:

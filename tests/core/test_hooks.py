@@ -34,6 +34,7 @@ from arun import (
     SubtaskFinished,
     action,
     hook,
+    when,
 )
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("runtime", "nothing_left")]
@@ -43,6 +44,11 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("runtime", "nothing_lef
 async def add(state: State) -> AsyncIterator[Any]:
     yield "item"
     yield state.increment(n=1)
+
+
+@action(reads=[], writes=[])
+async def fails(state: State) -> State:
+    raise ValueError("broken")
 
 
 @action(reads=["i"], writes=["square"])
@@ -71,6 +77,18 @@ class Squares(MapStates):
 
 def app_of(what: Any, *hooks: Hook) -> Application:
     return ApplicationBuilder().with_actions(what).with_state(n=0).with_hooks(*hooks).build()
+
+
+def counting_to(n: int, *hooks: Hook) -> Application:
+    return (
+        ApplicationBuilder()
+        .with_actions(add)
+        .with_transitions(("add", "add", when(n__lt=n)))
+        .with_state(n=0)
+        .with_entrypoint("add")
+        .with_hooks(*hooks)
+        .build()
+    )
 
 
 class Told:
@@ -119,7 +137,33 @@ async def test_hooks_are_awaited_in_order_of_registration_and_before_the_event_i
 async def test_a_single_step_is_told_as_well() -> None:
     told = Told()
     await app_of(add, told.hook(Event)).astep()
-    assert told.names == ["ActionStarted", "Item", "Partial", "ActionFinished"]
+    assert told.names == ["RunStarted", "ActionStarted", "Item", "Partial", "ActionFinished", "RunFinished"]
+
+
+async def test_the_steps_of_an_iteration_are_one_run_to_hooks() -> None:
+    told = Told()
+    app = counting_to(3, told.hook(RunStarted, ActionFinished, RunFinished))
+    assert [state["n"] async for _, _, state in app.aiterate()] == [1, 2, 3]
+    assert told.names == ["RunStarted", *["ActionFinished"] * 3, "RunFinished"]
+    assert [event.seq for event in told.events] == [1, 2, 3, 4, 5]
+    assert len({event.run_id for event in told.events}) == 1
+    assert told.events[-1].state["n"] == 3
+
+
+async def test_an_iteration_that_is_left_or_fails_tells_hooks_so() -> None:
+    told = Told()
+    iteration = counting_to(3, told.hook(RunStarted, RunFinished, RunFailed, RunCancelled)).aiterate()
+    await anext(iteration)
+    await iteration.aclose()
+    assert told.names == ["RunStarted", "RunCancelled"]
+
+    told = Told()
+    app = app_of(fails, told.hook(RunStarted, RunFinished, RunFailed, RunCancelled))
+    with pytest.raises(ValueError, match="broken"):
+        await anext(app.aiterate())
+    with pytest.raises(ValueError, match="broken"):
+        await app.astep()
+    assert told.names == ["RunStarted", "RunFailed"] * 2
 
 
 async def test_hooks_cascade_to_subtasks_and_are_told_one_event_at_a_time_in_the_order_of_the_stream() -> None:
