@@ -216,7 +216,7 @@ class Application:
             stepped = await self._step_alone(run, inputs or {}, begins=True)
             await self._tell_finished(run, stepped[0] if stepped is not None else None)
         except (Exception, anyio.get_cancelled_exc_class()) as exc:
-            await self._tell_broken_off(run, exc)
+            await self._tell_broken_off(run, exc)  # noqa: ASYNC102 - shields itself
             raise
         return stepped
 
@@ -244,7 +244,7 @@ class Application:
                     break
             await self._tell_finished(run, last)
         except (Exception, GeneratorExit, anyio.get_cancelled_exc_class()) as exc:
-            await self._tell_broken_off(run, exc)
+            await self._tell_broken_off(run, exc)  # noqa: ASYNC102 - shields itself
             raise
 
     def astream(
@@ -296,7 +296,7 @@ class Application:
             result = await self._run_until(run, before, after, inputs)
             await self._tell_finished(run, result.action)
         except (Exception, anyio.get_cancelled_exc_class()) as exc:
-            await self._tell_broken_off(run, exc)
+            await self._tell_broken_off(run, exc)  # noqa: ASYNC102 - shields itself
             raise
         finally:
             with anyio.move_on_after(GRACE, shield=True):
