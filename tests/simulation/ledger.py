@@ -272,14 +272,15 @@ class SlowStore:
     async def open_run(self, app_id: str, partition_key: str | None) -> Opened:
         await self._delay()
         process, life = self._process, self._process.life
-        if self.inner is life.store:
+        durable = self.inner is life.store
+        if durable:
             for app in self.inner._apps.values():
                 app.holder = None  # as on another machine, once the lease is out
         opened = await self.inner.open_run(app_id, partition_key)
-        for older in life.processes if process.alive else ():
+        for older in life.processes if durable else ():  # also where this one was killed before it got the answer
             if older.has_lease and not older.over:
                 life.world.sometimes("a process went on without its lease")
-            older.has_lease = older is process
+            older.has_lease = older is process and process.alive
         return opened
 
     async def begin(self, lease: Lease, graph: str, initial: bytes, *, fresh: bool) -> None:
