@@ -141,8 +141,9 @@ class Running:
             return exc
         if isinstance(exc, self.dead_error):
             return EngineDead(f"vLLM's EngineCore died: {cause or sentence(exc)}")
-        if isinstance(exc, (self.client_error, ValueError, TypeError)):
-            return RequestError(sentence(exc))
+        for error in (exc, exc.__cause__):  # vLLM 0.27 wraps what its checks of a structured output say
+            if isinstance(error, (self.client_error, ValueError, TypeError)):
+                return RequestError(sentence(error))
         return EngineError(f"vLLM failed on this request: {sentence(exc.__cause__ or exc)}")
 
     def _prompt(self, request: GenerateRequest) -> tuple[dict[str, Any], dict[str, Any] | None]:

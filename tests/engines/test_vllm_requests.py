@@ -202,7 +202,7 @@ async def test_what_goes_first_overtakes_what_waits(tiny_pool, first):
 
     async with asyncio.TaskGroup() as asking:
         for number in range(40):  # the engine runs 16 at a time
-            asking.create_task(ask(number, max_tokens=20, lane="batch"))
+            asking.create_task(ask(number, max_tokens=100, lane="batch"))
         await asyncio.sleep(0)
         asking.create_task(ask("first", max_tokens=2, **first))
     assert finished.index("first") <= 16
