@@ -64,6 +64,7 @@ COLUMNS = {
     "struct": pa.array([{"a": NOW, "b": {"c": 1}}, None, {"a": None, "b": None}]),
     "map": pa.array([[("k", 1)], None, []], pa.map_(pa.string(), pa.duration("s"))),
     "dictionary": pa.array(["a", None, "b"]).cast(pa.dictionary(pa.int8(), pa.string())),
+    "dictionary of times": pa.array([NOW, None, NOW], pa.timestamp("us", "UTC")).dictionary_encode(),
     "list of dictionaries": pa.array([["a"], None, []]).cast(pa.list_(pa.dictionary(pa.int16(), pa.string()))),
     "uuid": pa.array([b"0123456789abcdef", None, b"0123456789abcdef"], pa.uuid()),
 }
