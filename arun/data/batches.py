@@ -26,8 +26,8 @@ async def iterate_batches(
     """Batches of a stream of blocks, in its order; whoever opened the stream closes it.
 
     :param batch_size: rows of each but the last; None: the blocks as they come.
-    :param format: record batches; a dict of NumPy arrays, which can't be written to where they share their memory with the
-        blocks; a dict of tensors, or data frames, which are the reader's own.
+    :param format: record batches; a dict of NumPy arrays, which can't be written to where they share their memory with
+        the blocks; a dict of tensors, or data frames, which are the reader's own.
     :param drop_last: leave the last batch out where it is smaller.
     :raises DataError: a column has no form in that format.
     """
