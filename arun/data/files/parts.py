@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 import pyarrow as pa
 import pyarrow.fs
 
-from arun.data.files.csv import CsvFormat
+from arun.data.files.csv import CsvFormat, checked_delimiter
 from arun.data.files.ipc import IpcFormat
 from arun.data.files.jsonl import JsonLinesFormat
 from arun.data.files.parquet import ParquetFormat
@@ -433,7 +433,7 @@ def csv_sink(
 
     The other parameters are those of :class:`FileSink`.
     """
-    how = CsvFormat(delimiter=delimiter)
+    how = CsvFormat(delimiter=checked_delimiter(delimiter))
     return FileSink(path, how, mode=mode, part_bytes=part_bytes, compression=compression, filesystem=filesystem)
 
 
