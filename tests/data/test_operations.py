@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,19 @@ async def test_map_batches_takes_and_gives_arrow_numpy_or_pandas() -> None:
     assert await rows_of(numbers(2).map_batches(arrow)) == expected
     assert await rows_of(numbers(2).map_batches(numpy, format="numpy")) == expected
     assert await rows_of(numbers(2).map_batches(pandas, format="pandas")) == expected
+
+
+async def test_nulls_of_pandas_are_nulls() -> None:
+    import pandas as pd
+
+    def parse(row: Row) -> Row:
+        text = "2026-01-01" if row["n"] else "never"
+        return {"at": pd.to_datetime(text, errors="coerce"), "size": 1 if row["n"] else pd.NA}
+
+    assert await rows_of(numbers(2).map(parse)) == [
+        {"at": None, "size": None},
+        {"at": datetime.datetime(2026, 1, 1), "size": 1},
+    ]
 
 
 async def test_map_batches_takes_and_gives_tensors() -> None:

@@ -102,7 +102,8 @@ class CsvSource(msgspec.Struct, frozen=True, kw_only=True):
     def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
         """The rows of a file."""
         file, schema = self.tables.listing.files[fragment.place], self.schema()
-        batches = self.tables.read(file, [name for name in schema.names if name in self.tables.own.names])
+        own = set(self.tables.own.names)
+        batches = self.tables.read(file, [name for name in schema.names if name in own])
         folders = self.tables.partitions
         named = (folders.add(batch, file, schema.names) for batch in batches)
         return without_first((conform(batch, schema, name=file.path) for batch in named), skip)

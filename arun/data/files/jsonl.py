@@ -91,8 +91,9 @@ class JsonLinesSource(msgspec.Struct, frozen=True, kw_only=True):
 
     def _read(self, index: int, start: int, end: int | None) -> Iterator[pa.RecordBatch]:
         file, schema, folders = self.lines.listing.files[index], self.schema(), self.lines.partitions
-        own = pa.schema([field for field in schema if field.name in self.lines.own.names])
-        parser = _Parser(own, given=self.lines.given is not None, strict=self._strict())
+        own = set(self.lines.own.names)
+        fields = pa.schema([field for field in schema if field.name in own])
+        parser = _Parser(fields, given=self.lines.given is not None, strict=self._strict())
         for chunk in chunks(file, start, end):
             for batch in parser.parse(file, chunk):
                 yield conform(folders.add(batch, file, schema.names), schema, name=file.path)

@@ -259,7 +259,7 @@ class _PartFile:
         if not block.schema.names and block.num_rows:
             raise DataError(f"{self._path}: the rows have no columns, and {self._how.word} keeps none without")
         if self._schema is None:
-            self._schema = block.schema.remove_metadata()
+            self._schema = unify([(f"what is written to {self._path}", block.schema.remove_metadata())])
         elif self._encoder is None:
             self._schema = _widened(self._schema, block.schema)
         why = conflict(self._schema, block.schema)
