@@ -64,9 +64,13 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema, *, name: str) -> pa.Record
 
 
 def conflict(schema: pa.Schema, other: pa.Schema) -> str | None:
-    """What of ``other`` does not fit in ``schema``, as half a sentence; None where all of it does."""
+    """What of ``other`` does not fit in ``schema``, as half a sentence; None where all of it does.
+
+    :raises DataError: a name is there twice.
+    """
     if schema.equals(other):
         return None
+    _refuse_duplicates("a later block", other)
     wanted, there = set(schema.names), set(other.names)
     missing = [name for name in schema.names if name not in there]
     if missing:

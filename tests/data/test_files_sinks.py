@@ -239,6 +239,8 @@ def test_two_columns_of_one_name_are_refused(kind: Any, folder: str) -> None:
     twice = pa.RecordBatch.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
     with pytest.raises(DataError, match=r"what is written to .*x\..* has two columns 'a'; rename one"):
         write(sink(f"{folder}/x{suffix}"), twice)
+    with pytest.raises(DataError, match="a later block has two columns 'a'; rename one"):
+        write(sink(f"{folder}/y{suffix}"), twice.select([0]), twice)
 
 
 @pytest.mark.parametrize("name", ["parquet", "ipc"])
