@@ -25,22 +25,28 @@ class Sort(msgspec.Struct, frozen=True, eq=False):
     by: tuple[str, ...]
     descending: bool | tuple[bool, ...] = False
     nulls: Literal["first", "last"] = "last"
+    #: most rows that are wanted of it, the first ones
+    limit: int | None = None
 
     @property
     def label(self) -> str:
         """For people."""
         down = [self.descending] * len(self.by) if isinstance(self.descending, bool) else self.descending
         keys = (f"{name} descending" if one else name for name, one in zip(self.by, down, strict=True))
-        return f"sort({', '.join(keys)})"
+        limit = "" if self.limit is None else f", limit={self.limit}"
+        return f"sort({', '.join(keys)}{limit})"
 
     @property
     def traits(self) -> Traits:
         """See :class:`~arun.data.logical.Barrier`."""
-        return Traits(columns=self.by, keeps_rows=True, row_by_row=True, scans=True)
+        whole = self.limit is None
+        return Traits(columns=self.by, keeps_rows=whole, row_by_row=whole, scans=True)
 
     def run(self, inputs: Sequence[Relation], limits: Limits) -> AsyncGenerator[pa.RecordBatch]:
         """See :class:`~arun.data.logical.Barrier`."""
-        return barriers.sort(inputs[0], self.by, descending=self.descending, nulls=self.nulls, limits=limits)
+        return barriers.sort(
+            inputs[0], self.by, descending=self.descending, nulls=self.nulls, limit=self.limit, limits=limits
+        )
 
 
 class Aggregate(msgspec.Struct, frozen=True, eq=False):

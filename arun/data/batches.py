@@ -26,8 +26,8 @@ async def iterate_batches(
     """Batches of a stream of blocks, in its order; whoever opened the stream closes it.
 
     :param batch_size: rows of each but the last; None: the blocks as they come.
-    :param format: record batches; a dict of NumPy arrays; a dict of tensors, which share their memory with the blocks
-        where they can and so must not be written to; or data frames.
+    :param format: record batches; a dict of NumPy arrays, which can't be written to where they share their memory with
+        the blocks; a dict of tensors, or data frames, which are the reader's own.
     :param drop_last: leave the last batch out where it is smaller.
     :raises DataError: a column has no form in that format.
     """
@@ -132,7 +132,7 @@ def _tensor(name: str, column: pa.Array) -> Any:
         raise DataError(f"the column {name!r} holds null, which a tensor can't; fill it, or filter it out")
     if column.null_count or pa.types.is_boolean(kind):
         return torch.from_numpy(column.to_numpy(zero_copy_only=False))
-    return torch.from_dlpack(column)
+    return torch.from_dlpack(column).clone()  # or writing to it would change the rows of whoever has the block, too
 
 
 _CONVERT: Final[dict[str, Callable[[pa.RecordBatch], Any]]] = {

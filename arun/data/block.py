@@ -11,6 +11,8 @@ that it would have been in; so whatever has been done with a block has been done
 
 from __future__ import annotations
 
+import operator
+import sys
 from collections.abc import Collection, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
@@ -187,13 +189,28 @@ class Shaper:
 
 def _inferred(values: list[Any]) -> pa.Array:
     """An array of the values' own type: pyarrow alone would cut nanoseconds off pandas' timestamps and durations."""
-    array = pa.array(values)
+    try:
+        array = pa.array(values)
+    except (pa.ArrowException, ValueError):
+        known = _without_pandas(values)
+        if known is None:
+            raise
+        return _inferred(known)
     kind = array.type
     if (pa.types.is_timestamp(kind) or pa.types.is_duration(kind)) and kind.unit == "us":
         exact = "nanosecond" if pa.types.is_timestamp(kind) else "nanoseconds"
         if any(getattr(value, exact, 0) for value in values):
             return pa.array(values, pa.timestamp("ns", kind.tz) if pa.types.is_timestamp(kind) else pa.duration("ns"))
     return array
+
+
+def _without_pandas(values: list[Any]) -> list[Any] | None:
+    """With None for pandas' own nulls, which Arrow doesn't know; None where there are none of these."""
+    pandas = sys.modules.get("pandas")
+    if pandas is None:
+        return None
+    known = [None if value is pandas.NaT or value is pandas.NA else value for value in values]
+    return None if all(map(operator.is_, known, values)) else known
 
 
 def _as_given(values: list[Any], given: pa.DataType) -> pa.Array:

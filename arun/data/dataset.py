@@ -182,7 +182,8 @@ class Dataset(Operations):
     ) -> BatchStream:
         """Run it, and iterate over batches for a trainer: ``async for batch in dataset.iter_batches(format="torch")``.
 
-        :param format: record batches; dicts of NumPy arrays or of PyTorch tensors; or data frames.
+        :param format: record batches; dicts of NumPy arrays, which can't be written to; of PyTorch tensors, which can;
+            or data frames.
         :param batch_size: rows of each but the last; None: blocks as they come.
         :param drop_last: leave the last batch out where it is smaller.
         """

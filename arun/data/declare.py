@@ -54,9 +54,9 @@ class RowOptions(TypedDict, total=False):
 class BatchOptions(TypedDict, total=False):
     """How a function of a batch is called.
 
-    :ivar format: "arrow" (the default): a ``pyarrow.RecordBatch``; "numpy": a dict of arrays; "torch": of
-        tensors; "pandas": a DataFrame. It
-        gives any of these, a ``pyarrow.Table``, or several of them.
+    :ivar format: "arrow" (the default): a ``pyarrow.RecordBatch``; "numpy": a dict of arrays, which can't be
+        written to; "torch": of tensors, which can; "pandas": a DataFrame. It gives any of these, a
+        ``pyarrow.Table``, or several of them.
     :ivar batch_size: rows of each batch but the last; by default batches are as they come.
     :ivar concurrency: most batches at a time; by default one.
     :ivar ordered: False hands batches on as they end.

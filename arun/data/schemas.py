@@ -64,16 +64,23 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema, *, name: str) -> pa.Record
 
 
 def conflict(schema: pa.Schema, other: pa.Schema) -> str | None:
-    """What of ``other`` does not fit in ``schema``, as half a sentence; None where all of it does."""
-    missing = [name for name in schema.names if name not in other.names]
+    """What of ``other`` does not fit in ``schema``, as half a sentence; None where all of it does.
+
+    :raises DataError: a name is there twice.
+    """
+    if schema.equals(other):
+        return None
+    _refuse_duplicates("a later block", other)
+    wanted, there = set(schema.names), set(other.names)
+    missing = [name for name in schema.names if name not in there]
     if missing:
         return f"the column {missing[0]!r} is missing"
     for field in other:
-        if field.name not in schema.names:
+        if field.name not in wanted:
             return f"the column {field.name!r} is new"
-        wanted = schema.field(field.name).type
-        if field.type != wanted and _widened(wanted, field.type) != wanted:
-            return f"the column {field.name!r} is {field.type}, not {wanted}"
+        kind = schema.field(field.name).type
+        if field.type != kind and _widened(kind, field.type) != kind:
+            return f"the column {field.name!r} is {field.type}, not {kind}"
     return None
 
 

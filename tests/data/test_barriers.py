@@ -64,6 +64,7 @@ COLUMNS = {
     "struct": pa.array([{"a": NOW, "b": {"c": 1}}, None, {"a": None, "b": None}]),
     "map": pa.array([[("k", 1)], None, []], pa.map_(pa.string(), pa.duration("s"))),
     "dictionary": pa.array(["a", None, "b"]).cast(pa.dictionary(pa.int8(), pa.string())),
+    "dictionary of times": pa.array([NOW, None, NOW], pa.timestamp("us", "UTC")).dictionary_encode(),
     "list of dictionaries": pa.array([["a"], None, []]).cast(pa.list_(pa.dictionary(pa.int16(), pa.string()))),
     "uuid": pa.array([b"0123456789abcdef", None, b"0123456789abcdef"], pa.uuid()),
 }
@@ -264,10 +265,21 @@ async def test_an_aggregation_of_the_wrong_type_is_refused() -> None:
         await rows_of(aggregate(Relation.of_blocks(cut(pa.table({"x": ["a"]}))), ["y"], {"n": "count"}))
 
 
-async def test_distinct_keeps_the_first_of_equal_rows() -> None:
+async def test_distinct_keeps_the_first_of_equal_rows(tmp_path: Path) -> None:
     table = pa.table({"a": [1, 2, 1, None, None], "b": [1, 2, 3, 4, 5]})
     got = await rows_of(distinct(Relation.of_blocks(cut(table, 1)), ["a"]))
     assert sorted(row["b"] for row in got) == [1, 2, 4]
+    odd = pa.table({
+        "x": pa.chunked_array([[0.0, math.nan, None], [-0.0, -math.nan, None]]),
+        "n": pa.chunked_array([[0, None, 2], [3, 4, 5]]),
+    })
+    paths = [str(tmp_path / f"{part}.parquet") for part in range(2)]
+    for part, path in enumerate(paths):
+        pq.write_table(odd.slice(3 * part, 3), path)
+    scanned = Relation.of_files(paths, odd.schema)
+    assert scanned is not None
+    for relation in (scanned, Relation.of_blocks(cut(odd, 2))):
+        assert sorted(str(row["n"]) for row in await rows_of(distinct(relation, ["x"]))) == ["0", "2", "None"]
     twice = pa.table({"x": [math.nan, math.nan, None, None, 1.0]})
     assert len(await rows_of(distinct(Relation.of_blocks(cut(twice, 2))))) == 3
 

@@ -88,22 +88,36 @@ def test_numpy_shares_the_memory_of_numbers() -> None:
     assert array.ctypes.data == column.buffers()[1].address
 
 
-def test_tensors_share_memory_where_they_can() -> None:
+def test_tensors_are_those_of_the_columns() -> None:
     torch = pytest.importorskip("torch")
-    column = pa.array([1, 2, 3])
     batch = pa.record_batch({
-        "n": column,
+        "n": [1, 2, 3],
         "v": pa.array([[1, 2], [3, 4], [5, 6]], pa.list_(pa.float32(), 2)),
         "b": [True, False, True],
         "f": [1.0, None, 3.0],
         "x": pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(12, dtype=np.int32).reshape(3, 2, 2)),
     }).slice(1)
     tensors = converter("torch")(batch)
-    assert tensors["n"].data_ptr() == column.buffers()[1].address + 8
+    assert tensors["n"].tolist() == [2, 3]
     assert tensors["v"].tolist() == [[3, 4], [5, 6]]
     assert tensors["b"].tolist() == [False, True]
     assert torch.isnan(tensors["f"]).tolist() == [True, False]
     assert tensors["x"].tolist() == [[[4, 5], [6, 7]], [[8, 9], [10, 11]]]
+
+
+def test_writing_to_a_tensor_changes_no_rows() -> None:
+    pytest.importorskip("torch")
+    batch = pa.record_batch({
+        "n": [1, 2],
+        "v": pa.array([[1, 2], [3, 4]], pa.list_(pa.float32(), 2)),
+        "b": [True, False],
+        "f": [1.0, None],
+        "x": pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(4, dtype=np.int32).reshape(2, 2)),
+    })
+    before = batch.to_pylist()
+    for tensor in converter("torch")(batch).values():
+        tensor.zero_()
+    assert batch.to_pylist() == before
 
 
 @pytest.mark.parametrize(

@@ -214,3 +214,12 @@ def test_a_map_is_an_object_and_comes_back_by_its_type(tmp_path: Path) -> None:
     twice = pa.record_batch({"m": pa.array([[("a", 1), ("a", 2)]], kind)})
     with pytest.raises(DataError, match=r"JSON objects can't hold a map with one key twice: .* was 'a'"):
         write(jsonl_sink(tmp_path / "y.jsonl"), twice)
+
+
+def test_a_field_may_have_any_name_but_is_not_read_exactly_with_quotes_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    table = pa.table({'"quoted"\n': [1, 2], "at": [datetime.date(2026, 1, 1), None]})
+    write(jsonl_sink(path), *table.to_batches())
+    assert rows(jsonl_source(path)) == [{'"quoted"\n': 1, "at": "2026-01-01"}, {'"quoted"\n': 2, "at": None}]
+    with pytest.raises(DataError, match="a field's name can't be read line by line: "):
+        rows(jsonl_source(path, schema=table.schema))

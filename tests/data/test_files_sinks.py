@@ -234,6 +234,15 @@ def test_empty_blocks_are_no_rows(kind: Any, folder: str, blocks: list[pa.Record
     assert read(source(f"{folder}/x{suffix}")).num_rows == sum(block.num_rows for block in blocks)
 
 
+def test_two_columns_of_one_name_are_refused(kind: Any, folder: str) -> None:
+    sink, _, suffix = kind
+    twice = pa.RecordBatch.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"])
+    with pytest.raises(DataError, match=r"what is written to .*x\..* has two columns 'a'; rename one"):
+        write(sink(f"{folder}/x{suffix}"), twice)
+    with pytest.raises(DataError, match="a later block has two columns 'a'; rename one"):
+        write(sink(f"{folder}/y{suffix}"), twice.select([0]), twice)
+
+
 @pytest.mark.parametrize("name", ["parquet", "ipc"])
 def test_no_rows_keep_their_columns(tmp_path: Path, name: str) -> None:
     sink, source, suffix = KINDS[name]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from arun.data.files import csv_source, ipc_sink, ipc_source
-from arun.errors import DataError
+from arun.data.files import csv_sink, csv_source, ipc_sink, ipc_source
+from arun.errors import DataError, MisuseError
 from tests.data.reading import read, rows, write
 
 
@@ -61,6 +61,40 @@ def test_two_csv_columns_of_one_name_are_refused(tmp_path: Path) -> None:
 def test_a_compressed_csv_is_read(tmp_path: Path) -> None:
     (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"a\n1\n"))
     assert rows(csv_source(tmp_path)) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("before", [0, 300_000])
+def test_a_csv_row_longer_than_a_block_is_read(tmp_path: Path, before: int) -> None:
+    path = file(tmp_path, "n,s\n" + "0,short\n" * before + f"1,{'x' * 9_000_000}\n2,y\n")
+    table = read(csv_source(path))
+    assert table.num_rows == before + 2
+    assert [(row["n"], len(row["s"])) for row in table.slice(before).to_pylist()] == [(1, 9_000_000), (2, 1)]
+
+
+def test_an_empty_csv_file_has_neither_rows_nor_columns(tmp_path: Path) -> None:
+    file(tmp_path, "", "1.csv")
+    assert read(csv_source(tmp_path)).shape == (0, 0)
+    assert read(csv_source(tmp_path, names=["a"])).column_names == ["a"]
+    file(tmp_path, "a\n1\n", "2.csv")
+    assert rows(csv_source(tmp_path)) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("delimiter", ["", "||", "\n", '"', "é"])
+def test_a_delimiter_that_csv_can_not_have_is_refused_at_once(tmp_path: Path, delimiter: str) -> None:
+    for declare in (csv_source, csv_sink):
+        with pytest.raises(MisuseError, match="it must be one ASCII character, and no quote or line end"):
+            declare(tmp_path / "x.csv", delimiter=delimiter)
+
+
+def test_a_csv_type_that_is_none_of_arrow_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(MisuseError, match=r"types= says that 'a' is a class, .*; give a type of pyarrow's"):
+        csv_source(tmp_path / "x.csv", types={"a": str})  # type: ignore[dict-item]
+
+
+def test_bytes_that_csv_can_not_hold_are_refused_by_their_column(tmp_path: Path) -> None:
+    block = pa.record_batch({"n": [1], "blob": [b"\xff"]})
+    with pytest.raises(DataError, match="no UTF-8 in 'blob', which CSV can't hold; JSON lines can"):
+        write(csv_sink(tmp_path / "x.csv"), block)
 
 
 def test_ipc_is_read_as_file_and_as_stream(tmp_path: Path) -> None:

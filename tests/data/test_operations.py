@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,34 @@ async def test_map_batches_takes_and_gives_arrow_numpy_or_pandas() -> None:
     assert await rows_of(numbers(2).map_batches(arrow)) == expected
     assert await rows_of(numbers(2).map_batches(numpy, format="numpy")) == expected
     assert await rows_of(numbers(2).map_batches(pandas, format="pandas")) == expected
+
+
+async def test_nulls_of_pandas_are_nulls() -> None:
+    import pandas as pd
+
+    def parse(row: Row) -> Row:
+        text = "2026-01-01" if row["n"] else "never"
+        return {"at": pd.to_datetime(text, errors="coerce"), "size": 1 if row["n"] else pd.NA}
+
+    assert await rows_of(numbers(2).map(parse)) == [
+        {"at": None, "size": None},
+        {"at": datetime.datetime(2026, 1, 1), "size": 1},
+    ]
+
+
+async def test_map_batches_takes_and_gives_tensors() -> None:
+    torch = pytest.importorskip("torch")
+
+    def embed(batch: dict[str, Any]) -> dict[str, Any]:
+        vectors = torch.ones(2, 3, requires_grad=True) * batch["n"][:, None]
+        return {"n": batch["n"] + 1, "v": vectors, "half": vectors.to(torch.bfloat16)}
+
+    table = await numbers(2).map_batches(embed, format="torch").collect()
+    assert table.schema.types == [pa.int64(), pa.list_(pa.float32(), 3), pa.list_(pa.float32(), 3)]
+    assert table.to_pylist() == [
+        {"n": 1, "v": [0, 0, 0], "half": [0, 0, 0]},
+        {"n": 2, "v": [1, 1, 1], "half": [1, 1, 1]},
+    ]
 
 
 async def test_map_batches_takes_generators_and_async_functions() -> None:

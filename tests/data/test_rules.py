@@ -65,6 +65,18 @@ async def test_a_limit_goes_before_what_keeps_rows_and_into_unions() -> None:
     assert both == ["read rows + limit(2)", "read rows + limit(2)", "union + limit(2) <- [0], [1]"]
 
 
+async def test_a_sort_keeps_no_more_rows_than_a_limit_behind_it_lets_through() -> None:
+    highest = numbers(9).sort("n", descending=True)
+    assert stages(highest.map(g).limit(2)) == [
+        "read rows + sort(n descending, limit=2)",
+        "limit(2) + map(g) <- [0]",
+    ]
+    both = highest.limit(2).union(highest)
+    assert stages(both)[0].startswith("read rows + sort(n descending);")
+    assert [row["n"] for row in await both.take()] == [8, 7, 8, 7, 6, 5, 4, 3, 2, 1, 0]
+    assert [row["n"] for row in await highest.limit(3).sort("n").take()] == [6, 7, 8]
+
+
 async def test_a_limit_stays_behind_what_may_leave_rows_out_or_has_no_order() -> None:
     assert "skip" not in stages(numbers(1).map(f, on_error="skip").limit(1))[0]
     assert stages(numbers(1).map(f, on_error="skip").limit(1)) == ["read rows + map(f) + limit(1)"]

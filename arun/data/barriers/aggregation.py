@@ -121,6 +121,11 @@ def _same(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def _list(kind: pa.DataType) -> pa.DataType:
+    """A cast makes lists of dictionaries of text only, so it is their values."""
+    return pa.list_(kind.value_type if pt.is_dictionary(kind) else kind)
+
+
 AGGREGATIONS: Mapping[str, _Function] = {
     "count": _Function("count({x})", _count),
     "sum": _Function("sum({x})", _sum),
@@ -129,7 +134,7 @@ AGGREGATIONS: Mapping[str, _Function] = {
     "max": _Function("max({x})", _ordered),
     "first": _Function(f"first({{x}} ORDER BY {ROW})", _same),
     "last": _Function(f"last({{x}} ORDER BY {ROW})", _same),
-    "list": _Function(f"list({{x}} ORDER BY {ROW})", pa.list_),
+    "list": _Function(f"list({{x}} ORDER BY {ROW})", _list),
     "median": _Function("quantile_cont({x}::DOUBLE, 0.5)", _float),
     "quantile": _Function("quantile_cont({x}::DOUBLE, {q})", _float),
     "std": _Function("stddev_samp({x}::DOUBLE)", _float),

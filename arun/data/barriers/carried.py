@@ -140,7 +140,11 @@ def _listed(schema: pa.Schema) -> str:
 
 
 def _restored(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    return array if array.type.equals(kind) else array.cast(kind)
+    if array.type.equals(kind):
+        return array
+    if pt.is_dictionary(kind):  # a cast makes dictionaries of text only
+        return _restored(array, kind.value_type).dictionary_encode().cast(kind)
+    return array.cast(kind)
 
 
 def _list(kind: pa.DataType) -> pa.DataType | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from arun.data.barriers.aggregation import Aggregation
-from arun.data.barriers.carried import ROW, column
+from arun.data.barriers.carried import ROW
 from arun.data.barriers.columns import existing
 from arun.data.barriers.duck import Statement, query
 from arun.data.barriers.limits import Limits
@@ -91,10 +91,14 @@ def distinct(
             sql = f"SELECT DISTINCT {table.columns} FROM {table.sql}"
         else:
             existing(columns, known.schema, what)
-            keys = set(map(known.schema.get_field_index, columns))
-            own = range(len(known.schema))
-            chosen = ", ".join(f"t.{column(i)}" if i in keys else f"first(t.{column(i)} ORDER BY {ROW})" for i in own)
-            sql = f"SELECT {chosen} FROM {table.sql} GROUP BY {', '.join(f't.{column(i)}' for i in sorted(keys))}"
+            keys = ", ".join(map(table.column, columns))
+            if known.files:  # DuckDB looks for the rows that stay by their keys alone, and then reads only those
+                place = f"row_number() OVER (PARTITION BY {keys} ORDER BY {ROW})"
+                sql = f"SELECT {table.columns} FROM {table.sql} QUALIFY {place} = 1"
+            else:
+                packed = ", ".join(f"{name} := t.{name}" for name in table.carried.names)
+                first = f"SELECT arg_min(struct_pack({packed}), {ROW}) AS row FROM {table.sql} GROUP BY {keys}"
+                sql = f"SELECT {', '.join(f'row.{name}' for name in table.carried.names)} FROM ({first})"
         return Statement(sql=sql, tables=(table,), schema=known.schema)
 
     return query(prepare, [rows], what, allowed)

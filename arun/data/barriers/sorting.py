@@ -23,6 +23,7 @@ def sort(
     *,
     descending: bool | Sequence[bool] = False,
     nulls: Literal["first", "last"] = "last",
+    limit: int | None = None,
     limits: Limits | None = None,
 ) -> AsyncGenerator[pa.RecordBatch, None]:
     """All rows in order; equal ones in the order in which they came.
@@ -32,6 +33,7 @@ def sort(
     :param by: columns, the most significant first.
     :param descending: for all of them, or one for each.
     :param nulls: where null goes, in either direction.
+    :param limit: only so many of the first; the others are not kept.
     :raises MisuseError: there is no such column, or one's type can't travel through DuckDB.
     """
     directions = [descending] * len(by) if isinstance(descending, bool) else list(descending)
@@ -54,6 +56,8 @@ def sort(
             for name, down in zip(by, directions, strict=True)
         ]
         sql = f"SELECT {table.columns} FROM {table.sql} ORDER BY {', '.join(order)}, t.{ROW}"
+        if limit is not None:
+            sql += f" LIMIT {limit}"
         return Statement(sql=sql, tables=(table,), schema=known.schema)
 
     return query(prepare, [rows], what, allowed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -93,6 +94,10 @@ def _to_batch(step: BatchFunction, given: Any) -> pa.RecordBatch:
 
 
 def _column(values: Any) -> pa.Array:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(values, torch.Tensor):
+        # NumPy has no bfloat16; float32 holds all of it.
+        values = (values.float() if values.dtype is torch.bfloat16 else values).numpy(force=True)
     if isinstance(values, pa.ChunkedArray):
         return values.combine_chunks()
     if getattr(values, "ndim", 1) > 1:  # a tensor: a row of it is a list of fixed length

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from typing import Any, cast
+from types import GeneratorType
+from typing import Any, Final, cast
 
 import pyarrow as pa
 
@@ -146,6 +147,9 @@ class _RowRun:
             if self._step.operation != "filter":
                 frame.become_rows([], frame.origins)
             return
+        if self._step.gives_many and self._step.on_error == "fail" and frame.origins is None:
+            frame.become_rows(self._many(rows), None)
+            return
         results, failed = self._results(rows)
         try:
             self._apply(frame, rows, results, failed)
@@ -165,12 +169,35 @@ class _RowRun:
             if set(map(type, results)) != {dict}:
                 results = [to_rows(step, result)[0] for result in results]
             frame.become_rows(results, frame.origins)
+        elif step.operation == "with_column" and not failed and step.on_error != "collect":
+            for result in {type(result): result for result in results}.values():
+                if inspect.isawaitable(result):
+                    raise _not_awaited(step, result)
+            name = step.column
+            frame.become_rows([{**row, name: value} for row, value in zip(rows, results, strict=True)], frame.origins)
         else:
             given = [rows_of(step, row, result) for row, result in zip(rows, results, strict=True)]
             origins = frame.origins
             if origins is not None:
                 origins = [origin for origin, some in zip(origins, given, strict=True) for _ in some]
             frame.become_rows(list(chain.from_iterable(given)), origins)
+
+    def _many(self, rows: list[Row]) -> list[Row]:
+        """What a function that gives many rows makes of all of these.
+
+        None of its lists is kept, as so many of them would cost the garbage collector more time than they took.
+        """
+        step = self._step
+        given: list[Any] = []
+        number = 0
+        try:
+            for number, row in enumerate(rows):  # noqa: B007 - where the error was
+                some = step.function(row)
+                given.extend(some if _is_many(some) else to_rows(step, some))
+        except Exception as exc:  # noqa: BLE001 - raised again, with a note
+            error = self._ended_early() if isinstance(exc, StopIteration) else exc
+            tell_failure(step, self._counter, self._counter.rows_in - len(rows) + number, rows[number], error)
+        return given if set(map(type, given)) <= {dict} else to_rows(step, given)
 
     def _results(self, rows: list[Row]) -> tuple[list[Any], int]:
         """A result or a Failure for every row."""
@@ -183,12 +210,15 @@ class _RowRun:
                 results.extend(map(self._call, todo))  # what came before an error stays in the list
                 if len(results) == len(rows):
                     return results, failed
-                error = RuntimeError(f"{self._step.label} raised StopIteration, which would end its rows early")
+                error = self._ended_early()
             except Exception as exc:  # noqa: BLE001 - what becomes of it is the step's to say
                 error = exc
             number = self._counter.rows_in - len(rows) + len(results)
             results.append(tell_failure(self._step, self._counter, number, rows[len(results)], error))
             failed += 1
+
+    def _ended_early(self) -> RuntimeError:
+        return RuntimeError(f"{self._step.label} raised StopIteration, which would end its rows early")
 
     def _kept(self, result: Any) -> bool:
         if isinstance(result, Failure):
@@ -210,9 +240,18 @@ def listed(function: Callable[[Row], Any]) -> Callable[[Row], Any]:
 
     def call(row: Row) -> Any:
         rows = function(row)
-        return list(rows) if isinstance(rows, Iterable) and not isinstance(rows, Mapping | str | bytes) else rows
+        return list(rows) if _is_many(rows) else rows
 
     return call
+
+
+def _is_many(rows: Any) -> bool:
+    """Whether it is what a function that gives many rows may give."""
+    return type(rows) in _MANY or (isinstance(rows, Iterable) and not isinstance(rows, Mapping | str | bytes))
+
+
+#: Most are, and an ABC takes its time to tell.
+_MANY: Final = frozenset({list, tuple, GeneratorType})
 
 
 def rows_of(step: RowFunction, row: Row, result: Any) -> list[Row]:

@@ -16,13 +16,16 @@ from arun.data.files.paths import File, Listing, Paths
 from arun.data.files.selection import chosen, without_first
 from arun.data.schemas import conform, unify
 from arun.data.source import Fragment
-from arun.errors import DataError
+from arun.errors import DataError, MisuseError
+from arun.guards import shown
 
-__all__ = ("CsvEncoder", "CsvFormat", "CsvSource", "csv_source")
+__all__ = ("CsvEncoder", "CsvFormat", "CsvSource", "checked_delimiter", "csv_source")
 
 _SUFFIXES: Final = (".csv", ".tsv")
-_SAMPLE_BYTES: Final = 4 << 20  # of a file, that its types are taken from
-_BLOCK_BYTES: Final = 1 << 20
+#: A row has to fit in what is read at a time; for one that does not the rest of the file is read in larger blocks.
+_LARGE_BYTES: Final = (64 << 20, 2**31 - 1)
+_SAMPLE_BYTES: Final = (4 << 20, *_LARGE_BYTES)  # of a file, that its types are taken from
+_BLOCK_BYTES: Final = (1 << 20, *_LARGE_BYTES)
 
 
 def csv_source(
@@ -37,7 +40,8 @@ def csv_source(
 ) -> CsvSource:
     """Rows of CSV files in UTF-8.
 
-    Types are taken from the first 4 MiB of each file, and a later value of another type is an error.
+    Types are taken from the first 4 MiB of each file, and a later value of another type is an error. An empty file has
+    neither rows nor columns.
 
     :param paths: files, folders, globs or URLs; see :mod:`arun.data.files.paths`.
     :param columns: these only, in this order; None: all.
@@ -46,10 +50,24 @@ def csv_source(
     :param null_values: what stands for null where it is not within quotes.
     :param filesystem: of pyarrow or fsspec, where the paths are no URLs.
     """
+    for column, kind in (types or {}).items():
+        if not isinstance(kind, pa.DataType | str):
+            raise MisuseError(
+                f"types= says that {column!r} is {shown(kind)}; give a type of pyarrow's: pyarrow.string()"
+            )
     listing = Listing(paths, _SUFFIXES, filesystem)
-    how = CsvOptions(delimiter, None if names is None else list(names), dict(types or {}), list(null_values))
+    how = CsvOptions(
+        checked_delimiter(delimiter), None if names is None else list(names), dict(types or {}), list(null_values)
+    )
     columns = None if columns is None else tuple(columns)
     return CsvSource(name=f"csv {listing}", tables=_Tables(listing, how), columns=columns)
+
+
+def checked_delimiter(delimiter: str) -> str:
+    """:raises MisuseError: it can't be between values."""
+    if len(delimiter) != 1 or not delimiter.isascii() or delimiter in '"\r\n':
+        raise MisuseError(f"delimiter={delimiter!r}: it must be one ASCII character, and no quote or line end")
+    return delimiter
 
 
 class CsvOptions(msgspec.Struct, frozen=True):
@@ -84,7 +102,8 @@ class CsvSource(msgspec.Struct, frozen=True, kw_only=True):
     def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
         """The rows of a file."""
         file, schema = self.tables.listing.files[fragment.place], self.schema()
-        batches = self.tables.read(file, [name for name in schema.names if name in self.tables.own.names])
+        own = set(self.tables.own.names)
+        batches = self.tables.read(file, [name for name in schema.names if name in own])
         folders = self.tables.partitions
         named = (folders.add(batch, file, schema.names) for batch in batches)
         return without_first((conform(batch, schema, name=file.path) for batch in named), skip)
@@ -123,17 +142,28 @@ class _Tables:
 
     def read(self, file: File, columns: list[str]) -> Iterator[pa.RecordBatch]:
         """The rows of a file, with these columns at least."""
+        if file.size == 0:
+            return
         types = {field.name: field.type for field in self.own}
-        try:
-            with self._open(file, types, columns, use_threads=True) as reader:
-                yield from reader
-        except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
-            raise DataError(f"{file.path}: {self._where(file, types) or exc}; types= names the types") from exc
+        rows = 0
+        for block_size in _BLOCK_BYTES:
+            try:
+                with self._open(file, types, columns, use_threads=True, block_size=block_size) as reader:
+                    for batch in without_first(reader, rows):
+                        rows += batch.num_rows
+                        yield batch
+                return
+            except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
+                if _is_too_small(block_size, exc):
+                    continue
+                raise DataError(
+                    f"{file.path}: {self._where(file, types, block_size) or exc}; types= names the types"
+                ) from exc
 
-    def _where(self, file: File, types: dict[str, pa.DataType]) -> str | None:
+    def _where(self, file: File, types: dict[str, pa.DataType], block_size: int) -> str | None:
         """The error once more, with the number of its row, which pyarrow tells when one thread reads."""
         try:
-            with self._open(file, types, [], use_threads=False) as reader:
+            with self._open(file, types, [], use_threads=False, block_size=block_size) as reader:
                 for _ in reader:
                     pass
         except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
@@ -141,11 +171,17 @@ class _Tables:
         return None
 
     def _head(self, file: File) -> pa.Schema:
-        try:
-            with self._open(file, self._how.types, [], use_threads=False, block_size=_SAMPLE_BYTES) as reader:
-                schema = reader.schema
-        except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
-            raise DataError(f"{file.path}: {exc}") from exc
+        schema = pa.schema([(name, pa.null()) for name in self._how.names or ()])
+        if file.size == 0:
+            return schema
+        for block_size in _SAMPLE_BYTES:
+            try:
+                with self._open(file, self._how.types, [], use_threads=False, block_size=block_size) as reader:
+                    schema = reader.schema
+                break
+            except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
+                if not _is_too_small(block_size, exc):
+                    raise DataError(f"{file.path}: {exc}") from exc
         for field in schema:
             if pa.types.is_binary(field.type) and field.name not in self._how.types:
                 raise DataError(
@@ -161,7 +197,7 @@ class _Tables:
         columns: list[str],
         *,
         use_threads: bool,
-        block_size: int = _BLOCK_BYTES,
+        block_size: int,
     ) -> Any:
         how = self._how
         return pv.open_csv(
@@ -177,6 +213,14 @@ class _Tables:
                 quoted_strings_can_be_null=False,
             ),
         )
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
+
+
+def _is_too_small(block_size: int, error: Exception) -> bool:
+    return "straddling object" in str(error) and block_size < _LARGE_BYTES[-1]
 
 
 class CsvFormat(msgspec.Struct, frozen=True, kw_only=True):
@@ -214,7 +258,13 @@ class CsvEncoder:
         """Append a block."""
         if self._only is not None and block.column(0).null_count:
             raise DataError(f"the column {self._only!r} holds null, which in a CSV of one column is an empty line")
-        self._writer.write_batch(block)
+        try:
+            self._writer.write_batch(block)
+        except pa.ArrowInvalid as exc:
+            columns = ", ".join(repr(field.name) for field in block.schema if _is_bytes(field.type))
+            raise DataError(
+                f"there are bytes that are no UTF-8 in {columns}, which CSV can't hold; JSON lines can"
+            ) from exc
 
     def close(self) -> None:
         """End the file."""

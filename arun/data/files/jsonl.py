@@ -10,7 +10,7 @@ import datetime
 import decimal
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Final, Self
+from typing import Any, ClassVar, Final, Self, cast
 
 import msgspec
 import pyarrow as pa
@@ -91,8 +91,9 @@ class JsonLinesSource(msgspec.Struct, frozen=True, kw_only=True):
 
     def _read(self, index: int, start: int, end: int | None) -> Iterator[pa.RecordBatch]:
         file, schema, folders = self.lines.listing.files[index], self.schema(), self.lines.partitions
-        own = pa.schema([field for field in schema if field.name in self.lines.own.names])
-        parser = _Parser(own, given=self.lines.given is not None, strict=self._strict())
+        own = set(self.lines.own.names)
+        fields = pa.schema([field for field in schema if field.name in own])
+        parser = _Parser(fields, given=self.lines.given is not None, strict=self._strict())
         for chunk in chunks(file, start, end):
             for batch in parser.parse(file, chunk):
                 yield conform(folders.add(batch, file, schema.names), schema, name=file.path)
@@ -304,15 +305,15 @@ _SCALARS: Final[tuple[tuple[Callable[[pa.DataType], bool], Any], ...]] = (
 def _struct(fields: Any, *, strict: bool, text: bool) -> type[msgspec.Struct]:
     """A Struct with these fields; names of JSON need not be names of Python."""
     names = [f"field_{index}" for index in range(len(fields))]
-    return msgspec.defstruct(
-        "Row",
-        [
-            (name, msgspec.Raw, msgspec.Raw()) if text and _is_text(field.type) else (name, _python(field.type), None)
-            for name, field in zip(names, fields, strict=True)
-        ],
-        rename=dict(zip(names, (field.name for field in fields), strict=True)),
-        forbid_unknown_fields=strict,
-    )
+    typed = [
+        (name, msgspec.Raw, msgspec.Raw()) if text and _is_text(field.type) else (name, _python(field.type), None)
+        for name, field in zip(names, fields, strict=True)
+    ]
+    rename = dict(zip(names, (field.name for field in fields), strict=True))
+    try:
+        return msgspec.defstruct("Row", typed, rename=rename, forbid_unknown_fields=strict)
+    except ValueError as exc:
+        raise DataError(f"a field's name can't be read line by line: {exc}; rename it in the file") from exc
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -369,7 +370,7 @@ class JsonLinesFormat(msgspec.Struct, frozen=True, kw_only=True):
 
     def encoder(self, stream: Any, schema: pa.Schema) -> JsonLinesEncoder:
         """Begin a file."""
-        return JsonLinesEncoder(stream)
+        return JsonLinesEncoder(stream, schema)
 
 
 class JsonLinesEncoder:
@@ -377,17 +378,37 @@ class JsonLinesEncoder:
 
     pending = 0
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, schema: pa.Schema) -> None:
         self._stream = stream
+        self._row = _row_of(schema.names)
         self._encoder = msgspec.json.Encoder(enc_hook=str)
 
     def write(self, block: pa.RecordBatch) -> None:
         """Append a block."""
         try:
-            rows = block.to_pylist(maps_as_pydicts="strict")
+            columns = [_values(column) for column in block.columns]
         except KeyError as exc:
             raise DataError(f"JSON objects can't hold a map with one key twice: {exc.args[0]}") from exc
+        rows = list(map(self._row, *columns)) if columns else [{}] * block.num_rows
         self._stream.write(self._encoder.encode_lines(rows))
 
     def close(self) -> None:
         """Nothing is held back."""
+
+
+def _values(column: pa.Array) -> list[Any]:
+    # Asked for dicts of maps, pyarrow takes 15 times as long for other columns, too.
+    return cast("list[Any]", column.to_pylist(maps_as_pydicts="strict" if _holds_maps(column.type) else None))
+
+
+def _holds_maps(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_map(kind) or any(_holds_maps(kind.field(index).type) for index in range(kind.num_fields)))
+
+
+def _row_of(names: list[str]) -> Callable[..., Any]:
+    """Makes an object of JSON of the values of a row: a Struct, which takes half the time of a dict."""
+    fields = [f"field_{index}" for index in range(len(names))]
+    try:
+        return msgspec.defstruct("Row", fields, rename=dict(zip(fields, names, strict=True)), gc=False)
+    except ValueError:  # a name has quotes or line ends in it
+        return lambda *values: dict(zip(names, values, strict=True))

@@ -94,8 +94,9 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
         file, piece = self.footers.pieces[index]
         group = piece.metadata.row_group(number)
         schema, asked = self.schema(), self._asked()
-        needed = pa.schema([field for field in self.footers.schema if field.name in {*schema.names, *asked}])
-        columns = [name for name in needed.names if name in piece.physical_schema.names]
+        wanted, there = {*schema.names, *asked}, set(piece.physical_schema.names)
+        needed = pa.schema([field for field in self.footers.schema if field.name in wanted])
+        columns = [name for name in needed.names if name in there]
         rows = max(1, min(_BLOCK_ROWS, _BLOCK_BYTES * group.num_rows // max(1, group.total_byte_size)))
         # Over a network many small reads would take long; there a row group is fetched at once.
         buffer = _BUFFER_BYTES if file.is_local else 0

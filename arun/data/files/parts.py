@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 import pyarrow as pa
 import pyarrow.fs
 
-from arun.data.files.csv import CsvFormat
+from arun.data.files.csv import CsvFormat, checked_delimiter
 from arun.data.files.ipc import IpcFormat
 from arun.data.files.jsonl import JsonLinesFormat
 from arun.data.files.parquet import ParquetFormat
@@ -259,7 +259,7 @@ class _PartFile:
         if not block.schema.names and block.num_rows:
             raise DataError(f"{self._path}: the rows have no columns, and {self._how.word} keeps none without")
         if self._schema is None:
-            self._schema = block.schema.remove_metadata()
+            self._schema = unify([(f"what is written to {self._path}", block.schema.remove_metadata())])
         elif self._encoder is None:
             self._schema = _widened(self._schema, block.schema)
         why = conflict(self._schema, block.schema)
@@ -433,7 +433,7 @@ def csv_sink(
 
     The other parameters are those of :class:`FileSink`.
     """
-    how = CsvFormat(delimiter=delimiter)
+    how = CsvFormat(delimiter=checked_delimiter(delimiter))
     return FileSink(path, how, mode=mode, part_bytes=part_bytes, compression=compression, filesystem=filesystem)
 
 

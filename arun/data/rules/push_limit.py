@@ -8,12 +8,18 @@
     union(a, b) -> limit(5)
     union(a -> limit(5), b -> limit(5)) -> limit(5)
 
+    sort(x) -> limit(5)                             before: all rows are kept, in order
+    sort(x, limit=5) -> limit(5)                    after: the first five of those that have come
+
 Past steps that keep rows only; two limits become the smaller one. Not past a node that something else reads, too.
 """
 
 from __future__ import annotations
 
-from arun.data.logical import Node, OneToOne, Plan, Union
+import msgspec
+
+from arun.data.all_to_all import Sort
+from arun.data.logical import AllToAll, Node, OneToOne, Plan, Union
 from arun.data.rules.pushing import Passed, push_down
 from arun.data.steps import Limit, Step
 
@@ -34,5 +40,7 @@ def _visit(node: Node, coming: Step | None) -> Passed:
             return Passed(node, [coming])
         case Union() if coming is not None:
             return Passed(node, [coming] * len(node.inputs), [coming])
+        case AllToAll(barrier=Sort() as sort) if isinstance(coming, Limit):
+            return Passed(AllToAll(msgspec.structs.replace(sort, limit=coming.rows), node.inputs), (), [coming])
         case _:
             return Passed(node, (), [] if coming is None else [coming])
