@@ -29,7 +29,7 @@ from arun.handles import Handle
 from arun.hosted import drive_hosted
 from arun.hosting import drive, run_owned
 from arun.outcomes import Ok
-from arun.policies import Policy
+from arun.policies import Policy, refuse_no_policy
 from arun.sources import Source, maybe_await, refusal, warn_of_unyielded
 from arun.state import State
 from arun.subgraphs import RunnableGraph
@@ -99,6 +99,7 @@ class TaskBasedParallelAction(Action):
         return True
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> tuple[Any, State]:
+        refuse_no_policy(self.policy, f"{type(self).__qualname__}.policy")
         given = {**inputs, **self._bound}
         if self.executor is not msgspec.UNSET:
             context = context.with_executor(self.executor)
