@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -39,7 +40,7 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
     jitter: bool = True
 
     def __post_init__(self) -> None:
-        if not _exceeds(self.attempts, 0):
+        if not _number(self.attempts) >= 1:
             raise ValueError(f"Retry(attempts={self.attempts!r}): the first attempt counts, so it is at least 1")
         if not callable(self.on) and not isinstance(self.on, tuple):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
             raise TypeError(
@@ -97,7 +98,7 @@ class Rate:
         if not 0 < burst <= 1:
             raise ValueError(f"Rate(burst={burst}): it is a share of a minute's budget, above 0 and at most 1")
         for limit in (per_minute, tokens_per_minute):
-            if limit is not None and not _exceeds(limit, 0):
+            if limit is not None and not _number(limit) > 0:
                 raise ValueError(f"Rate: {limit!r} a minute never lets anything through; it takes a number above 0")
         self._limits = (per_minute, tokens_per_minute)
         self._tokens = tokens
@@ -157,7 +158,7 @@ class Capacity:
     """
 
     def __init__(self, n: int) -> None:
-        if not _exceeds(n, 0):
+        if not _number(n) >= 1:
             raise ValueError(f"Capacity({n!r}): nothing could ever run; it takes a number of shares, at least 1")
         self.n = n
         self._in_use = 0
@@ -246,7 +247,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     capacity: Capacity | None = None
 
     def __post_init__(self) -> None:
-        if not _exceeds(self.limit, 0):
+        if not _number(self.limit) >= 1:
             raise ValueError(f"Policy(limit={self.limit!r}): the limit is the number of subtasks in flight, at least 1")
         if self.order not in {"completed", "submitted"}:
             raise ValueError(f"Policy(order={self.order!r}): takes 'completed' or 'submitted'")
@@ -254,7 +255,7 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"Policy(on_error={self.on_error!r}): takes 'fail', 'skip' or 'collect'")
         for name in ("timeout", "idle_timeout", "deadline"):
             seconds = getattr(self, name)
-            if seconds is not None and not _exceeds(seconds, 0):
+            if seconds is not None and not _number(seconds) > 0:
                 raise ValueError(f"Policy({name}={seconds!r}): it is a number of seconds above 0")
         for name, kind, example in _PARTS:
             part = getattr(self, name)
@@ -281,9 +282,9 @@ def refuse_no_policy(given: object, where: str) -> None:
         raise MisuseError(f"{where} is {given!r:.80}; it takes a Policy, for example Policy(limit=8)")
 
 
-def _exceeds(value: Any, bound: float) -> bool:
-    """Whether it is a number, and above ``bound``."""
+def _number(value: Any) -> float:
+    """A number as it is, anything else as NaN, which is neither above nor below any."""
     try:
-        return bool(value > bound)
+        return float(value + 0.0)
     except TypeError:
-        return False
+        return math.nan

@@ -88,6 +88,7 @@ async def test_subtasks_wait_for_their_rate() -> None:
         (lambda: Retry(attempts=0), "at least 1"),
         (lambda: Retry(factor=0.5), "factor at least 1"),
         (lambda: Policy(limit=0), "at least 1"),
+        (lambda: Policy(limit=0.5), "at least 1"),  # type: ignore[arg-type]
         (lambda: Policy(timeout=0), "seconds above 0"),
         (lambda: Policy(idle_timeout=float("nan")), "seconds above 0"),
         (lambda: Capacity(0), "nothing could ever run"),
