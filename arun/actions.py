@@ -27,7 +27,7 @@ from arun.errors import MisuseError
 from arun.events import ActionFinished, ActionStarted
 from arun.guards import Watched, check_function, check_methods, close_unused
 from arun.policies import Capacity
-from arun.signatures import Kind, Parameters, describe, kind_of, name_of, refuse_unknown, where
+from arun.signatures import Kind, Parameters, describe, kind_of, name_of, refuse_no_lists, refuse_unknown, where
 from arun.state import Scope, State
 
 __all__ = (
@@ -70,6 +70,7 @@ class Action:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        refuse_no_lists(cls.__qualname__, reads=cls.reads, writes=cls.writes, tags=cls.tags)
         check_methods(cls, hosted=cls.hosted)
 
     # -- what users override ---------------------------------------------------------------------------
@@ -237,6 +238,11 @@ class FunctionAction(Action):
                 f"@action on {where(function)}: it takes no argument; an action's first parameter is the State: "
                 f"def {self.name}(state: State, ...)"
             )
+        if self._parameters.of_method:
+            raise MisuseError(
+                f"@action on {where(function)}, a method, whose first parameter would be given the State; decorate the "
+                f"bound method, action(reads=[...], writes=[...])(self.{self.name}), or write a class action"
+            )
         if hosted and self.kind != "async generator":
             raise MisuseError(
                 f"@action(hosted=True) on {where(function)}, which is a {self.kind}: hosting keeps scopes open across "
@@ -308,9 +314,7 @@ def action(
     ... async def add(state: State, by: int = 1) -> State:
     ...     return state.update(n=state["n"] + by)
     """
-    for what, keys in (("reads", reads), ("writes", writes), ("tags", tags)):
-        if isinstance(keys, str):
-            raise MisuseError(f"@action({what}={keys!r}): a list of names is meant: {what}=[{keys!r}]")
+    refuse_no_lists("@action", reads=reads, writes=writes, tags=tags)
 
     def decorate(function: Callable[..., Any]) -> FunctionAction:
         return FunctionAction(function, reads, writes, tags, blocking=blocking, version=version, hosted=hosted)
@@ -324,7 +328,11 @@ def as_action(candidate: object, *, where: str) -> Action:
         return candidate
     if isinstance(candidate, type) and issubclass(candidate, Action):
         raise MisuseError(f"{where}: {candidate.__name__} is a class; pass an instance: {candidate.__name__}()")
-    hint = "decorate the function with @action(reads=[...], writes=[...])" if callable(candidate) else "pass an Action"
+    hint = (
+        "decorate the function with @action(reads=[...], writes=[...])"
+        if callable(candidate)
+        else "pass an Action, or of a Graph a RunnableGraph(graph, entrypoint)"
+    )
     close_unused(candidate)
     raise MisuseError(f"{where}: {describe(candidate)} is not an action; {hint}")
 

@@ -39,6 +39,7 @@ from arun.guards import (
     begin_run,
     checks_here,
     end_run,
+    shown,
 )
 from arun.hooks import Hooks
 from arun.hosting import BUDGET, GRACE, in_context, let_go
@@ -92,6 +93,10 @@ class Application:
     """
 
     def __init__(self, wiring: Wiring, app_id: str, state: State, sequence_id: int = 0) -> None:
+        if not isinstance(app_id, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(
+                f"the app_id is {shown(app_id)}; it takes a text; fields of the State go by name: session(prompt=...)"
+            )
         self._wiring = wiring
         self.uid = app_id
         self.partition_key = wiring.partition_key

@@ -108,6 +108,8 @@ class ApplicationBuilder:
         It reaches everything below; a parallel action's ``executor`` or a ``SubGraphTask``'s overrides it, and None
         there turns it off. The application's own steps, reducers, hooks and stores stay here in any case.
         """
+        if executor is not None and (isinstance(executor, type) or not hasattr(executor, "check")):
+            raise MisuseError(f"with_executor() takes an executor, such as ThreadExecutor(), not {shown(executor)}")
         self._executor = executor
         return self
 

@@ -193,6 +193,8 @@ def expr(source: str) -> Condition:
 
     :raises MisuseError: for anything else, naming it and its column.
     """
+    if not isinstance(source, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+        raise MisuseError(f"expr({source!r:.80}): it takes the text of an expression; a function is a condition itself")
     function, keys = _compile(source)
 
     def evaluate(state: State) -> bool:

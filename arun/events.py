@@ -100,7 +100,7 @@ class SubtaskRetried(_Event, frozen=True, kw_only=True, tag=True):
 
 
 class SubtaskFinished(_Event, frozen=True, kw_only=True, tag=True):
-    """A subtask has ended.
+    """A subtask has ended, well or with an error. One that was cancelled tells no end: it is over when its action is.
 
     :ivar error: None if it succeeded, else its error as ``Type: message``.
     :ivar seconds: how long it ran.

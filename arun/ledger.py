@@ -31,14 +31,17 @@ __all__ = ("Entry", "Ledger", "Siblings")
 
 
 class Ledger:
-    """A place in a run, below which subtasks are recorded."""
+    """A place in a run, below which subtasks are recorded.
+
+    :param entered: whether this run may have recorded some there already: the place above is entered again.
+    """
 
     __slots__ = ("_entered", "journal", "key")
 
-    def __init__(self, journal: Journal, key: bytes) -> None:
+    def __init__(self, journal: Journal, key: bytes, *, entered: bool = False) -> None:
         self.journal = journal
         self.key = key
-        self._entered = False
+        self._entered = entered
 
     def siblings(self, owner: str) -> Siblings:
         """For what runs directly below this place; asked for again by a retry, which finds what finished before."""
@@ -57,7 +60,14 @@ class Entry:
     __slots__ = ("_action", "_content", "_occurrence", "_parent", "changes", "ledger", "restored")
 
     def __init__(
-        self, parent: Ledger, action: Action, content: bytes, occurrence: int, restored: StateDelta | None
+        self,
+        parent: Ledger,
+        action: Action,
+        content: bytes,
+        occurrence: int,
+        restored: StateDelta | None,
+        *,
+        again: bool = False,
     ) -> None:
         self._parent = parent
         self._action = action
@@ -65,7 +75,8 @@ class Entry:
         self._occurrence = occurrence
         self.restored = restored
         self.changes: State | None = None
-        self.ledger = Ledger(parent.journal, digest(parent.key, content, occurrence.to_bytes(8, "little")))
+        key = digest(parent.key, content, occurrence.to_bytes(8, "little"))
+        self.ledger = Ledger(parent.journal, key, entered=again)
 
     async def record(self) -> None:
         """The subtask has ended well, having written ``changes``.
@@ -124,7 +135,8 @@ class Siblings:
     def below(self, action: Action, visit: int) -> Ledger:
         """The place below a step that isn't recorded itself."""
         name = action.display_name.encode()
-        return Ledger(self._ledger.journal, digest(self._ledger.key, b"step", name, visit.to_bytes(8, "little")))
+        key = digest(self._ledger.key, b"step", name, visit.to_bytes(8, "little"))
+        return Ledger(self._ledger.journal, key, entered=self._again)
 
     async def _enter(self, action: Action, content: bytes) -> Entry:
         if not self._resuming:
@@ -138,7 +150,7 @@ class Siblings:
         while known.next in known.finished:
             known.next += 1
         known.next += 1
-        return Entry(self._ledger, action, content, known.next - 1, None)
+        return Entry(self._ledger, action, content, known.next - 1, None, again=self._again)
 
     async def _look_up(self, content: bytes) -> _Known:
         """What earlier runs left of a content; the first of its siblings asks, the others wait for the answer."""

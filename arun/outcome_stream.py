@@ -14,7 +14,7 @@ from arun.fanout import FanOutStatistics, Kernel, Results
 from arun.guards import Checks, Level, checks_of, inherited_checks, shown, spelling
 from arun.handles import Handle
 from arun.outcomes import Outcome
-from arun.policies import Policy
+from arun.policies import Policy, refuse_no_policy
 from arun.runtime import Background, Runtime
 from arun.timed import Timed
 
@@ -95,7 +95,9 @@ def fan_out(source: Any, policy: Policy | None = None, *, check: Level | None = 
     >>> async for outcome in fan_out(fetch(url) for url in urls):
     ...     print(outcome.value)
     """
-    return FanOut(source, policy or Policy(), inherited_checks() if check is None else checks_of(check))
+    policy = Policy() if policy is None else policy
+    refuse_no_policy(policy, "fan_out(policy=...)")
+    return FanOut(source, policy, inherited_checks() if check is None else checks_of(check))
 
 
 def _admit_awaitable(policy: Policy) -> Callable[[Any], object]:

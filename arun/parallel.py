@@ -29,7 +29,8 @@ from arun.handles import Handle
 from arun.hosted import drive_hosted
 from arun.hosting import drive, run_owned
 from arun.outcomes import Ok
-from arun.policies import Policy
+from arun.policies import Policy, refuse_no_policy
+from arun.signatures import where
 from arun.sources import Source, maybe_await, refusal, warn_of_unyielded
 from arun.state import State
 from arun.subgraphs import RunnableGraph
@@ -99,6 +100,7 @@ class TaskBasedParallelAction(Action):
         return True
 
     async def execute(self, state: State, inputs: Mapping[str, Any], context: ApplicationContext) -> tuple[Any, State]:
+        refuse_no_policy(self.policy, f"{type(self).__qualname__}.policy")
         given = {**inputs, **self._bound}
         if self.executor is not msgspec.UNSET:
             context = context.with_executor(self.executor)
@@ -128,6 +130,11 @@ class TaskBasedParallelAction(Action):
             checks=checks,
             source_ended=warn_of_unyielded,
         )
+        if collector.state is None:
+            raise MisuseError(
+                f"{where(self.reduce)} ended without yielding a State, of which the last is the result; where there "
+                "are no subtasks, a loop over their results yields none: yield one before or after it as well"
+            )
         return collector.performed()
 
     @property

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import anyio
 import msgspec
@@ -17,7 +18,7 @@ from anyio.lowlevel import current_token
 
 from arun.errors import MisuseError
 
-__all__ = ("Capacity", "Policy", "Rate", "Retry")
+__all__ = ("Capacity", "Policy", "Rate", "Retry", "refuse_no_policy")
 
 
 class Retry(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,8 +40,13 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
     jitter: bool = True
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise ValueError(f"Retry(attempts={self.attempts}): the first attempt counts, so it is at least 1")
+        if not _number(self.attempts) >= 1:
+            raise ValueError(f"Retry(attempts={self.attempts!r}): the first attempt counts, so it is at least 1")
+        if not callable(self.on) and not isinstance(self.on, tuple):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise TypeError(
+                f"Retry(on={self.on!r}): it takes a type of errors, a tuple of such types, or a function that is given "
+                "the error and tells whether it is worth another attempt"
+            )
         if self.initial < 0 or self.maximum < 0 or self.factor < 1:
             raise ValueError(
                 f"Retry(initial={self.initial}, maximum={self.maximum}, factor={self.factor}): "
@@ -92,8 +98,8 @@ class Rate:
         if not 0 < burst <= 1:
             raise ValueError(f"Rate(burst={burst}): it is a share of a minute's budget, above 0 and at most 1")
         for limit in (per_minute, tokens_per_minute):
-            if limit is not None and limit <= 0:
-                raise ValueError(f"Rate: {limit} a minute never lets anything through")
+            if limit is not None and not _number(limit) > 0:
+                raise ValueError(f"Rate: {limit!r} a minute never lets anything through; it takes a number above 0")
         self._limits = (per_minute, tokens_per_minute)
         self._tokens = tokens
         self._key = key
@@ -152,8 +158,8 @@ class Capacity:
     """
 
     def __init__(self, n: int) -> None:
-        if n < 1:
-            raise ValueError(f"Capacity({n}): nothing could ever run")
+        if not _number(n) >= 1:
+            raise ValueError(f"Capacity({n!r}): nothing could ever run; it takes a number of shares, at least 1")
         self.n = n
         self._in_use = 0
         self._waiting: dict[anyio.Event, None] = {}
@@ -241,18 +247,44 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     capacity: Capacity | None = None
 
     def __post_init__(self) -> None:
-        if self.limit < 1:
-            raise ValueError(f"Policy(limit={self.limit}): the limit is the number of subtasks in flight, at least 1")
+        if not _number(self.limit) >= 1:
+            raise ValueError(f"Policy(limit={self.limit!r}): the limit is the number of subtasks in flight, at least 1")
         if self.order not in {"completed", "submitted"}:
             raise ValueError(f"Policy(order={self.order!r}): takes 'completed' or 'submitted'")
         if self.on_error not in {"fail", "skip", "collect"}:
             raise ValueError(f"Policy(on_error={self.on_error!r}): takes 'fail', 'skip' or 'collect'")
         for name in ("timeout", "idle_timeout", "deadline"):
             seconds = getattr(self, name)
-            if seconds is not None and seconds <= 0:
-                raise ValueError(f"Policy({name}={seconds}): it is a number of seconds above 0")
+            if seconds is not None and not _number(seconds) > 0:
+                raise ValueError(f"Policy({name}={seconds!r}): it is a number of seconds above 0")
+        for name, kind, example in _PARTS:
+            part = getattr(self, name)
+            if part is not None and not isinstance(part, kind):
+                raise TypeError(f"Policy({name}={part!r}): it takes a {kind.__name__}, for example {example}")
 
     @property
     def plain(self) -> bool:
         """Whether a subtask runs once and as it is: no retry, timeouts or rate."""
         return self.retry is None and self.timeout is None and self.idle_timeout is None and self.rate is None
+
+
+#: Parts of a Policy that have a type of their own, and how to make one.
+_PARTS: Final = (
+    ("retry", Retry, "Retry(attempts=3)"),
+    ("rate", Rate, "Rate(per_minute=60)"),
+    ("capacity", Capacity, "Capacity(8)"),
+)
+
+
+def refuse_no_policy(given: object, where: str) -> None:
+    """:raises MisuseError: for what is no Policy, saying where it was given."""
+    if not isinstance(given, Policy):
+        raise MisuseError(f"{where} is {given!r:.80}; it takes a Policy, for example Policy(limit=8)")
+
+
+def _number(value: Any) -> float:
+    """A number as it is, anything else as NaN, which is neither above nor below any."""
+    try:
+        return float(value + 0.0)
+    except TypeError:
+        return math.nan

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, cast
 from arun.context import ApplicationContext
 from arun.errors import MisuseError
 
-__all__ = ("Kind", "Parameters", "describe", "kind_of", "name_of", "refuse_unknown", "where")
+__all__ = ("Kind", "Parameters", "describe", "kind_of", "name_of", "refuse_no_lists", "refuse_unknown", "where")
 
 Kind = Literal["coroutine", "async generator", "function", "generator"]
 _CONTEXT: Final = "__context"
@@ -20,7 +20,7 @@ _CONTEXT: Final = "__context"
 class Parameters:
     """The parameters of a function besides the State, looked at once."""
 
-    __slots__ = ("any", "context_name", "names", "open", "required", "takes_state")
+    __slots__ = ("any", "context_name", "names", "of_method", "open", "required", "takes_state")
 
     def __init__(
         self,
@@ -28,12 +28,15 @@ class Parameters:
         required: frozenset[str],
         *,
         takes_state: bool = True,
+        of_method: bool = False,
         open_: bool = False,
         context_name: str | None = None,
     ) -> None:
         self.names = names
         self.required = required
         self.takes_state = takes_state
+        #: whether the function is a method that is not bound to any object
+        self.of_method = of_method
         self.open = open_
         #: the parameter that takes the ApplicationContext
         self.context_name = context_name
@@ -54,6 +57,7 @@ class Parameters:
             tuple(named),
             frozenset(name for name, p in named.items() if p.default is p.empty),
             takes_state=bool(positional),
+            of_method=bool(positional) and positional[0].name == "self",
             open_=any(p.kind is p.VAR_KEYWORD for p in parameters),
             context_name=context_name,
         )
@@ -147,6 +151,14 @@ def where(function: Callable[..., Any]) -> str:
     code = getattr(inspect.unwrap(function), "__code__", None)
     name = getattr(function, "__qualname__", repr(function))
     return f"{name} at {code.co_filename}:{code.co_firstlineno}" if code else str(name)
+
+
+def refuse_no_lists(where: str, **given: object) -> None:
+    """:raises MisuseError: for a text or None where a list of names is meant."""
+    for what, keys in given.items():
+        if isinstance(keys, str) or keys is None:
+            names = "" if keys is None else repr(keys)
+            raise MisuseError(f"{where}: {what}={keys!r}; a list of names is meant: {what}=[{names}]")
 
 
 def refuse_unknown(action_name: str, given: Collection[str], known: Sequence[str]) -> None:

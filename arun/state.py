@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from types import CoroutineType
 from typing import Any, Final
 
 import msgspec
@@ -71,14 +72,24 @@ class State(Mapping[str, Any]):
     # -- operations ------------------------------------------------------------------------------
 
     def update(self, **values: Any) -> State:
-        """Set fields."""
+        """Set fields.
+
+        :raises MisuseError: for a coroutine, which was not awaited.
+        """
+        for key, value in values.items():
+            if type(value) is CoroutineType:
+                raise _not_awaited("update", key, value)
         return self._with(values)
 
     def append(self, **values: Any) -> State:
         """Append one value to each named list field; a missing field counts as empty.
 
         :raises ValueError: if a field holds something else than a list.
+        :raises MisuseError: for a coroutine, which was not awaited.
         """
+        for key, value in values.items():
+            if type(value) is CoroutineType:
+                raise _not_awaited("append", key, value)
         return self._with({key: [*self._list(key, "append"), value] for key, value in values.items()})
 
     def extend(self, **values: Iterable[Any]) -> State:
@@ -321,6 +332,14 @@ class State(Mapping[str, Any]):
             f"action {action!r} reads state[{key!r}], which it does not declare (it declares: {readable}); "
             f"add {key!r} to its reads"
         )
+
+
+def _not_awaited(operation: str, key: str, coroutine: CoroutineType[Any, Any, Any]) -> MisuseError:
+    coroutine.close()
+    return MisuseError(
+        f"{operation}({key}=...) was given a coroutine (an async def that was called and not awaited), "
+        f"{coroutine!r:.80}; await it: {operation}({key}=await {coroutine.__name__}(...))"
+    )
 
 
 def _folded(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,9 @@ drops is collected, and that cancels the run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
+from types import NoneType
 from typing import Any, Final, Generic, Literal, Self, TypeAlias, TypeVar
 
 import anyio
@@ -16,12 +18,14 @@ from anyio.lowlevel import current_token
 from arun.context import Sink
 from arun.errors import MisuseError
 from arun.events import Event, Item, Partial, RunCancelled, RunFailed, RunFinished
+from arun.logs import get_logger
 from arun.runtime import Background, Runtime
 from arun.timed import Timed
 
 __all__ = ("Deliver", "RunStream")
 
 R = TypeVar("R")
+log = get_logger("arun.stream")
 Deliver: TypeAlias = Literal["every", "latest"] | float
 
 _CAPACITY: Final = 64
@@ -44,7 +48,8 @@ class RunStream(Generic[R]):
         deliver: Deliver,
         started: Callable[[Background[Any]], None],
     ) -> None:
-        if isinstance(deliver, str) and deliver not in {"every", "latest"}:
+        known = deliver in {"every", "latest"} if isinstance(deliver, (str, NoneType)) else deliver >= 0
+        if not known:
             raise MisuseError(f"deliver={deliver!r}: takes 'every', 'latest' or a number of seconds")
         self._run = run
         self._started = started
@@ -130,6 +135,10 @@ class RunStream(Generic[R]):
 async def _host(run: Callable[[Sink], Awaitable[R]], mailbox: _Mailbox) -> R:
     try:
         return await run(mailbox)
+    except Exception as exc:
+        if anyio.current_effective_deadline() == -math.inf:  # its consumer has left, and is told of nothing any more
+            log.warning("run.failed_unread", error=repr(exc))
+        raise
     finally:
         mailbox.end()
 

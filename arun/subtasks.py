@@ -16,7 +16,7 @@ from arun.events import SubtaskFinished, SubtaskRetried, SubtaskStarted
 from arun.guards import here
 from arun.handles import Handle
 from arun.ledger import Entry
-from arun.policies import Policy
+from arun.policies import Policy, refuse_no_policy
 from arun.sources import not_a_task, note_made
 from arun.state import State
 
@@ -170,6 +170,7 @@ _DEFAULT: Final = Policy()
 
 
 def _refuse_of_all(policy: Policy) -> None:
+    refuse_no_policy(policy, "SubGraphTask(policy=...)")
     for name in _OF_ALL:
         if getattr(policy, name) != getattr(_DEFAULT, name):
             raise MisuseError(

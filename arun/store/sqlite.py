@@ -91,6 +91,8 @@ class SQLiteStore:
         self.path = Path(path)
         if synchronous not in {"normal", "full"}:
             raise ValueError(f"SQLiteStore(synchronous={synchronous!r}): takes 'normal' or 'full'")
+        if str(path) == ":memory:":
+            raise ValueError("SQLiteStore(':memory:'): it keeps runs in a file; MemoryStore() keeps them in memory")
         self._options = (synchronous, busy_timeout)
         self._jobs: queue.SimpleQueue[_Job[Any] | None] | None = None
         self._thread: threading.Thread | None = None
@@ -372,6 +374,8 @@ def _held(db: sqlite3.Connection, lease: Lease) -> tuple[int, int]:
 
 
 def _connect(path: Path, synchronous: str, busy_timeout: float) -> sqlite3.Connection:
+    if not path.parent.is_dir():
+        raise StoreError(f"the store {path} can't be used: there is no folder {path.parent}; make it first")
     db = sqlite3.connect(path, timeout=busy_timeout, isolation_level=None)
     deadline = time.monotonic() + busy_timeout
     try:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from arun.errors import MisuseError
 from arun.guards import Level, set_default_level
 
 __all__ = ("arun_check", "pytest_addoption", "pytest_configure", "pytest_unconfigure")
@@ -27,7 +28,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    set_default_level(config.getini("arun_check"))
+    try:
+        set_default_level(config.getini("arun_check"))
+    except MisuseError as exc:
+        raise pytest.UsageError(f"ini option arun_check: {exc}") from None
 
 
 def pytest_unconfigure() -> None:

@@ -171,6 +171,16 @@ def test_a_function_without_a_state_and_a_name_for_a_list_are_refused() -> None:
         action(reads=[], writes=[])(lambda: None)
     with pytest.raises(MisuseError, match=r"reads=\['prompt'\]"):
         action(reads="prompt", writes=[])
+    with pytest.raises(MisuseError, match=r"writes=None; a list of names is meant: writes=\[\]"):
+        action(reads=[], writes=None)  # type: ignore[arg-type]
+
+
+def test_a_method_is_refused_at_the_decorator() -> None:
+    async def greet(self: Any, state: State) -> State:
+        return state
+
+    with pytest.raises(MisuseError, match=r"a method, whose first parameter .*\(self\.greet\)"):
+        action(reads=[], writes=[])(greet)
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,11 @@ async def test_an_incomplete_class_action_says_what_is_missing() -> None:
         await run(NoState(), n=1)
 
 
+def test_a_name_where_a_list_of_names_is_meant_is_refused_in_the_class_body() -> None:
+    with pytest.raises(MisuseError, match=r"Answer: writes='out'; a list of names is meant: writes=\['out'\]"):
+        type("Answer", (Action,), {"reads": [], "writes": ("out")})  # where ("out",) is meant
+
+
 async def test_a_streaming_action_of_burrs_is_told_what_to_rename() -> None:
     class Chat(Add):
         async def stream_run(self, state: State) -> AsyncIterator[dict[str, int]]:

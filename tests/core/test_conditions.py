@@ -93,6 +93,12 @@ async def test_expr_refuses_what_is_no_plain_expression(source: str, message: st
             expr(source)
 
 
+def test_expr_takes_a_text_only() -> None:
+    wrong: Any = lambda state: state["n"] > 3  # noqa: E731
+    with pytest.raises(MisuseError, match="it takes the text of an expression; a function is a condition itself"):
+        expr(wrong)
+
+
 async def test_expr_knows_the_keys_that_it_reads() -> None:
     assert sorted(expr("len(xs) > n and n").keys) == ["n", "xs"]
 

@@ -162,6 +162,17 @@ def test_a_plain_reduce_is_refused_in_the_class_body() -> None:
         type("Plain", (Squares,), {"reduce": lambda self, state, states: state})
 
 
+async def test_a_reducer_that_yields_only_for_subtasks_is_told_what_to_do_where_there_are_none() -> None:
+    class Growing(Squares):
+        async def reduce(self, state: State, states: AsyncIterator[State]) -> AsyncIterator[State]:
+            async for done in states:
+                yield state.append(ys=done["y"])
+
+    assert await run(Growing(), xs=[1])
+    with pytest.raises(MisuseError, match=r"Growing\.reduce at .*no subtasks.*yield one before or after it"):
+        await run(Growing(), xs=[])
+
+
 async def test_a_reducer_that_returns_no_state_is_refused() -> None:
     async def nothing(self: Any, state: State, states: AsyncIterator[Any]) -> None:
         async for _ in states:

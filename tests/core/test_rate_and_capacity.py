@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextvars import Context
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,18 @@ from anyio.lowlevel import checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arun import ApplicationBuilder, Capacity, MapStates, MisuseError, Policy, Rate, Retry, State
+from arun import (
+    ApplicationBuilder,
+    Capacity,
+    Input,
+    MapStates,
+    MisuseError,
+    Policy,
+    Rate,
+    Retry,
+    State,
+    SubGraphTask,
+)
 from tests.core.policy_programs import hang, over, run
 
 pytestmark = pytest.mark.anyio
@@ -76,13 +88,59 @@ async def test_subtasks_wait_for_their_rate() -> None:
         (lambda: Retry(attempts=0), "at least 1"),
         (lambda: Retry(factor=0.5), "factor at least 1"),
         (lambda: Policy(limit=0), "at least 1"),
+        (lambda: Policy(limit=0.5), "at least 1"),  # type: ignore[arg-type]
         (lambda: Policy(timeout=0), "seconds above 0"),
+        (lambda: Policy(idle_timeout=float("nan")), "seconds above 0"),
         (lambda: Capacity(0), "nothing could ever run"),
     ],
 )
 def test_options_that_cannot_work_are_refused(wrong: Callable[[], Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         wrong()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"limit": None}, "limit=None.*at least 1"),
+        ({"limit": "8"}, "limit='8'.*at least 1"),
+        ({"deadline": timedelta(seconds=3)}, "deadline=.*a number of seconds above 0"),
+        ({"retry": 3}, r"retry=3\): it takes a Retry, for example Retry\(attempts=3\)"),
+        ({"rate": 60}, r"it takes a Rate, for example Rate\(per_minute=60\)"),
+        ({"capacity": 8}, r"it takes a Capacity, for example Capacity\(8\)"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused_where_the_policy_is_made(options: dict[str, Any], why: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=why):
+        Policy(**options)
+
+
+def test_a_retry_takes_types_of_errors_or_a_function() -> None:
+    for wrong in ([ConnectionError], "ConnectionError"):
+        with pytest.raises(TypeError, match="it takes a type of errors, a tuple of such types, or a function"):
+            Retry(on=wrong)  # type: ignore[arg-type]
+
+
+async def test_what_is_no_policy_is_refused_where_it_is_given() -> None:
+    given: Any = {"limit": 8}
+    with pytest.raises(MisuseError, match=r"SubGraphTask\(policy=...\) is {'limit': 8}; it takes a Policy"):
+        SubGraphTask(Input("n"), State(), policy=given)
+
+    class Double(MapStates):
+        reads, writes = [], []
+        policy = given
+
+        def action(self, state: State, inputs: dict[str, Any]) -> Any:
+            return Input("n")
+
+        def states(self, state: State, context: Any, inputs: dict[str, Any]) -> Any:
+            return [state]
+
+        async def reduce(self, state: State, states: Any) -> State:
+            return state
+
+    with pytest.raises(MisuseError, match=r"Double\.policy is {'limit': 8}; it takes a Policy"):
+        await ApplicationBuilder().with_actions(Double()).build().arun()
 
 
 # -- capacity --------------------------------------------------------------------------------------

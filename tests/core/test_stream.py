@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 import pytest
 from anyio.lowlevel import checkpoint
+from structlog.testing import capture_logs
 
 from arun import (
     ActionFinished,
@@ -120,7 +121,7 @@ async def test_an_error_is_raised_after_run_failed() -> None:
         _ = stream.result
 
 
-@pytest.mark.parametrize("deliver", ["sometimes", "", "Every"])
+@pytest.mark.parametrize("deliver", ["sometimes", "", "Every", None, -1, float("nan")])
 async def test_an_unknown_delivery_is_refused_and_nothing_is_raised_later(deliver: Any) -> None:
     with pytest.raises(MisuseError, match="takes 'every', 'latest' or a number of seconds"):
         app_of(counting).astream(deliver=deliver)
@@ -294,6 +295,25 @@ async def test_leaving_cancels_the_run_and_waits_for_its_clean_up(how: str) -> N
     with pytest.raises(MisuseError, match="was cancelled"):
         _ = stream.result
     assert (await hangs.app.arun()).state["n"] == 1
+
+
+async def test_an_error_of_the_clean_up_after_its_consumer_has_left_is_logged() -> None:
+    async def leaving(state: State) -> AsyncIterator[Any]:
+        try:
+            yield "item"
+            await anyio.sleep_forever()
+        finally:
+            raise ConnectionError("the session was not closed")
+        yield state.update(n=1)
+
+    async with app_of(leaving).astream() as stream:
+        async for event in stream:
+            if isinstance(event, Item):
+                break
+        with capture_logs() as logs:
+            await stream.aclose()
+    warned = [(log["event"], log["error"]) for log in logs if log["log_level"] == "warning"]
+    assert warned == [("run.failed_unread", "ConnectionError('the session was not closed')")]
 
 
 @pytest.mark.usefixtures("asyncio_only")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -143,6 +144,12 @@ def test_a_closure_is_refused_at_build_by_name() -> None:
 
 
 nameless = action(reads=["value"], writes=["out"])(lambda state: state.update(out=1))
+
+
+def test_what_is_no_executor_is_refused_by_the_builder() -> None:
+    for wrong in ("thread", ThreadExecutor, concurrent.futures.ThreadPoolExecutor(1)):
+        with pytest.raises(MisuseError, match=r"takes an executor, such as ThreadExecutor\(\)"):
+            ApplicationBuilder().with_executor(wrong)  # type: ignore[arg-type]
 
 
 def test_a_lambda_is_refused_at_build() -> None:

@@ -50,6 +50,17 @@ async def test_an_action_that_returns_the_wrong_kind(wrong: Callable[[], Any], k
         await app_of(step).arun()
 
 
+@pytest.mark.parametrize("operation", ["update", "append"])
+async def test_a_forgotten_await_in_the_state(operation: str) -> None:
+    @action(reads=[], writes=["answer"])
+    async def step(state: State) -> Any:
+        return getattr(state, operation)(answer=fetch(1))
+
+    with pytest.raises(MisuseError, match=rf"a coroutine.*{operation}\(answer=await fetch\(...\)\)") as caught:
+        await app_of(step).arun()
+    assert caught.traceback[-2].path.samefile(__file__)  # at the user's own line
+
+
 async def test_deleting_the_last_yield_of_a_generator() -> None:
     @action(reads=[], writes=[])
     async def step(state: State) -> Any:

@@ -260,7 +260,7 @@ def run_pytest(folder: Path, test: str, ini: str = "") -> str:
         check=False,
         timeout=50,
     )
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def test_the_plugin_makes_strict_the_default(tmp_path: Path) -> None:
@@ -280,6 +280,13 @@ def test_the_plugin_makes_strict_the_default(tmp_path: Path) -> None:
     """
     assert "3 passed" in run_pytest(tmp_path, test.format("strict", "strict"))
     assert "3 passed" in run_pytest(tmp_path, test.format("error", "error"), "arun_check = error")
+
+
+def test_a_level_that_there_is_not_in_the_ini_file_is_an_error_of_usage(tmp_path: Path) -> None:
+    said = run_pytest(tmp_path, "", "arun_check = errors")
+    assert said.strip() == (
+        "ERROR: ini option arun_check: check='errors': the levels are 'off', 'warn', 'error', 'strict'"
+    )
 
 
 def test_the_plugin_loads_nothing_heavy() -> None:

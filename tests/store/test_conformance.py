@@ -174,11 +174,17 @@ async def test_a_file_that_is_no_store_is_refused_and_left_alone(tmp_path: Path)
         db.execute("CREATE TABLE t (x)")
     db.close()
     (tmp_path / "text.db").write_bytes(b"just some text, and more than a hundred bytes of it" * 40)
-    for name, message in (("other.db", "none of arun's"), ("text.db", "not a database"), ("no/s.db", "unable to open")):
+    refused = {"other.db": "none of arun's", "text.db": "not a database", "no/s.db": "no folder .*/no; make it first"}
+    for name, message in refused.items():
         async with SQLiteStore(tmp_path / name) as store:
             with pytest.raises(StoreError, match=message):
                 await store.open_run("a", None)
     assert (tmp_path / "text.db").read_bytes().startswith(b"just some text")
+
+
+def test_a_store_in_memory_is_another_one() -> None:
+    with pytest.raises(ValueError, match=r"MemoryStore\(\) keeps them in memory"):
+        SQLiteStore(":memory:")
 
 
 async def test_two_stores_on_one_file_see_each_other(tmp_path: Path) -> None:

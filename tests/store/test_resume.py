@@ -20,6 +20,7 @@ from arun import (
     AlreadyFinishedError,
     Application,
     ApplicationBuilder,
+    GraphBuilder,
     GraphChangedError,
     MapActions,
     MapStates,
@@ -28,6 +29,7 @@ from arun import (
     Policy,
     Retry,
     RunConflictError,
+    RunnableGraph,
     SQLiteStore,
     State,
     action,
@@ -310,28 +312,43 @@ async def test_a_subtask_that_is_tried_again_is_recorded_once_and_not_run_again(
         assert len(third.ran) == 1
 
 
+class Only(MapActions):
+    """Runs one action."""
+
+    reads, writes = ["items"], ["outs"]
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def actions(self, state: State, context: Any, inputs: dict[str, Any]) -> Any:
+        return [self.inner]
+
+    async def reduce(self, state: State, states: Any) -> State:
+        (one,) = [done async for done in states]
+        return state.update(outs=one["outs"])
+
+
+def graph_of(inner: Any) -> RunnableGraph:
+    return RunnableGraph(GraphBuilder().with_actions(inner=inner).build(), "inner")
+
+
 @pytest.mark.anyio
-async def test_a_nested_fan_out_that_is_tried_again_finds_what_finished(open_store: Open) -> None:
+@pytest.mark.parametrize("between", [(), (Only,), (graph_of,), (Only, graph_of, Only, graph_of)])
+async def test_a_nested_fan_out_that_is_tried_again_finds_what_finished(open_store: Open, between: Any) -> None:
     program = Program([1, 3])  # 2 fails at first
-    inner = doubling(program, policy=Policy(limit=1))
+    inner: Any = doubling(program, policy=Policy(limit=1))
+    for wrap in between:
+        inner = wrap(inner)
 
     def from_now_on_all_is_well(error: Exception) -> bool:
         program.allowed = None
         return True
 
-    class Outer(MapActions):
-        reads, writes = ["items"], ["outs"]
+    class Outer(Only):
         policy = Policy(retry=Retry(attempts=2, initial=0.0, on=from_now_on_all_is_well))
 
-        def actions(self, state: State, context: Any, inputs: dict[str, Any]) -> Any:
-            return [inner]
-
-        async def reduce(self, state: State, states: Any) -> State:
-            (one,) = [done async for done in states]
-            return state.update(outs=one["outs"])
-
     async with open_store() as store:
-        _, _, state = await app_of(store, {"m": Outer()}, items=[1, 3, 2]).arun()
+        _, _, state = await app_of(store, {"m": Outer(inner)}, items=[1, 3, 2]).arun()
     assert sorted(state["outs"]) == [(1, 2), (2, 4), (3, 6)]
     assert program.finished == {1: 1, 2: 1, 3: 1}
 
