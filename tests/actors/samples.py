@@ -102,6 +102,15 @@ class Counter:
 class Wide(Counter):
     """Takes three messages at a time."""
 
+    async def await_cancelled(self) -> None:
+        task = asyncio.create_task(asyncio.sleep(3600))
+        task.cancel()
+        await task
+
+    async def leave(self) -> None:
+        """End the process, as an interpreter ends."""
+        raise SystemExit(4)
+
     async def hang(self) -> None:
         """Wait until cancelled, and write that down."""
         self.log.append("hanging")
