@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import anyio
 import msgspec
@@ -107,7 +107,7 @@ class Wide(Counter):
         task.cancel()
         await task
 
-    async def leave(self) -> None:
+    async def leave(self) -> NoReturn:
         """End the process, as an interpreter ends."""
         raise SystemExit(4)
 

@@ -348,6 +348,19 @@ async def test_an_actor_has_a_process_and_an_environment_of_its_own(cluster: Clu
 
 
 @needs_process
+async def test_an_actor_that_ends_itself_fails_its_open_calls_with_actor_died(cluster: Cluster) -> None:
+    wide = await cluster.spawn(Wide)
+    waiting = asyncio.create_task(wide.hang())
+    await noted(wide, "hanging")
+    with pytest.raises(ActorDied):
+        await wide.leave()
+    with pytest.raises(ActorDied):
+        await waiting
+    with pytest.raises(ActorDied):
+        await wide.incr()
+
+
+@needs_process
 async def test_a_killed_actor_fails_its_open_calls_and_streams_with_actor_died(cluster: Cluster, kind: str) -> None:
     wide = await cluster.spawn(Wide, name="victim")
     call = asyncio.create_task(wide.hang())
