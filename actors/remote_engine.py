@@ -127,7 +127,7 @@ class RemoteEngine:
 
     async def _stream(self, server: Server, response: httpx2.Response, answer: Answer) -> AsyncGenerator[Delta, None]:
         kind = response.headers.get("content-type", "none")
-        if not kind.startswith("text/event-stream"):  # to ask again would give the same, and cost the same
+        if not kind.lower().startswith("text/event-stream"):  # to ask again would give the same, and cost the same
             body = await server.text(response)
             raise EngineError(f"{server.url} was asked for a stream and answered with {kind}: {body[:500]}")
         events = aiter(import_httpx2().EventSource(response))

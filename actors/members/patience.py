@@ -25,7 +25,7 @@ async def within(seconds: float, ask: Callable[[], Awaitable[T]]) -> T:
 
     :raises TimeoutError: there was nothing.
     """
-    parts = max(1, min(_PARTS, int(seconds / _LEAST)))
+    parts = _PARTS if seconds >= _PARTS * _LEAST else max(1, int(seconds / _LEAST))
     for _ in range(parts):
         with anyio.move_on_after(seconds / parts):
             return await ask()

@@ -202,7 +202,7 @@ def _culprit(value: object) -> str:
 
 def _parts(value: Any) -> Iterator[tuple[str, object]]:
     if isinstance(value, Mapping):
-        yield from ((f"[{key!r}]", part) for key, part in value.items())
+        yield from ((f"[{key!r:.60}]", part) for key, part in value.items())
     elif isinstance(value, list | tuple):
         yield from ((f"[{number}]", part) for number, part in enumerate(value))
     else:

@@ -160,7 +160,7 @@ def unpack(code: int, data: memoryview) -> Any:
         ) from exc
 
 
-def _pack(found: list[tuple[bytes, Buffers]], token: bytes, value: object) -> object:
+def _pack(found: list[tuple[bytes, Buffers]], token: bytes, value: Any) -> object:
     cls = type(value)
     known = _known(_by_class, cls, f"{cls.__module__}.{cls.__qualname__}")
     if known is None:
