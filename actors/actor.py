@@ -221,8 +221,8 @@ class ActorStream:
         self._line, self._connection = line, line.connection
         try:
             self._stream = self._connection.open(self._method.name, self._arguments, item_type=self._method.item_type)
-        except StreamRefused as refused:
-            raise self._link.crowded() from refused
+        except StreamRefused:
+            raise self._link.crowded() from None
         except ChannelLost:  # not sent, so the next generation may have it
             self._stream = None
 

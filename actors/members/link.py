@@ -105,8 +105,8 @@ class Link:
             try:
                 if not connection.closed:
                     return await connection.call(method.name, arguments, result_type=method.item_type)
-            except StreamRefused as refused:
-                raise self.crowded() from refused
+            except StreamRefused:
+                raise self.crowded() from None  # which tells of limits that an actor's callers can't set
             except ChannelLost as lost:
                 await self.judge(line, connection, lost, may_retry=method.options.idempotent)
             else:
