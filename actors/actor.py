@@ -20,7 +20,7 @@ import anyio
 from actors.interface import ActorOptions, MethodOptions
 from actors.members.link import expired, to_send
 from arun.channel import register_type
-from arun.errors import ChannelLost, MisuseError
+from arun.errors import ChannelLost, MisuseError, StreamRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -106,7 +106,8 @@ class ActorHandle:
     TypeError at once for arguments that the method does not take; whatever the method raised, with its remote traceback
     as a note (:class:`~arun.errors.RemoteError` for types that can't be rebuilt here);
     :class:`~arun.errors.ActorDied` when the actor's process ended; :class:`~arun.errors.ChannelLost` when only
-    the connection to it did; :class:`~arun.errors.MailboxFull` when too many messages wait.
+    the connection to it did; :class:`~arun.errors.MailboxFull` when too many messages wait, or this handle has 1,024
+    calls and streams open.
 
     An actor that is started again keeps its handle: the next call goes to the new generation.
     """
@@ -220,6 +221,8 @@ class ActorStream:
         self._line, self._connection = line, line.connection
         try:
             self._stream = self._connection.open(self._method.name, self._arguments, item_type=self._method.item_type)
+        except StreamRefused:
+            raise self._link.crowded() from None
         except ChannelLost:  # not sent, so the next generation may have it
             self._stream = None
 

@@ -159,7 +159,8 @@ class Cluster(ABC):
         :param lifetime: "scope": it ends with the cluster's block. "detached": it lives on in a Ray that this program
             did not start, until somebody stops it; ``get(name)`` finds it from every program on that Ray. Ray starts it
             again when it dies, as often as ``restarts`` says.
-        :param get_if_exists: return the actor of this name, if there is one, instead of starting it.
+        :param get_if_exists: return the actor of this name, if there is one, instead of starting it. One that has died,
+            and is not started again, is none.
         :param isolation: "process" or "task"; by default the cluster's. Only a LocalCluster has tasks.
         :raises MisuseError: the class is no actor (the message names the method), the name is taken, the cluster is
             closed.
@@ -204,7 +205,7 @@ class Cluster(ABC):
         :param cls: its class, so that type checkers know the methods; checked.
         :raises ActorNotFound: no actor has that name; the message lists those there are.
         """
-        if not self._roster.has(name):
+        if await self._roster.settled(name) is None:
             await self._look_for(name)
         return self._roster.get(name, cls)
 

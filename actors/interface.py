@@ -247,7 +247,7 @@ def _resolve(function: Callable[..., Any], annotation: Any) -> Any:
 
 
 def _item_type(label: str, result: Any, *, streaming: bool) -> Any:
-    if result is inspect.Signature.empty:
+    if result in (inspect.Signature.empty, typing.NoReturn, typing.Never):
         return Any
     iterates = typing.get_origin(result) in _ASYNC_ITERATORS or result in _ASYNC_ITERATORS
     if streaming:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import anyio
 
@@ -25,6 +25,7 @@ from actors.pools.attached_engines import AttachedEngines, PoolOrder
 from actors.pools.batches import calls
 from actors.pools.engines import DeltaStream, PoolSettings
 from actors.pools.owned_engines import OwnedEngines
+from actors.pools.pool_state import Reroute
 from actors.pools.pool_stats import PoolStats, ReplicaProgress, ReplicaStats
 from actors.requests import to_embed_request, to_request
 from arun.errors import MisuseError, RequestError
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     )
     from actors.pools.batches import BatchRequest
     from actors.pools.engines import Engines
-    from actors.pools.pool_state import Reroute
     from arun.outcome_stream import FanOut
     from arun.runtime import Background
 
@@ -234,6 +234,8 @@ class EnginePool:
             a prompt that is too long, is raised by the stream.
         :raises PoolBusy: ``max_waiting`` requests wait already; of a detached pool, raised by the stream.
         """
+        if reroute not in get_args(Reroute):
+            raise RequestError(f"reroute={reroute!r}: it must be 'continue', 'restart' or 'never'")
         request = to_request(
             request_id or uuid.uuid4().hex,
             prompt,

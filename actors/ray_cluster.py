@@ -225,7 +225,7 @@ class RayCluster(Cluster):
                 "RayCluster.connect(), reserve(), spawn()"
             )
         supervisor = detached.supervisor_of(order.restart, order.restarts)
-        if not self._roster.has(name):
+        if await self._roster.settled(name) is None:
             spec = specify(name, order.cls, order.args, order.kwargs, concurrency=order.concurrency)
             making = Runtime.current().start(self._make, spec, order.env, supervisor, name=f"start of actor {name}")
             try:

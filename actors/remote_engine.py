@@ -126,11 +126,17 @@ class RemoteEngine:
                     await response.aclose()
 
     async def _stream(self, server: Server, response: httpx2.Response, answer: Answer) -> AsyncGenerator[Delta, None]:
+        kind = response.headers.get("content-type", "none")
+        if not kind.lower().startswith("text/event-stream"):  # to ask again would give the same, and cost the same
+            body = await server.text(response)
+            raise EngineError(f"{server.url} was asked for a stream and answered with {kind}: {body[:500]}")
         events = aiter(import_httpx2().EventSource(response))
         try:
             async for event in events:
-                if event.data == "[DONE]":
+                if event.data.strip() == "[DONE]":
                     break
+                if event.event == "error":
+                    raise _told(server, event.data)
                 try:
                     chunk = msgspec.json.decode(event.data, type=Chunk)
                 except msgspec.MsgspecError as exc:

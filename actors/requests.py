@@ -124,6 +124,19 @@ class StructuredOutputs(msgspec.Struct, frozen=True, kw_only=True, omit_defaults
 StructuredOutputsLike = StructuredOutputs | Mapping[str, Any] | type
 
 
+# What OpenAI's API, transformers and earlier vLLMs call it.
+_ELSEWHERE = {
+    "max_completion_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "response_format": "structured_outputs",
+    "guided_json": "structured_outputs",
+    "guided_regex": "structured_outputs",
+    "guided_choice": "structured_outputs",
+    "guided_grammar": "structured_outputs",
+    "lora_request": "adapter",
+}
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How to choose tokens and when to stop; names and meanings are those of vLLM's SamplingParams.
 
@@ -177,7 +190,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
         for name in options:
             if name not in cls.__struct_fields__:
                 known = list(dict.fromkeys((*cls.__struct_fields__, *RequestOptions.__annotations__)))
-                near = difflib.get_close_matches(name, known, n=1)
+                near = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
                 raise RequestError(f"there is no sampling parameter {name!r}; {hint}")
         given = {name: value for name, value in options.items() if value is not None}

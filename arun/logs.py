@@ -8,10 +8,11 @@ to stderr: structlog's own default would print every debug line into the program
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
-__all__ = ("get_logger",)
+__all__ = ("discreet_processors", "get_logger")
 
 _LOUD = frozenset({"warning", "warn", "error", "exception", "critical", "fatal"})
 
@@ -36,12 +37,34 @@ class _Logger:
             return getattr(structlog.get_logger(self._name), method)
         if not loud:
             return _drop
-        return getattr(structlog.wrap_logger(structlog.PrintLogger(sys.stderr)), method)
+        return getattr(
+            structlog.wrap_logger(structlog.PrintLogger(sys.stderr), processors=discreet_processors()), method
+        )
 
 
 def get_logger(name: str) -> Any:
     """A structlog logger."""
     return _Logger(name)
+
+
+def discreet_processors() -> list[Any]:
+    """structlog's defaults, save that tracebacks show no local variables, which hold prompts, tokens and keys.
+
+    structlog shows them wherever rich is installed, which Ray and vLLM bring along.
+    """
+    import structlog
+
+    return [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.StackInfoRenderer(),
+        structlog.dev.set_exc_info,
+        structlog.processors.TimeStamper(fmt="%Y-%m-%d %H:%M:%S", utc=False),
+        structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty() and not os.environ.get("NO_COLOR"),
+            exception_formatter=structlog.dev.plain_traceback,
+        ),
+    ]
 
 
 def _drop(*args: Any, **kwargs: Any) -> None:

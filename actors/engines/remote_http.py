@@ -160,6 +160,8 @@ class Server:
     def clean(self, text: object) -> str:
         """A text of the server's or about it, on one line and without the key."""
         line = " ".join(str(text).split())
+        if not line and isinstance(text, Exception):  # a timeout says nothing
+            line = type(text).__name__
         return line if self._key is None else line.replace(self._key, "***")
 
     async def aclose(self) -> None:
@@ -169,7 +171,7 @@ class Server:
     async def _failure(self, response: httpx2.Response) -> tuple[EngineError, float | None]:
         """An answer that is worth another attempt, and the seconds until then that it asks for; raises other ones."""
         status = response.status_code
-        error = read_error(await self._text(response))
+        error = read_error(await self.text(response))
         told = error.message[:2000] or response.reason_phrase
         what = f"{self.url} answered {status}: {told}"
         if status in {401, 403}:
@@ -183,7 +185,7 @@ class Server:
             raise EngineError(what)
         return (PoolBusy if status == 429 else EngineError)(what), _retry_after(response.headers)
 
-    async def _text(self, response: httpx2.Response) -> str:
+    async def text(self, response: httpx2.Response) -> str:
         """The beginning of a response, cleaned: some servers repeat the key that they refuse."""
         body = b""
         try:

@@ -131,19 +131,26 @@ class _Choice(msgspec.Struct):
 
 
 class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
+    cached_tokens: int | float | None = None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    """What a server counts; null where it doesn't, and some write whole numbers as fractions."""
+
+    prompt_tokens: int | float | None = None
+    completion_tokens: int | float | None = None
     prompt_tokens_details: _Details | None = None
+
+    def counted(self) -> Usage:
+        details = self.prompt_tokens_details
+        cached = details.cached_tokens if details else None
+        return Usage(int(self.prompt_tokens or 0), int(self.completion_tokens or 0), int(cached or 0))
 
 
 class Chunk(msgspec.Struct):
     """One event of a streamed answer."""
 
-    choices: list[_Choice] = []
+    choices: list[_Choice] | None = None
     usage: _Usage | None = None
     error: Any = None
 
@@ -174,11 +181,9 @@ class Answer:
         :raises EOFError: the server gave up on it.
         """
         if chunk.usage is not None:
-            details = chunk.usage.prompt_tokens_details
-            cached = (details.cached_tokens if details else None) or 0
-            self._usage = Usage(chunk.usage.prompt_tokens, chunk.usage.completion_tokens, cached)
+            self._usage = chunk.usage.counted()
         ready: list[Delta] = []
-        for choice in chunk.choices:
+        for choice in chunk.choices or ():
             delta = _delta(choice)
             if delta.finish_reason is not None:
                 self._open.discard(choice.index)
@@ -217,7 +222,7 @@ def embedding_of(body: bytes) -> Delta:
         packed = base64.b64decode(data, validate=True) if isinstance(data, str) else _packed(data)
     except (msgspec.MsgspecError, ValueError) as exc:
         raise EngineError(f"the server's answer is no embedding: {exc}") from exc
-    return Delta(usage=Usage(answer.usage.prompt_tokens if answer.usage else 0, 0), embedding=packed)
+    return Delta(usage=answer.usage.counted() if answer.usage else Usage(0, 0), embedding=packed)
 
 
 def _packed(vector: list[float]) -> bytes:

@@ -15,7 +15,7 @@ import msgspec
 from actors.hosts.call_chain import CHAIN, Chain, Turn, enter, refuse_cycle
 from actors.hosts.turns import Turns
 from arun.channel.extensions import unpack
-from arun.errors import MailboxFull, MisuseError, PayloadError
+from arun.errors import MailboxFull, MisuseError
 from arun.runtime import Background, Runtime
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class _Callee:
         for name, raw in named.items():
             try:
                 values[name] = self._decoders[name].decode(raw)
-            except (msgspec.ValidationError, PayloadError) as exc:
+            except Exception as exc:  # a type's own __post_init__ may raise anything
                 raise MisuseError(f"{self._method.label}: its argument {name} is wrong: {exc}") from exc
         if self._by_name:
             return (), values, chain

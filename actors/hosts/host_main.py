@@ -115,7 +115,10 @@ async def _serve(order: HostOrder, leash: int) -> None:
     )
     server = await serve_unix(host.handle, path=order.path, token=order.token)
     health.wait_listening()
-    os.write(order.status_fd, b"listening\n")
+    try:
+        os.write(order.status_fd, b"listening\n")
+    except BrokenPipeError:  # the owner has given up meanwhile
+        sys.exit(1)
     os.close(order.status_fd)
     host.begin(server.aclose)
     try:

@@ -10,6 +10,7 @@ from actors.finish import finish
 from actors.hosts.health import HEALTH, Vitals
 from actors.hosts.host import START
 from actors.members.lives import ActorHealth
+from actors.members.patience import within
 from arun.errors import ChannelLost, ProtocolError
 from arun.logs import get_logger
 from arun.runtime import Background, Runtime
@@ -183,15 +184,16 @@ class Generation:
 
     async def _vitals(self, patience: float) -> Vitals | None:
         """What its health thread tells within so many seconds."""
-        with anyio.move_on_after(patience):
-            try:
-                if self._health is None or self._health.closed:
-                    self._health = await self.body.connect_health()
-                vitals: Vitals = await self._health.call(HEALTH, result_type=Vitals)
-            except ChannelLost:
-                return None
-            return vitals
-        return None
+        try:
+            return await within(patience, self._ask_health)
+        except (ChannelLost, TimeoutError):
+            return None
+
+    async def _ask_health(self) -> Vitals:
+        if self._health is None or self._health.closed:
+            self._health = await self.body.connect_health()
+        vitals: Vitals = await self._health.call(HEALTH, result_type=Vitals)
+        return vitals
 
     async def _watch_health(self) -> None:
         heard = anyio.current_time()

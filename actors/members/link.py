@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import anyio
 
 from actors.hosts.call_chain import CHAIN, current_chain
-from arun.errors import ActorDied, ChannelLost, MailboxFull
+from arun.channel import Limits
+from arun.errors import ActorDied, ChannelLost, MailboxFull, StreamRefused
 
 if TYPE_CHECKING:
     from actors.interface import Interface, Method
@@ -104,6 +105,8 @@ class Link:
             try:
                 if not connection.closed:
                     return await connection.call(method.name, arguments, result_type=method.item_type)
+            except StreamRefused:
+                raise self.crowded() from None  # which tells of limits that an actor's callers can't set
             except ChannelLost as lost:
                 await self.judge(line, connection, lost, may_retry=method.options.idempotent)
             else:
@@ -157,6 +160,14 @@ class Link:
         """The error that tells the end of one generation."""
         number = 0 if line is None else line.number
         return ActorDied(f"the {self.describe(line)} {how}", actor=self.name, reason=how, generation=number)
+
+    def crowded(self) -> MailboxFull:
+        """The error of a message for which the connection has no room."""
+        return MailboxFull(
+            f"as many calls and streams of this program as one connection carries are open at the {self.describe()}, "
+            f"those that wait and those between two items included: {Limits().streams}. Send fewer at a time, or ask "
+            "more actors"
+        )
 
     def describe(self, line: Line | None = None) -> str:
         """Who it is: ``actor 'counter' (Counter, pid 4711)``, from the second generation on with its number."""

@@ -34,6 +34,8 @@ log = get_logger("actors.member")
 class Member:
     """One actor in the roster.
 
+    :ivar tried: set when it is known whether its first generation comes up.
+    :ivar started: whether it did.
     :param launch: makes a body for the next generation.
     :param team: starts it again when it dies; None: nobody does.
     :param grace: seconds that ``on_stop`` gets when a generation is stopped for another's sake.
@@ -57,6 +59,8 @@ class Member:
         self.link = Link(spec.name, spec.interface)
         self.handle = ActorHandle(self.link)
         self.chronicle = Chronicle()
+        self.tried = anyio.Event()
+        self.started = False
         self._launch = launch
         self._grace = grace
         self._vigil = Vigil(silence, spec.interface.options.hung_after)
@@ -80,6 +84,8 @@ class Member:
         :raises Exception: what the constructor or ``on_start`` raised.
         """
         await self._begin()
+        self.started = True
+        self.tried.set()
         if self.team is not None:
             self.team.members.append(self)
         self.chronicle.add(ActorStarted(actor=self.spec.name, generation=1, pid=self.link.latest.pid))  # type: ignore[union-attr]  # begun
@@ -203,6 +209,7 @@ class Member:
         first = self.link.gone is None
         if first:
             self.link.end("was stopped")
+        self.tried.set()
         if self._attempt is not None:
             self._attempt.cancel()
             await self._attempt.ended()

@@ -60,14 +60,14 @@ class Roster:
         launch: Callable[[ActorSpec], Body],
     ) -> ActorHandle:
         """Start an actor in bodies that ``launch`` makes. See :meth:`actors.cluster.Cluster.spawn`."""
-        if self.closed:
-            raise MisuseError("this cluster is closed, so no actor can be started in it")
+        self._require_open()
         if group is not None and group.released:
             raise MisuseError(f"{group!r} can't take an actor any more; reserve() again")
         if get_if_exists:
-            existing = self._existing(cls, name)
+            existing = await self._existing(cls, name)
             if existing is not None:
                 return existing
+            self._require_open()  # still
         if name is None:
             name = f"{getattr(cls, '__name__', 'actor').lower()}-{next(self._numbers)}"
         if not name or not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
@@ -91,9 +91,9 @@ class Roster:
 
     async def attach(self, spec: ActorSpec, attachment: Attachment) -> ActorHandle:
         """Have an actor here that lives elsewhere, and let go of it where one that lives here would be ended."""
-        if self.closed:
-            raise MisuseError("this cluster is closed; connect() again")
-        if spec.name not in self._members:  # else somebody else was faster
+        if await self.settled(spec.name) is None:  # else somebody else was faster
+            if self.closed:
+                raise MisuseError("this cluster is closed; connect() again")
             member = self._members[spec.name] = Member(
                 spec,
                 attachment.launch,
@@ -169,10 +169,28 @@ class Roster:
         """Whether an actor of this cluster has that name."""
         return name in self._members
 
-    def _existing(self, cls: type, name: str | None) -> ActorHandle | None:
+    async def settled(self, name: str) -> Member | None:
+        """The actor of this cluster that has that name. One that is being started is waited for; it may fail."""
+        while (member := self._members.get(name)) is not None:
+            await member.tried.wait()
+            if member.started:
+                return member
+            await self._remove(member, self._grace)
+        return None
+
+    async def _existing(self, cls: type, name: str | None) -> ActorHandle | None:
         if name is None:
             raise MisuseError("get_if_exists=True needs name=...: only a name can exist already")
-        return self.get(name, cls) if name in self._members else None
+        while (member := await self.settled(name)) is not None:
+            handle = self.get(name, cls)
+            if member.link.gone is None:
+                return handle
+            await self._remove(member, self._grace)  # it has died, and is not started again
+        return None
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise MisuseError("this cluster is closed, so no actor can be started in it")
 
     def _supervision(
         self, restart: RestartPolicy | None, restarts: int | Supervisor | None

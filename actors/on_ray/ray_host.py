@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import signal
+import threading
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import anyio
@@ -86,6 +87,7 @@ async def open_doors(host: Host, token: bytes, tls: TLSConfig | None) -> Doors:
     :param tls: encrypts what goes through them.
     """
     ray = import_ray()
+    _end_with_this_thread()
     address = ray.util.get_node_ip_address()
     health = HealthThread(lambda handler: serve_tcp(handler, token=token, host=address, tls=tls), Health(host.load))
     server = await serve_tcp(host.handle, token=token, host=address, tls=tls)
@@ -117,6 +119,7 @@ class RayHost:
 
     async def listen_over_ray(self) -> Whereabouts:
         """As :meth:`listen`, but to :meth:`down` and :meth:`up` only."""
+        _end_with_this_thread()
         self._host = host = Host(lambda: pickling.loads(self._blob))
         door = RayDoor(host.handle)
         self._doors = {"messages": door, "health": RayDoor(Health(host.load).answer)}
@@ -261,6 +264,21 @@ class RayBody:
             ray.kill(self._actor, no_restart=True)
             return End(how_it_died(str(exc)), abnormal="INTENDED_USER_EXIT" not in str(exc))
         return End("ended", abnormal=False)
+
+
+def _end_with_this_thread() -> None:
+    """End the process when the present thread ends.
+
+    A message that raises SystemExit ends the event loop that it runs on. In Ray that is one thread of several, and
+    without it the process would live on and answer nobody.
+    """
+    event_loop_thread = threading.current_thread()
+
+    def wait() -> None:
+        event_loop_thread.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="actors.end", daemon=True).start()
 
 
 def placed(group: Group) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from arun.errors import (
     MisuseError,
     PoolBusy,
     ReplicaLost,
-    StreamRefused,
 )
 from arun.runtime import Background, Runtime
 
@@ -318,7 +317,7 @@ class AttachedStream:
     def _opened(self) -> ActorStream:
         try:
             stream: ActorStream = self._supervisor.generate(self._request, self._reroute)
-        except StreamRefused as exc:
+        except MailboxFull as exc:
             raise PoolBusy(
                 f"this program has as many requests at pool {self._pool!r} as a connection takes: {exc}"
             ) from exc

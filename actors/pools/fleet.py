@@ -10,6 +10,7 @@ import msgspec
 
 from actors.bundles import Placement
 from actors.engine import EngineActor, EngineInfo, EngineSpec, Pulse
+from actors.members.patience import within
 from arun.errors import ArunError, ChannelLost, MisuseError, PlacementError
 from arun.logs import get_logger
 from arun.runtime import Background, Runtime
@@ -330,8 +331,7 @@ class Fleet:
             signs = actor.pulse(self._options.pulse)
             try:
                 while True:
-                    with anyio.fail_after(self._options.pulse + self._options.watchdog):
-                        pulse: Pulse = await anext(signs)
+                    pulse: Pulse = await within(self._options.pulse + self._options.watchdog, signs.__anext__)
                     heard = True
                     self._events.report(replica, pulse)
             except ChannelLost as exc:  # it goes on where there is another connection

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeAlias, TypeVar
 
 import msgspec
@@ -61,6 +61,9 @@ Payload: TypeAlias = "bytes | Scattered"
 _ENCODER = Encoder()
 # What msgspec raises for bytes that it refuses; the last two are no MsgspecError.
 _REFUSED = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+
+_UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError)  # a PayloadError is a TypeError
+_PATH_CHARS = 200
 
 M = TypeVar("M")
 
@@ -153,7 +156,7 @@ def encode_payload(value: object, what: str, limit: int) -> Payload:
     payload: Payload
     try:
         payload = _ENCODER.encode(value)
-    except (TypeError, ValueError, OverflowError, RecursionError):
+    except _UNENCODABLE:
         payload = _encode_extended(value, what)
     if len(payload) <= INLINE_BYTES:
         return payload
@@ -176,12 +179,43 @@ def _encode_extended(value: object, what: str) -> Payload:
     """Encode what msgspec alone can't: a value that holds extension types."""
     try:
         return encode_scattered(value)
-    except (TypeError, ValueError, OverflowError, RecursionError, PayloadError) as exc:
+    except _UNENCODABLE as exc:
+        where = _culprit(value)
+        at = f", at {where}," if where else ""
         raise PayloadError(
-            f"{what} of type {type(value).__qualname__} can't be sent over a channel: {exc}. Send what msgspec "
+            f"{what} of type {type(value).__qualname__}{at} can't be sent over a channel: {exc}. Send what msgspec "
             "encodes: Structs, dataclasses, dicts, lists, str, bytes, numbers up to 64 bits, datetimes; or numpy "
             "arrays, torch tensors, Arrow tables, and what register_type() was told about"
         ) from exc
+
+
+def _culprit(value: object) -> str:
+    """Where in a value the part is that can't be encoded, as in ``['rows'][3].image``; empty where all of it can't."""
+    path = ""
+    while len(path) < _PATH_CHARS:  # a list may hold itself
+        found = next(((step, part) for step, part in _parts(value) if not _encodes(part)), None)
+        if found is None:
+            break
+        path, value = path + found[0], found[1]
+    return path
+
+
+def _parts(value: Any) -> Iterator[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        yield from ((f"[{key!r:.60}]", part) for key, part in value.items())
+    elif isinstance(value, list | tuple):
+        yield from ((f"[{number}]", part) for number, part in enumerate(value))
+    else:
+        names = getattr(value, "__struct_fields__", ()) or getattr(value, "__dataclass_fields__", ())
+        yield from ((f".{name}", getattr(value, name, None)) for name in names)
+
+
+def _encodes(value: object) -> bool:
+    try:
+        encode_scattered(value)
+    except _UNENCODABLE:
+        return False
+    return True
 
 
 class PayloadDecoder(Generic[M]):
@@ -203,14 +237,14 @@ class PayloadDecoder(Generic[M]):
         """
         try:
             return self._one.decode(payload)
-        except _REFUSED as exc:
+        except Exception as exc:  # a type's own __post_init__ may raise anything
             raise PayloadError(f"{what} is not of the declared type {self._one.type!r}: {exc}") from exc
 
     def decode_many(self, payloads: msgspec.Raw) -> tuple[list[M], PayloadError | None]:
         """Decode an array of payloads up to the first that is not of the declared type, and tell its error."""
         try:
             return self._many.decode(payloads), None
-        except (*_REFUSED, PayloadError):
+        except Exception:  # noqa: BLE001, S110  # as above; told for the first item that is refused
             pass
         items: list[M] = []
         try:

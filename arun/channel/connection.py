@@ -177,9 +177,9 @@ class Connection:
         self.close_soon()
         await self.wait_closed()
 
-    def close_soon(self) -> None:
+    def close_soon(self, reason: str = "this side closed the connection") -> None:
         """Begin what ``aclose()`` does, without waiting."""
-        self._end("this side closed the connection")
+        self._end(reason)
 
     async def wait_closed(self) -> None:
         """Wait until the connection has ended, for whatever reason, and its handlers have cleaned up."""

@@ -5,7 +5,8 @@ memory, at a multiple of 64 bytes from the payload's beginning. The sender never
 which stays in pieces until they are written; the receiver's value is a view of the bytes that arrived.
 
 numpy arrays, torch tensors and Arrow tables and record batches are known; nothing of theirs is imported before one of
-them is sent or has arrived. :func:`register_type` adds others.
+them is sent or has arrived. numpy's numbers, which the mean of an array is, go as Python's.
+:func:`register_type` adds others.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import functools
 import importlib
 import secrets
 import struct
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -158,10 +160,15 @@ def unpack(code: int, data: memoryview) -> Any:
         ) from exc
 
 
-def _pack(found: list[tuple[bytes, Buffers]], token: bytes, value: object) -> Ext:
+def _pack(found: list[tuple[bytes, Buffers]], token: bytes, value: Any) -> object:
     cls = type(value)
     known = _known(_by_class, cls, f"{cls.__module__}.{cls.__qualname__}")
     if known is None:
+        numpy: Any = sys.modules.get("numpy")
+        if numpy is not None and isinstance(value, numpy.generic) and value.dtype.kind in "biuf":
+            number: object = value.item()
+            if type(number) is not cls:  # a longdouble is its own
+                return number
         raise TypeError(f"Encoding objects of type {cls.__qualname__} is unsupported")
     described, buffers = known.pack(value)
     found.append((msgspec.msgpack.encode((known.name, described)), buffers))

@@ -7,11 +7,14 @@ Only types registered here are ever made from a name that a peer sent; any other
 from __future__ import annotations
 
 import traceback
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from arun import errors
 from arun.channel.messages import Fail
 from arun.errors import ArunError, MissingExtraError, MisuseError, RemoteError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ("describe", "rebuild", "register_error")
 
@@ -19,6 +22,8 @@ _TEXT_CHARS = 16_384
 _NAME_CHARS = 512
 # Innermost frames that are sent of a traceback.
 _FRAMES = 64
+# Errors of a group that are told in its message; the traceback has more.
+_PARTS = 8
 
 E = TypeVar("E", bound="type[Exception]")
 
@@ -53,7 +58,7 @@ def describe(stream: int, error: BaseException) -> Fail:
         kind, remote = _name(type(error)), ""
         message = _message(error)
     trace = f"{remote}\n{''.join(traceback.format_exception(error, limit=-_FRAMES))}".strip()
-    return Fail(stream, _clean(kind[:_NAME_CHARS]), _clean(message[:_TEXT_CHARS]), _clean(trace[-_TEXT_CHARS:]))
+    return Fail(stream, _clean(kind[:_NAME_CHARS]), _clean(message), _clean(trace[-_TEXT_CHARS:]))
 
 
 def rebuild(fail: Fail, peer: str, method: str) -> Exception:
@@ -68,13 +73,30 @@ def rebuild(fail: Fail, peer: str, method: str) -> Exception:
 
 
 def _message(error: BaseException) -> str:
-    only = error.args[0] if len(error.args) == 1 else None
-    if isinstance(only, str):
-        return only  # str(KeyError("a")) has quotes
     try:
-        return str(error)
-    except Exception as exc:  # noqa: BLE001  # the user's __str__; without a message the opener would wait for ever
-        return f"(its __str__ raised {type(exc).__qualname__})"
+        only = error.args[0] if len(error.args) == 1 else None
+        message = only if isinstance(only, str) else str(error)  # str(KeyError("a")) has quotes
+    except Exception as exc:  # noqa: BLE001  # the user's own; without a message the opener would wait for ever
+        return f"(its text can't be had: that raises {type(exc).__qualname__})"
+    if isinstance(error, BaseExceptionGroup):
+        message = f"{message}: {'; '.join(_parts(error))}"
+    return message[:_TEXT_CHARS]
+
+
+def _parts(group: BaseExceptionGroup[BaseException]) -> Iterator[str]:
+    """The errors in a group and in the groups in it, as text; no more than a message has room for."""
+    left: list[BaseException] = [group]
+    told = 0
+    while left:
+        part = left.pop()
+        if isinstance(part, BaseExceptionGroup):
+            left += reversed(part.exceptions)
+        elif told == _PARTS:
+            yield "..."
+            return
+        else:
+            told += 1
+            yield f"{_name(type(part))}: {_message(part)}"
 
 
 def _name(cls: type[BaseException]) -> str:

@@ -103,7 +103,11 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
     except Exception as exc:  # noqa: BLE001  # a handler may raise anything; the opener is told
         error = exc
     except BaseException as exc:
-        error = ArunError(f"the handler of {outbound.method!r} was cancelled: {exc!r}")
+        if isinstance(exc, (SystemExit, KeyboardInterrupt)) or _cancelled_for_good(exc):
+            # The event loop ends, most likely with its process: what the peer has open here is lost, it has not failed.
+            connection.close_soon(f"the event loop of the handler of {outbound.method!r} is ending: {exc!r}")
+        else:
+            error = ArunError(f"the handler of {outbound.method!r} raised {exc!r}")
         raise
     finally:
         if iterator is not None:
@@ -116,6 +120,14 @@ async def serve(connection: Connection, outbound: Outbound, handler: Handler, pa
                 "handler.failed", peer=connection.peer, method=outbound.method, kind=message.kind, error=message.message
             )
         connection.finish(outbound, message)
+
+
+def _cancelled_for_good(exc: BaseException) -> bool:
+    """Whether the present task is cancelled; a handler may also raise the error of another one, which it awaited."""
+    if isinstance(exc, asyncio.CancelledError):
+        task = asyncio.current_task()
+        return task is not None and task.cancelling() > 0
+    return isinstance(exc, anyio.get_cancelled_exc_class())
 
 
 async def _send_all(connection: Connection, outbound: Outbound, iterator: AsyncIterator[object]) -> None:

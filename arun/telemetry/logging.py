@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+from arun.logs import discreet_processors
+
 __all__ = ("configure_logging", "configure_logging_as_parent")
 
 _VARIABLE = "ARUN_LOG"
@@ -26,6 +28,7 @@ def configure_logging(level: str = "info") -> None:
     import structlog
 
     structlog.configure(
+        processors=None if structlog.is_configured() else discreet_processors(),
         wrapper_class=structlog.make_filtering_bound_logger(number),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import anyio
 import msgspec
@@ -101,6 +101,15 @@ class Counter:
 @actor(concurrency=3)
 class Wide(Counter):
     """Takes three messages at a time."""
+
+    async def await_cancelled(self) -> None:
+        task = asyncio.create_task(asyncio.sleep(3600))
+        task.cancel()
+        await task
+
+    async def leave(self) -> NoReturn:
+        """End the process, as an interpreter ends."""
+        raise SystemExit(4)
 
     async def hang(self) -> None:
         """Wait until cancelled, and write that down."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from actors.bundles import Placement
-from arun.errors import ActorDied, ActorNotFound, ChannelLost, MisuseError, PlacementError, RemoteError
+from arun.errors import ActorDied, ActorNotFound, ArunError, ChannelLost, MisuseError, PlacementError, RemoteError
 from tests.actors.arrays import Arrays
 from tests.actors.conftest import make_cluster
 from tests.actors.fragile import Fragile
@@ -106,6 +106,13 @@ async def test_an_error_arrives_as_itself_with_the_actors_traceback(cluster: Clu
         await counter.raise_unheard()
     assert unheard.value.kind.endswith("Unheard")
     assert await counter.incr() == 1
+
+
+async def test_a_method_may_raise_the_cancellation_of_a_task_that_it_awaits(cluster: Cluster) -> None:
+    wide = await cluster.spawn(Wide)
+    with pytest.raises(ArunError, match="'await_cancelled' raised CancelledError"):
+        await wide.await_cancelled()
+    assert await wide.incr() == 1
 
 
 async def test_a_cancelled_call_is_cancelled_in_the_actor(cluster: Cluster) -> None:
@@ -338,6 +345,19 @@ async def test_an_actor_has_a_process_and_an_environment_of_its_own(cluster: Clu
     assert len({os.getpid(), await one.pid(), await two.pid()}) == 3
     assert await one.environ("ARUN_TEST") == "one"
     assert await two.environ("ARUN_TEST") is None
+
+
+@needs_process
+async def test_an_actor_that_ends_itself_fails_its_open_calls_with_actor_died(cluster: Cluster) -> None:
+    wide = await cluster.spawn(Wide)
+    waiting = asyncio.create_task(wide.hang())
+    await noted(wide, "hanging")
+    with pytest.raises(ActorDied):
+        await wide.leave()
+    with pytest.raises(ActorDied):
+        await waiting
+    with pytest.raises(ActorDied):
+        await wide.incr()
 
 
 @needs_process

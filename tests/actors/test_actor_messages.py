@@ -13,6 +13,7 @@ from actors.local_cluster import LocalCluster
 from actors.members.lives import ActorStarted, ActorStopped
 from arun.errors import ActorDied, MailboxFull, MisuseError
 from tests.actors.fragile import Caller, Fragile, Narrow
+from tests.actors.samples import Counter
 from tests.actors.test_supervised_actors import exists
 
 if TYPE_CHECKING:
@@ -54,6 +55,18 @@ async def test_a_timeout_around_a_call_cancels_it_in_the_actor(cluster: Cluster,
 
 
 # Mailboxes
+
+
+async def test_what_a_connection_has_no_room_for_is_refused_like_by_a_full_mailbox(cluster: Cluster) -> None:
+    counter = await cluster.spawn(Counter)
+    watching = [counter.watch() for _ in range(1024)]
+    with pytest.raises(MailboxFull, match=r"open at the actor 'counter-1' .*: 1024\. Send fewer at a time"):
+        counter.watch()
+    with pytest.raises(MailboxFull, match="ask more actors"):
+        await counter.incr()
+    for stream in watching:
+        await stream.aclose()
+    assert await counter.incr() == 1
 
 
 async def test_a_full_mailbox_refuses_the_next_message_and_tells_its_size(cluster: Cluster, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import anyio
 import pytest
 
 from actors.actor import link_of
@@ -291,3 +292,41 @@ async def test_an_existing_actor_is_had_by_its_name(cluster: Cluster, tmp_path: 
         await cluster.spawn(Impatient, str(tmp_path), name="only", get_if_exists=True)
     with pytest.raises(ActorNotFound):
         await cluster.stop("other")
+
+
+async def test_a_name_that_is_being_started_is_waited_for(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "hold").touch()
+    first = asyncio.create_task(cluster.spawn(Fragile, str(tmp_path), name="only"))
+    while not cluster.list():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    second = asyncio.create_task(cluster.spawn(Fragile, str(tmp_path), name="only", get_if_exists=True))
+    third = asyncio.create_task(cluster.get("only", Fragile))
+    await anyio.wait_all_tasks_blocked()
+    assert not second.done()
+    assert not third.done()
+    (tmp_path / "hold").unlink()
+    assert await first is await second is await third
+
+
+async def test_who_waits_for_another_s_start_starts_the_actor_when_that_one_is_cancelled(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "hold").touch()
+    asked = [asyncio.create_task(cluster.spawn(Fragile, str(tmp_path), name="only", get_if_exists=True))
+             for _ in range(3)]  # fmt: skip
+    while not cluster.list():  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    asked[0].cancel()
+    await asyncio.wait(asked[:1])
+    (tmp_path / "hold").unlink()
+    one, other = await asyncio.gather(*asked[1:])
+    assert one is other
+    assert await one.incr() == 1
+
+
+async def test_a_name_whose_actor_has_died_is_free_for_the_next(cluster: Cluster, tmp_path: Path) -> None:
+    actor = await cluster.spawn(Fragile, str(tmp_path), name="only")
+    await killed(cluster, actor)
+    again = await cluster.spawn(Fragile, str(tmp_path), name="only", get_if_exists=True)
+    assert again is not actor
+    assert await again.incr() == 1

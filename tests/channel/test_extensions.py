@@ -112,6 +112,16 @@ async def test_what_is_sent_arrives_equal(link, name):
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(1.5), np.int64(3), np.uint8(4), np.bool_(True)])
+async def test_a_number_of_numpy_s_arrives_as_one_of_python_s(link, number):
+    async def mean(method, payload):
+        yield {"mean": number}
+
+    arrived = (await (await link(mean)).call("mean"))["mean"]
+    assert arrived == number
+    assert type(arrived) is type(number.item())
+
+
 async def test_arrays_lie_in_structs_beside_other_values(link):
     sent = Embedded("a", np.arange(LARGE), {"b": np.arange(3), "c": np.ones(LARGE)})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 from contextlib import aclosing
 
@@ -98,6 +99,25 @@ async def test_an_item_of_another_type_is_refused_and_cancels_the_stream(link):
     assert endless.running == 0
 
 
+class Picky(msgspec.Struct):
+    number: int
+
+    def __post_init__(self):
+        if self.number == 2:
+            raise KeyError("not two")
+
+
+async def test_an_item_that_its_own_type_refuses_comes_after_those_before_it(link):
+    async def handler(method, payload):
+        for number in range(4):
+            yield {"number": number}
+
+    stream = (await link(handler)).open("count", item_type=Picky)
+    assert [(await anext(stream)).number for _ in range(2)] == [0, 1]
+    with pytest.raises(PayloadError, match="not two"):
+        await anext(stream)
+
+
 async def test_call_returns_the_one_item(link):
     async def add(method, payload):
         yield sum(msgspec.msgpack.decode(payload, type=list[int]))
@@ -118,6 +138,28 @@ async def test_a_payload_that_cannot_be_encoded_is_refused_at_open(link):
     with pytest.raises(PayloadError, match="payload of 'count' of type object can't be sent"):
         connection.open("count", object())
     assert await connection.call("count", 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("payload", "where"),
+    [
+        ({"a": 1, "rows": [1, Point(1, range(3))]}, "['rows'][1].y"),
+        ([[2**70]], "[0][0]"),
+        ({"text": ("fine", "\ud800")}, "['text'][1]"),
+        ({"there": {2j}}, "['there']"),
+    ],
+)
+async def test_the_part_of_a_payload_that_cannot_be_encoded_is_named(link, payload, where):
+    connection = await link(count_to)
+    with pytest.raises(PayloadError, match=re.escape(f", at {where}, can't be sent")):
+        connection.open("count", payload)
+
+
+async def test_a_payload_that_holds_itself_is_refused(link):
+    payload = []
+    payload.append(payload)
+    with pytest.raises(PayloadError, match="can't be sent"):
+        (await link(count_to)).open("count", payload)
 
 
 async def test_an_item_that_cannot_be_encoded_fails_the_stream_naming_the_type(link):
@@ -491,17 +533,49 @@ async def test_any_other_error_arrives_as_remote_error(link):
     assert "in handler" in caught.value.remote_traceback
 
 
-async def test_an_error_that_cannot_even_say_its_message_arrives(link):
-    class Broken(Exception):
-        def __str__(self):
-            raise ValueError
+class Wordless(Exception):
+    def __str__(self):
+        raise ValueError
 
+
+class Closed(Exception):
+    @property
+    def args(self):
+        raise ValueError
+
+
+@pytest.mark.parametrize("error", [Wordless(1, 2), Closed()], ids=["its text", "its arguments"])
+async def test_an_error_that_cannot_even_say_its_message_arrives(link, error):
     async def handler(method, payload):
-        raise Broken(1, 2)
+        raise error
         yield
 
     connection = await link(handler)
-    with pytest.raises(RemoteError, match=r"Broken: \(its __str__ raised ValueError\)"):
+    with pytest.raises(RemoteError, match=r": \(its text can't be had: that raises ValueError\)"):
+        await connection.call("fail")
+
+
+async def test_a_group_of_errors_names_those_that_are_in_it(link):
+    async def handler(method, payload):
+        raise ExceptionGroup(
+            "several", [ValueError("one"), ExceptionGroup("in it", [Unknown("two"), KeyError("three")])]
+        )
+        yield
+
+    connection = await link(handler)
+    with pytest.raises(RemoteError) as caught:
+        await connection.call("fail")
+    assert "builtins.ValueError: one; " in str(caught.value)
+    assert "Unknown: two; builtins.KeyError: three" in str(caught.value)
+
+
+async def test_of_a_large_group_the_first_errors_are_named(link):
+    async def handler(method, payload):
+        raise ExceptionGroup("many", [ExceptionGroup("each", [ValueError(str(n))]) for n in range(1000)])
+        yield
+
+    connection = await link(handler)
+    with pytest.raises(RemoteError, match=r"ValueError: 0; .*ValueError: 7; \.\.\."):
         await connection.call("fail")
 
 

@@ -68,6 +68,14 @@ def test_an_unknown_sampling_parameter_is_refused_with_the_nearest_name():
         Sampling.of({"temprature": 1.0})
 
 
+@pytest.mark.parametrize(
+    ("name", "ours"), [("max_completion_tokens", "max_tokens"), ("response_format", "structured_outputs")]
+)
+def test_what_others_call_a_parameter_is_answered_with_its_name_here(name, ours):
+    with pytest.raises(RequestError, match=f"{name!r}; did you mean {ours!r}"):
+        Sampling.of({name: 1})
+
+
 @pytest.mark.parametrize("options", [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 2}, {"stop": 3}, {"seed": "x"}])
 def test_a_sampling_value_out_of_range_is_refused_with_its_name(options):
     with pytest.raises(RequestError, match=next(iter(options))):

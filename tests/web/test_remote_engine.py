@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 import structlog
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from actors import (
     Completion,
@@ -25,6 +25,7 @@ from actors import (
     RemoteEngine,
     Reset,
     Sampling,
+    Usage,
 )
 from actors.requests import to_request
 from arun.errors import EngineError, MissingExtraError, MisuseError, PoolBusy, ReplicaLost, RequestError
@@ -231,17 +232,30 @@ async def test_a_server_that_tells_no_usage_is_taken_as_it_is(engine_at: Remote)
     assert (await ask(engine))[-1].usage is not None
 
 
+@pytest.mark.parametrize(
+    "usage", ["null", '{"prompt_tokens": null}', '{"prompt_tokens": 3.0, "completion_tokens": 0}', "{}"]
+)
+async def test_what_a_server_tells_of_the_usage_breaks_no_answer(engine_at: Remote, usage: str) -> None:
+    last = f'{{"choices": null, "usage": {usage}}}'
+    deltas = await ask(await engine_at(Scripted(events(WORD, STOP, last, " [DONE] "))))
+    assert "".join(delta.text for delta in deltas) == "Hi"
+    assert deltas[-1].usage in {Usage(0, 0), Usage(3, 0)}
+
+
 async def test_what_is_no_answer_is_told(engine_at: Remote) -> None:
-    engine = await engine_at(Scripted(events("{"), text(200, "<html>"), text(200, "<html>")), attempts=2)
+    server = Scripted(events("{"), text(200, "<html>"))
+    engine = await engine_at(server)
     with pytest.raises(EngineError, match="no chunk of an answer"):
         await ask(engine)
-    with pytest.raises(EngineError, match=r"text/event-stream"):
+    with pytest.raises(EngineError, match=r"asked for a stream and answered with none: <html>"):
         await ask(engine)
+    assert len(server.seen) == 2
 
 
-async def test_an_error_in_the_middle_of_a_stream_is_told(engine_at: Remote) -> None:
+@pytest.mark.parametrize("gone", ['{"error": {"message": "the GPU is gone"}}', "the GPU is gone\nevent: error"])
+async def test_an_error_in_the_middle_of_a_stream_is_told(engine_at: Remote, gone: str) -> None:
     refused = '{"error": {"message": "too long", "type": "invalid_request_error"}}'
-    engine = await engine_at(Scripted(events(WORD, '{"error": {"message": "the GPU is gone"}}'), events(refused)))
+    engine = await engine_at(Scripted(events(WORD, gone), events(refused)))
     with pytest.raises(EngineError, match="broke off its answer: the GPU is gone"):
         await ask(engine)
     with pytest.raises(RequestError, match="too long"):
@@ -309,6 +323,19 @@ async def test_a_server_that_does_not_answer_fails_that_request(engine_at: Remot
         await ask(engine)
 
 
+async def test_a_server_that_falls_silent_is_told_as_what_it_is(engine_at: Remote) -> None:
+    async def silent(request: Request) -> Response:
+        async def stream() -> AsyncIterator[str]:
+            yield f"data: {WORD}\n\n"
+            await disconnected(request.receive)
+
+        return StreamingResponse(stream(), media_type="text/event-stream")
+
+    engine = await engine_at(Scripted(silent), timeout=0.2)
+    with pytest.raises(ReplicaLost, match=r"broke off after 1 deltas: ReadTimeout\. "):
+        await ask(engine)
+
+
 async def test_a_server_that_is_not_there_is_told_at_the_start() -> None:
     engine = RemoteEngine(spec_of("http://127.0.0.1:9", attempts=2, max_wait=0.01))
     with pytest.raises(EngineError, match=r"http://127\.0\.0\.1:9/v1 can't be reached.*attempt 2 of 2"):
@@ -340,7 +367,7 @@ async def test_the_key_is_sent_and_never_shown(engine_at: Remote, monkeypatch: p
     shown = [repr(engine), repr(engine._spec), str(vars(engine)), repr(logs)]
     trace = caught.value.__traceback__
     while trace is not None:
-        if "/actors/" in trace.tb_frame.f_code.co_filename:  # what tools that show local variables would show
+        if trace.tb_frame.f_code.co_filename != __file__:  # what tools that show local variables would show
             shown += map(repr, trace.tb_frame.f_locals.values())
         trace = trace.tb_next
     assert len(shown) > 10
