@@ -183,7 +183,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
 
     @classmethod
     def of(cls, options: Mapping[str, object]) -> Sampling:
-        """Check options given by name; those that are None count as not given.
+        """Check options given by name; those that are None count as not given, but for ``max_tokens``.
 
         :raises RequestError: an unknown name (the message has the nearest known one) or a value out of range.
         """
@@ -193,6 +193,10 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
                 near = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
                 raise RequestError(f"there is no sampling parameter {name!r}; {hint}")
+        if options.get("max_tokens", 1) is None:
+            raise RequestError(
+                "max_tokens=None: every request has a limit; say how many tokens, or leave it out for 16"
+            )
         given = {name: value for name, value in options.items() if value is not None}
         if "structured_outputs" in given:
             given["structured_outputs"] = _to_structured_outputs(given["structured_outputs"])
