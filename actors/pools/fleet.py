@@ -38,6 +38,7 @@ ReplicaState = Literal[
 ]
 
 _HEADROOM = 16  # messages besides requests that an engine's actor takes at a time
+_UNHEARD = 2  # connections in a row without a sign of life until a replica is lost: one may be cut before the first
 
 
 class FleetOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -325,14 +326,14 @@ class Fleet:
     async def _last_sign(self, replica: Replica) -> str:
         """Report a replica's signs of life until they end; tells why they did."""
         assert self._events is not None  # report_to() was first
-        actor, cause, heard = replica.actor, "its signs of life ended", True
-        while heard:
-            heard = False
+        actor, cause, unheard = replica.actor, "its signs of life ended", 0
+        while unheard < _UNHEARD:
+            unheard += 1
             signs = actor.pulse(self._options.pulse)
             try:
                 while True:
                     pulse: Pulse = await within(self._options.pulse + self._options.watchdog, signs.__anext__)
-                    heard = True
+                    unheard = 0
                     self._events.report(replica, pulse)
             except ChannelLost as exc:  # it goes on where there is another connection
                 cause = str(exc)

@@ -7,9 +7,11 @@ import os
 import signal
 
 import anyio
+import msgspec
 import pytest
 
 from actors import Reset
+from actors.echo_engine import EchoEngine
 from actors.engine import EngineSpec, Usage
 from actors.local_cluster import LocalCluster
 from actors.members.supervision import Backoff, Supervisor
@@ -109,6 +111,31 @@ async def test_answers_go_on_over_another_connection_to_the_same_replica():
         stats = pool.stats()
         assert (stats.reroutes, stats.restarts, stats.quarantined, stats.replicas[0].lost) == (1, 0, 0, 3)
         assert (stats.replicas[0].pid, stats.replicas[0].state) == (pid, "ready")
+
+
+class Shy(EchoEngine):
+    """Its first health check has no end; its load tells how many there were."""
+
+    checks = 0
+
+    async def check_health(self):
+        self.checks += 1
+        if self.checks == 1:
+            await anyio.sleep_forever()
+
+    def load(self):
+        return msgspec.structs.replace(super().load(), failed=self.checks)
+
+
+async def test_a_connection_that_breaks_before_the_first_sign_of_life_is_no_loss():
+    async with open_pool_that_may_be_cut(EngineSpec(model="echo", engine=Shy)) as (pool, cut_it):
+        for checks in 1, 2:
+            while [info.load.failed for info in await pool.info()] != [checks]:
+                pass
+            if checks == 1:
+                cut_it()
+        assert (await pool.complete("a b")).text == "a b"
+        assert pool.stats().restarts == 0
 
 
 async def test_a_request_under_which_one_connection_after_the_other_breaks_is_given_up():
