@@ -76,7 +76,7 @@ def _guard(raylet: str, pids: list[int]) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGKILL)
         quiet = 0 if workers else quiet + 1
-        time.sleep(_QUIET_SECONDS)
+        time.sleep(_QUIET_SECONDS)  # the kernel tells nobody of the processes of others
 
 
 def _starting_workers(raylet: str) -> list[int]:

@@ -244,7 +244,7 @@ class PayloadDecoder(Generic[M]):
         """Decode an array of payloads up to the first that is not of the declared type, and tell its error."""
         try:
             return self._many.decode(payloads), None
-        except Exception:  # noqa: BLE001, S110  # as above; told for the first item that is refused
+        except Exception:  # noqa: BLE001, S110  # a type may raise anything; told below, for the item
             pass
         items: list[M] = []
         try:

@@ -122,6 +122,7 @@ async def test_a_number_of_numpy_s_arrives_as_one_of_python_s(link, number):
     assert type(arrived) is type(number.item())
 
 
+@pytest.mark.anyio
 async def test_arrays_lie_in_structs_beside_other_values(link):
     sent = Embedded("a", np.arange(LARGE), {"b": np.arange(3), "c": np.ones(LARGE)})
 

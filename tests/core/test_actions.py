@@ -172,7 +172,7 @@ def test_a_function_without_a_state_and_a_name_for_a_list_are_refused() -> None:
     with pytest.raises(MisuseError, match=r"reads=\['prompt'\]"):
         action(reads="prompt", writes=[])
     with pytest.raises(MisuseError, match=r"writes=None; a list of names is meant: writes=\[\]"):
-        action(reads=[], writes=None)  # type: ignore[arg-type]
+        action(reads=[], writes=None)  # type: ignore[arg-type]  # what is refused
 
 
 def test_a_method_is_refused_at_the_decorator() -> None:

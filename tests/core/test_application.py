@@ -245,7 +245,7 @@ def test_a_state_where_the_app_id_belongs_is_refused() -> None:
     app = ApplicationBuilder().with_actions(count).with_state(n=0).build()
     for wrong in (State({"n": 1}), {"n": 1}, 7):
         with pytest.raises(MisuseError, match="it takes a text; fields of the State go by name"):
-            app.session(wrong)  # type: ignore[arg-type]
+            app.session(wrong)  # type: ignore[arg-type]  # what is refused
 
 
 async def test_thousands_of_sessions_run_at_once() -> None:

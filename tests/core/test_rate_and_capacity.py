@@ -118,7 +118,7 @@ def test_options_of_the_wrong_kind_are_refused_where_the_policy_is_made(options:
 def test_a_retry_takes_types_of_errors_or_a_function() -> None:
     for wrong in ([ConnectionError], "ConnectionError"):
         with pytest.raises(TypeError, match="it takes a type of errors, a tuple of such types, or a function"):
-            Retry(on=wrong)  # type: ignore[arg-type]
+            Retry(on=wrong)  # type: ignore[arg-type]  # what is refused
 
 
 async def test_what_is_no_policy_is_refused_where_it_is_given() -> None:

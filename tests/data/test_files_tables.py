@@ -88,7 +88,7 @@ def test_a_delimiter_that_csv_can_not_have_is_refused_at_once(tmp_path: Path, de
 
 def test_a_csv_type_that_is_none_of_arrow_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(MisuseError, match=r"types= says that 'a' is a class, .*; give a type of pyarrow's"):
-        csv_source(tmp_path / "x.csv", types={"a": str})  # type: ignore[dict-item]
+        csv_source(tmp_path / "x.csv", types={"a": str})  # type: ignore[dict-item]  # what is refused
 
 
 def test_bytes_that_csv_can_not_hold_are_refused_by_their_column(tmp_path: Path) -> None:

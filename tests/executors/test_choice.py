@@ -149,7 +149,7 @@ nameless = action(reads=["value"], writes=["out"])(lambda state: state.update(ou
 def test_what_is_no_executor_is_refused_by_the_builder() -> None:
     for wrong in ("thread", ThreadExecutor, concurrent.futures.ThreadPoolExecutor(1)):
         with pytest.raises(MisuseError, match=r"takes an executor, such as ThreadExecutor\(\)"):
-            ApplicationBuilder().with_executor(wrong)  # type: ignore[arg-type]
+            ApplicationBuilder().with_executor(wrong)  # type: ignore[arg-type]  # what is refused
 
 
 def test_a_lambda_is_refused_at_build() -> None:
