@@ -17,10 +17,10 @@ import anyio.to_thread
 from actors.bundles import Group, Placement, Reservation
 from actors.cluster import Cluster, ClusterResources, DetachedOrder, Isolation, NodeResources
 from actors.finish import finish
+from actors.hosts.guards import RayGuard
 from actors.interface import specify
 from actors.on_ray import detached, pickling
 from actors.on_ray.ray_host import RayBody, Way, import_ray
-from actors.on_ray.ray_servers import ServersGuard
 from arun.errors import ActorNotFound, MissingExtraError, MisuseError, PlacementError
 from arun.runtime import Background, Runtime
 
@@ -370,7 +370,7 @@ def _connected(address: str | None, options: Mapping[str, Any]) -> Generator[boo
             )
         started = address in {None, "local"}
         if started:
-            stack.callback(ServersGuard(ray._private.worker._global_node).close)
+            stack.callback(RayGuard(ray._private.worker._global_node).close)
         stack.callback(ray.shutdown)
         yield started
 

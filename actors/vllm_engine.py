@@ -39,7 +39,7 @@ from actors.engines.vllm_start import (
     start_vllm,
     temporary_files_in,
 )
-from actors.hosts.parent_watch import ProcessGuard
+from actors.hosts.guards import EngineGuard
 from actors.models import check_model, resolve_model, stop_making
 from arun.errors import EngineDead, EngineError, MissingExtraError, MisuseError, ModelNotFound
 
@@ -97,7 +97,7 @@ class VLLMEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self._spec = spec
         self._running: Running | None = None
-        self._guard: ProcessGuard | None = None
+        self._guard: EngineGuard | None = None
         self._ids = itertools.count()
         self._tally = Tally()
         self._output = Output()
@@ -113,7 +113,7 @@ class VLLMEngine:
         """
         os.environ.update(self._spec.env)
         self._spec = await resolve_here(self._spec)
-        self._guard = ProcessGuard()
+        self._guard = EngineGuard()
         set_environment(self._spec.model, sockets=self._guard.folder)
         output = self._output
         try:

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from actors.hosts.guards import continue_without_parent
 from actors.hosts.health import Health, HealthThread
 from actors.hosts.host import Host
-from actors.hosts.parent_watch import continue_without_parent
 from actors.on_ray import pickling
 from arun.channel import serve_unix
 from arun.logs import get_logger

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import anyio
 import msgspec
 
+from actors.hosts.guards import continue_without_parent
 from actors.hosts.host import Host
-from actors.hosts.parent_watch import continue_without_parent
 from actors.members.supervision import GiveUp, Restarts, Supervisor
 from actors.on_ray import pickling
 from actors.on_ray.ray_host import Doors, Whereabouts, import_ray, open_doors

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import anyio
 
+from actors.hosts.guards import continue_without_parent
 from actors.hosts.health import Health, HealthThread
 from actors.hosts.host import Host
-from actors.hosts.parent_watch import continue_without_parent
 from actors.members.body import End
 from actors.on_ray import pickling
 from actors.on_ray.ray_wire import RayDoor, connect_over_ray

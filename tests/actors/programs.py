@@ -51,7 +51,9 @@ def parents() -> dict[int, int]:
             # "pid (any name) state parent ...", and the name may have spaces and brackets.
             state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
             command = (process / "cmdline").read_bytes().split(b"\0")
-            guards = [at for at, word in enumerate(command) if word.endswith(b"/parent_watch.py")]
+            guards = [
+                at for at, word in enumerate(command) if word == b"engine" and command[at - 1].endswith(b"/guards.py")
+            ]
             if state != "Z":
                 found[int(process.name)] = int(command[guards[0] + 1]) if guards else int(parent)
     return found

@@ -40,7 +40,7 @@ def test_a_killed_owner_leaves_no_process_no_socket_and_no_shared_memory(owner, 
     assert owner.stdout.readline() == "ready\n"
     processes = descendants(owner.pid)
     assert any("EngineCore" in command for command in processes.commands.values())
-    folder = next(c.split()[-1] for c in processes.commands.values() if "parent_watch" in c)
+    folder = next(c.split()[-1] for c in processes.commands.values() if "/guards.py" in c)
     assert shared_memory() > before
     os.kill(owner.pid, signal.SIGKILL)
     assert processes.wait_gone(timeout=10) == []  # the guard among them, after it has cleaned up

@@ -93,7 +93,7 @@ def marked(folder: Path) -> dict[int, str]:
         with contextlib.suppress(OSError):
             pid, command = int(process.name), command_of(int(process.name))
             inherited = mark in (process / "environ").read_bytes().split(b"\0")
-            guards = "parent_watch.py" in command and f" {folder}/" in command  # guards inherit nothing
+            guards = "/guards.py" in command and f" {folder}/" in command  # guards inherit nothing
             if (inherited or guards) and pid != os.getpid():
                 found[pid] = command
     return found

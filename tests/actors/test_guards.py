@@ -1,4 +1,4 @@
-"""The guard of an engine's processes: it ends what their owner leaves, whoever kills whom."""
+"""What guards end when their owner is gone, whoever kills whom: the processes of an engine, the servers of a Ray."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
+from actors.hosts.guards import RayGuard
 from tests.actors.programs import ENVIRONMENT, ROOT, children, descendants, wait_gone
+
+RAYLET = "/tmp/arun-test/sockets/raylet"  # nothing is there
 
 OWNER = """
 import subprocess, sys
-from actors.hosts.parent_watch import ProcessGuard
+from actors.hosts.guards import EngineGuard
 
-guard = ProcessGuard()
+guard = EngineGuard()
 child = "import subprocess; p = subprocess.Popen(['sleep', '3600']); print('up', flush=True); p.wait()"
 subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE).stdout.readline()
 print(guard.folder, flush=True)
@@ -30,7 +34,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.mark.parametrize("end", ["close", "kill", "kill with children"])
-def test_nothing_is_left_of_what_the_owner_has_started(end: str) -> None:
+def test_nothing_is_left_of_what_the_owner_of_an_engine_has_started(end: str) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", OWNER],
         cwd=ROOT,
@@ -56,3 +60,16 @@ def test_nothing_is_left_of_what_the_owner_has_started(end: str) -> None:
         assert wait_gone(list(started), 10) == []
         assert not os.path.exists(folder)
         owner.kill()
+
+
+def test_a_worker_of_ray_that_has_not_begun_to_work_ends_with_its_raylet_and_no_other_does() -> None:
+    # As Ray starts its workers; a real one is at this point for too short a time to be met.
+    asleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with (
+        subprocess.Popen([*asleep, f"--raylet-name={RAYLET}"]) as worker,
+        subprocess.Popen([*asleep, f"--raylet-name={RAYLET}.1"]) as other,
+    ):
+        RayGuard(SimpleNamespace(all_processes={}, raylet_socket_name=RAYLET)).close()
+        assert worker.wait() == -signal.SIGKILL
+        assert other.poll() is None
+        other.kill()
