@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,24 @@ __all__ = ("AsyncioWire",)
 # Bytes that lie unread before the handshake reads them; more are left in the kernel.
 _UNREAD_BYTES = 2**14
 
+_READ_BYTES = 2**18
 
-class AsyncioWire(asyncio.Protocol):
+
+class _Buffers(threading.local):
+    """Where a thread's event loop reads to, whichever socket it reads: nothing lies there from one reading to the next.
+
+    Without it asyncio allocates these bytes for every reading, and gives most of them back: 20 us that a call takes
+    twice.
+    """
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(_READ_BYTES))
+
+
+_BUFFERS = _Buffers()
+
+
+class AsyncioWire(asyncio.BufferedProtocol):
     """One socket. A :class:`~arun.channel.wire.Wire`; made as the protocol of an asyncio transport."""
 
     def __init__(self) -> None:
@@ -55,7 +72,11 @@ class AsyncioWire(asyncio.Protocol):
             # asyncio does so only for sockets that it made itself.
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return _BUFFERS.view
+
+    def buffer_updated(self, nbytes: int) -> None:
+        data = bytes(_BUFFERS.view[:nbytes])
         if self._carried is not None:
             self._hand_over(data)
             return
