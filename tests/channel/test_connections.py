@@ -480,9 +480,10 @@ async def test_wildcard_addresses_are_refused(runtime, host):
         await serve_tcp(echo, token=TOKEN, host=host)
 
 
-async def test_an_empty_token_is_refused(runtime):
-    with pytest.raises(MisuseError, match="empty token"):
-        await serve_tcp(echo, token=b"")
+@pytest.mark.parametrize(("token", "said"), [(b"", "empty token"), ("secret", "a token is bytes, not str")])
+async def test_what_is_no_token_is_refused(runtime, token, said):
+    with pytest.raises(MisuseError, match=said):
+        await serve_tcp(echo, token=token)
 
 
 async def test_tcp_connections_have_no_delay(runtime):
