@@ -388,7 +388,7 @@ class Application:
         commit = None
         if self._resumable is not None:
             context.ledger = self._resumable.ledger(name)
-            commit = partial(self._resumable.commit, self._sequence_id, name)
+            commit = partial(self._resumable.commit, self._sequence_id, name, self._state)
         owner = Owner(context, checks) if checks is not None else None
         own = self._context.copy()
         failure: BaseException | None = None
