@@ -46,8 +46,13 @@ async def test_an_action_that_returns_the_wrong_kind(wrong: Callable[[], Any], k
     async def step(state: State) -> Any:
         return wrong()
 
-    with pytest.raises(MisuseError, match=f"action 'step' returned {kind}.*{fix}"):
-        await app_of(step).arun()
+    @action(reads=[], writes=[])
+    def threaded(state: State) -> Any:
+        return wrong()
+
+    for one in (step, threaded):
+        with pytest.raises(MisuseError, match=f"action '{one.name}' returned {kind}.*{fix}"):
+            await app_of(one).arun()
 
 
 @pytest.mark.parametrize("operation", ["update", "append"])
