@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from numbers import Number
 from operator import is_
 from types import CoroutineType
 from typing import Any, Final
@@ -75,7 +76,7 @@ class State(Mapping[str, Any]):
 
     # -- operations ------------------------------------------------------------------------------
 
-    def update(self, **values: Any) -> State:
+    def update(self, /, **values: Any) -> State:
         """Set fields.
 
         :raises MisuseError: for a coroutine, which was not awaited.
@@ -85,30 +86,28 @@ class State(Mapping[str, Any]):
                 raise _not_awaited("update", key, value)
         return self._with(values)
 
-    def append(self, **values: Any) -> State:
+    def append(self, /, **values: Any) -> State:
         """Append one value to each named list field; a missing field counts as empty.
 
         :raises ValueError: if a field holds something else than a list.
         :raises MisuseError: for a coroutine, which was not awaited.
         """
-        for key, value in values.items():
-            if type(value) is CoroutineType:
-                raise _not_awaited("append", key, value)
         lists = self._lists(values, "append")
         return self._with({key: [*lists[key], value] for key, value in values.items()}, lists)
 
-    def extend(self, **values: Iterable[Any]) -> State:
+    def extend(self, /, **values: Iterable[Any]) -> State:
         """Append all of several values to each named list field; a missing field counts as empty.
 
         :raises ValueError: if a field holds something else than a list.
+        :raises MisuseError: for a coroutine, which was not awaited.
         """
         lists = self._lists(values, "extend")
         return self._with({key: [*lists[key], *more] for key, more in values.items()}, lists)
 
-    def increment(self, **values: float) -> State:
+    def increment(self, /, **values: float) -> State:
         """Add to each named number field; a missing field counts as 0.
 
-        :raises ValueError: if a field holds something else than a number.
+        :raises ValueError: if a field holds something else than a number, or is to be incremented by something else.
         """
         sums: dict[str, Any] = {}
         for key, by in values.items():
@@ -116,10 +115,10 @@ class State(Mapping[str, Any]):
             try:
                 sums[key] = value + by
             except TypeError:
-                raise ValueError(
-                    f"increment({key}={by!r}): state[{key!r}] is non-integer, it holds a {type(value).__name__}; "
-                    "increment() needs numbers"
-                ) from None
+                wrong = f"state[{key!r}] is non-integer, it holds a {type(value).__name__}"
+                if isinstance(value, Number):
+                    wrong = f"it is given a {type(by).__name__}"
+                raise ValueError(f"increment({key}={by!r}): {wrong}; increment() needs numbers") from None
         return self._with(sums)
 
     def wipe(self, delete: Collection[str] | None = None, keep: Collection[str] | None = None) -> State:
@@ -129,7 +128,11 @@ class State(Mapping[str, Any]):
         is as good as the others.
 
         :raises ValueError: if both are given.
+        :raises MisuseError: for a text, where a list of keys is meant.
         """
+        for what, keys in (("delete", delete), ("keep", keep)):
+            if isinstance(keys, str):
+                raise MisuseError(f"wipe({what}={keys!r}): a list of keys is meant: wipe({what}=[{keys!r}])")
         if delete is not None and keep is not None:
             raise ValueError("wipe() takes either delete or keep, not both")
         declared = self._scope.readable if self._scope is not None else frozenset[str]()
@@ -327,9 +330,12 @@ class State(Mapping[str, Any]):
         value = self._overlay.get(key, _MISSING)
         return self._base.get(key, _MISSING) if value is _MISSING else value
 
-    def _lists(self, keys: Iterable[str], operation: str) -> dict[str, list[Any]]:
+    def _lists(self, more: Mapping[str, Any], operation: str) -> dict[str, list[Any]]:
+        """The lists that are to have more behind."""
         lists: dict[str, list[Any]] = {}
-        for key in keys:
+        for key, added in more.items():
+            if type(added) is CoroutineType:
+                raise _not_awaited(operation, key, added)
             value = lists[key] = self._get(key, [])
             if not isinstance(value, list):
                 raise ValueError(
