@@ -195,8 +195,8 @@ class Application:
     async def arun(
         self,
         *,
-        halt_before: str | Iterable[str] = (),
-        halt_after: str | Iterable[str] = (),
+        halt_before: str | Iterable[str] | None = (),
+        halt_after: str | Iterable[str] | None = (),
         inputs: Mapping[str, Any] | None = None,
     ) -> RunResult:
         """Run until a halt condition holds or no transition leads on. At least one step is run.
@@ -228,8 +228,8 @@ class Application:
     async def aiterate(
         self,
         *,
-        halt_before: str | Iterable[str] = (),
-        halt_after: str | Iterable[str] = (),
+        halt_before: str | Iterable[str] | None = (),
+        halt_after: str | Iterable[str] | None = (),
         inputs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[tuple[Action, Any, State], None]:
         """As :meth:`arun`, yielding ``(action, result, state)`` after each step. Nothing runs between two steps.
@@ -255,8 +255,8 @@ class Application:
     def astream(
         self,
         *,
-        halt_before: str | Iterable[str] = (),
-        halt_after: str | Iterable[str] = (),
+        halt_before: str | Iterable[str] | None = (),
+        halt_after: str | Iterable[str] | None = (),
         inputs: Mapping[str, Any] | None = None,
         deliver: Deliver = "every",
     ) -> RunStream[RunResult]:
@@ -285,8 +285,8 @@ class Application:
     async def _run(
         self,
         run: Run,
-        halt_before: str | Iterable[str],
-        halt_after: str | Iterable[str],
+        halt_before: str | Iterable[str] | None,
+        halt_after: str | Iterable[str] | None,
         inputs: Mapping[str, Any],
         owner: Background[Any] | None = None,
     ) -> RunResult:

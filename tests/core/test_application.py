@@ -67,6 +67,7 @@ async def test_it_runs_until_no_transition_leads_on() -> None:
     [
         ({"halt_after": ["count"]}, "count", {"by": 1}, 1, "count"),
         ({"halt_after": "show"}, "show", "shown", 3, None),
+        ({"halt_before": None, "halt_after": None}, "show", "shown", 3, None),
         ({"halt_after": "@tag:last"}, "show", "shown", 3, None),
         ({"halt_after": ["@tag:work"]}, "count", {"by": 1}, 1, "count"),
         ({"halt_before": ["show"]}, "show", None, 3, "show"),
