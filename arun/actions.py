@@ -396,10 +396,10 @@ def _readable(what: Action, state: State) -> dict[str, Any]:
 async def within(
     capacities: tuple[Capacity, ...], what: Action, execute: Callable[[], Coroutine[Any, Any, Performed]]
 ) -> Performed:
-    """Run an action while holding one unit of each capacity."""
+    """Run an action while holding one unit of each capacity, also of one that several policies above it name."""
     held: list[Capacity] = []
     try:
-        for capacity in capacities:  # outermost first, everywhere: two actions never wait for each other's
+        for capacity in dict.fromkeys(capacities):  # outermost first: two actions never wait for each other's
             await capacity.acquire(f"action {what.display_name!r}")
             held.append(capacity)
         return await execute()
