@@ -27,7 +27,7 @@ class FanOut(Generic[T]):
     """Outcomes of a fan-out as a plain async iterator, made by :func:`fan_out`.
 
     The work belongs to the Runtime and not to the frame that iterates, so this may be used in anybody's generator;
-    it starts with the first item asked for. Leaving it (``aclose()``, ``async with`` or garbage collection) cancels what
+    it starts with the first item asked for. Leaving it (``async with``, ``aclose()``, garbage collection) cancels what
     still runs.
     """
 
