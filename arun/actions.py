@@ -317,6 +317,11 @@ def action(
     refuse_no_lists("@action", reads=reads, writes=writes, tags=tags)
 
     def decorate(function: Callable[..., Any]) -> FunctionAction:
+        if isinstance(function, Action):
+            raise MisuseError(
+                f"@action on {function!r}, which is an action already; bind() and with_name() make others of it, and "
+                "@action on its .function one that declares something else"
+            )
         return FunctionAction(function, reads, writes, tags, blocking=blocking, version=version, hosted=hosted)
 
     return decorate
