@@ -447,9 +447,10 @@ class Application:
 
     def _refuse_busy(self) -> None:
         if self._busy:
+            streamed = "; what runs is an astream(), which `async with` or aclose() ends where its loop is left early"
             raise ApplicationBusyError(
                 f"application {self.uid!r} is running already; one Application runs one step at a time: "
-                "use app.session() for a fresh one per run"
+                f"use app.session() for a fresh one per run{streamed if self._owner is not None else ''}"
             )
 
     def _check_keys(self) -> None:

@@ -223,7 +223,7 @@ async def test_two_runs_of_one_application_are_an_error() -> None:
         group.start_soon(app.arun)
         await entered.wait()
         for run in (app.arun, app.astep):
-            with pytest.raises(ApplicationBusyError, match=r"app.session\(\)"):
+            with pytest.raises(ApplicationBusyError, match=r"app.session\(\) for a fresh one per run$"):
                 await run()
         for change in (lambda: app.update_state(State()), app.reset_to_entrypoint):
             with pytest.raises(ApplicationBusyError):
