@@ -5,6 +5,8 @@ Parallel actions, async reducers with partial results, long-lived engines: see t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from arun.actions import Action, FunctionAction, Input, Result, SingleStepAction, action
 from arun.application import Application, RunResult
 from arun.builder import ApplicationBuilder
@@ -60,6 +62,9 @@ from arun.runtime import Runtime
 from arun.state import State, StateDelta
 from arun.store import MemoryStore, SQLiteStore, Store
 from arun.stream import RunStream
+
+if not TYPE_CHECKING:  # to type checkers, every name would be there
+    from arun.burr import no_such_name as __getattr__  # noqa: F401 - called by Python
 
 __version__ = "0.1.0"
 

@@ -317,6 +317,11 @@ def action(
     refuse_no_lists("@action", reads=reads, writes=writes, tags=tags)
 
     def decorate(function: Callable[..., Any]) -> FunctionAction:
+        if isinstance(function, Action):
+            raise MisuseError(
+                f"@action on {function!r}, which is an action already; bind() and with_name() make others of it, and "
+                "@action on its .function one that declares something else"
+            )
         return FunctionAction(function, reads, writes, tags, blocking=blocking, version=version, hosted=hosted)
 
     return decorate
@@ -396,10 +401,10 @@ def _readable(what: Action, state: State) -> dict[str, Any]:
 async def within(
     capacities: tuple[Capacity, ...], what: Action, execute: Callable[[], Coroutine[Any, Any, Performed]]
 ) -> Performed:
-    """Run an action while holding one unit of each capacity."""
+    """Run an action while holding one unit of each capacity, also of one that several policies above it name."""
     held: list[Capacity] = []
     try:
-        for capacity in capacities:  # outermost first, everywhere: two actions never wait for each other's
+        for capacity in dict.fromkeys(capacities):  # outermost first: two actions never wait for each other's
             await capacity.acquire(f"action {what.display_name!r}")
             held.append(capacity)
         return await execute()

@@ -195,8 +195,8 @@ class Application:
     async def arun(
         self,
         *,
-        halt_before: str | Iterable[str] = (),
-        halt_after: str | Iterable[str] = (),
+        halt_before: str | Iterable[str] | None = (),
+        halt_after: str | Iterable[str] | None = (),
         inputs: Mapping[str, Any] | None = None,
     ) -> RunResult:
         """Run until a halt condition holds or no transition leads on. At least one step is run.
@@ -228,8 +228,8 @@ class Application:
     async def aiterate(
         self,
         *,
-        halt_before: str | Iterable[str] = (),
-        halt_after: str | Iterable[str] = (),
+        halt_before: str | Iterable[str] | None = (),
+        halt_after: str | Iterable[str] | None = (),
         inputs: Mapping[str, Any] | None = None,
     ) -> AsyncGenerator[tuple[Action, Any, State], None]:
         """As :meth:`arun`, yielding ``(action, result, state)`` after each step. Nothing runs between two steps.
@@ -255,8 +255,8 @@ class Application:
     def astream(
         self,
         *,
-        halt_before: str | Iterable[str] = (),
-        halt_after: str | Iterable[str] = (),
+        halt_before: str | Iterable[str] | None = (),
+        halt_after: str | Iterable[str] | None = (),
         inputs: Mapping[str, Any] | None = None,
         deliver: Deliver = "every",
     ) -> RunStream[RunResult]:
@@ -285,8 +285,8 @@ class Application:
     async def _run(
         self,
         run: Run,
-        halt_before: str | Iterable[str],
-        halt_after: str | Iterable[str],
+        halt_before: str | Iterable[str] | None,
+        halt_after: str | Iterable[str] | None,
         inputs: Mapping[str, Any],
         owner: Background[Any] | None = None,
     ) -> RunResult:
@@ -388,7 +388,7 @@ class Application:
         commit = None
         if self._resumable is not None:
             context.ledger = self._resumable.ledger(name)
-            commit = partial(self._resumable.commit, self._sequence_id, name)
+            commit = partial(self._resumable.commit, self._sequence_id, name, self._state)
         owner = Owner(context, checks) if checks is not None else None
         own = self._context.copy()
         failure: BaseException | None = None
@@ -447,9 +447,10 @@ class Application:
 
     def _refuse_busy(self) -> None:
         if self._busy:
+            streamed = "; what runs is an astream(), which `async with` or aclose() ends where its loop is left early"
             raise ApplicationBusyError(
                 f"application {self.uid!r} is running already; one Application runs one step at a time: "
-                "use app.session() for a fresh one per run"
+                f"use app.session() for a fresh one per run{streamed if self._owner is not None else ''}"
             )
 
     def _check_keys(self) -> None:

@@ -161,7 +161,7 @@ class ApplicationBuilder:
         """
         if on_finished not in {"raise", "fresh"}:
             raise MisuseError(f"with_store(on_finished={on_finished!r}): takes 'raise' or 'fresh'")
-        if store is not None and not hasattr(store, "open_run"):
+        if store is not None and (isinstance(store, type) or not hasattr(store, "open_run")):
             raise MisuseError(f"with_store() takes a store, such as SQLiteStore(path), not {shown(store)}")
         self._store, self._on_finished = store, on_finished
         return self

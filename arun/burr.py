@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Final, NoReturn, TypeVar
 
-__all__ = ("without_burrs_names",)
+__all__ = ("no_such_name", "without_burrs_names")
 
 T = TypeVar("T")
 _STREAM: Final = (
@@ -15,6 +16,12 @@ _STORE: Final = (
     "is with_state(...) and with_entrypoint(...)"
 )
 _PARENT: Final = "subtasks and sub-graphs belong to the run of their parent, and their events name it in .path"
+_STREAMING: Final = "an Action's run(), and a SingleStepAction's run_and_update(), may yield"
+_HOOK: Final = (
+    "a hook is a function: @arun.hook(ActionStarted) is Burr's pre_run_step, ActionFinished post_run_step, Item "
+    "post_stream_item; RunStarted, RunFinished, RunFailed and RunCancelled are those around a call"
+)
+_WATCH: Final = "with_hooks(...) and app.astream() tell of every event, and with_store(...) keeps the run"
 
 #: by the name of the class
 _INSTEAD: Final = {
@@ -34,12 +41,45 @@ _INSTEAD: Final = {
     "ApplicationBuilder": {
         "initialize_from": _STORE,
         "with_state_persister": _STORE,
-        "with_tracker": "with_hooks(...) and app.astream() tell of every event, and with_store(...) keeps the run",
+        "with_tracker": _WATCH,
         "with_typing": "a State takes any values and has no schema; a field may hold a pydantic model or a dataclass",
         "with_parallel_executor": "with_executor(ThreadExecutor(threads=8)), or another; async subtasks need none",
         "with_spawning_parent": _PARENT,
     },
 }
+
+_HOOKS: Final = (
+    "PreRunStepHook", "PostRunStepHook", "PreApplicationExecuteCallHook", "PostApplicationExecuteCallHook",
+    "PreStartStreamHook", "PostStreamItemHook", "PostEndStreamHook", "PostApplicationCreateHook",
+)  # fmt: skip
+_PERSISTERS: Final = (
+    "BaseStateLoader", "BaseStateSaver", "BaseStatePersister", "InMemoryPersister", "SQLitePersister",
+    "PostgreSQLPersister", "RedisBasePersister", "MongoDBBasePersister",
+)  # fmt: skip
+#: what a program imports
+_IMPORTS: Final = {
+    "streaming_action": "@action takes the same generator",
+    "map_reduce_action": "write a subclass of MapStates, MapActions or MapActionsAndStates",
+    "Placeholder": "write an action that raises NotImplementedError",
+    "ApplicationGraph": "it is arun.Graph",
+    "SyncOrAsyncGenerator": "states() and tasks() may return any (async) iterable, such as AsyncIterator[State]",
+    "SyncOrAsyncGeneratorOrItemOrList": "actions() and states() may return any (async) iterable",
+    **dict.fromkeys(("StreamingAction", "AsyncStreamingAction", "SingleStepStreamingAction"), _STREAMING),
+    **dict.fromkeys(("StreamingResultContainer", "AsyncStreamingResultContainer"), _STREAM),
+    **dict.fromkeys(("LocalTrackingClient", "AsyncTrackingClient", "TracerFactory"), _WATCH),
+    **dict.fromkeys(("LifecycleAdapter", *_HOOKS, *(f"{name}Async" for name in _HOOKS)), _HOOK),
+    **dict.fromkeys(("SQLLitePersister", *_PERSISTERS, *(f"Async{name}" for name in _PERSISTERS)), _STORE),
+}
+
+
+def no_such_name(name: str) -> NoReturn:
+    """As a module's ``__getattr__``: of Burr's names, an import says what to write instead.
+
+    :raises ImportError: for those, since an import drops the message of an AttributeError.
+    """
+    if name in _IMPORTS:
+        raise ImportError(f"arun has no {name!r}, which is Burr's: {_IMPORTS[name]}", name=name)
+    raise AttributeError(f"module 'arun' has no attribute {name!r}", name=name, obj=sys.modules["arun"])
 
 
 def without_burrs_names(cls: type[T]) -> type[T]:

@@ -12,7 +12,7 @@ import builtins
 import inspect
 import operator
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, NoReturn, cast
 
 from arun.errors import MisuseError
 from arun.state import State
@@ -25,6 +25,7 @@ class Condition:
 
     :param keys: the keys that it reads; empty where they aren't known.
     :param resolver: ``State -> bool``, or a coroutine function of that.
+    :raises MisuseError: for a text instead of a list of keys, and for a resolver that can't be called.
     :ivar recipe: how it was made, so that another process can make it again: ``("when", fields)``,
         ``("expr", source)``, ``("not", condition)`` and so on; ``("function",)`` for any other resolver.
     """
@@ -42,6 +43,10 @@ class Condition:
         *,
         recipe: tuple[Any, ...] = ("function",),
     ) -> None:
+        if isinstance(keys, str):
+            raise MisuseError(f"Condition(keys={keys!r}): a list of keys is meant: [{keys!r}]")
+        if not callable(resolver):
+            raise MisuseError(f"Condition(resolver={resolver!r}): it takes a function of a State: lambda state: ...")
         self.keys = tuple(keys)
         self.resolver = resolver
         self.name = name or str(getattr(resolver, "__name__", resolver))
@@ -108,6 +113,12 @@ class Condition:
 
         name = f"({self.name}) | ({other.name})"
         return Condition((*self.keys, *other.keys), either, name, recipe=("or", self, other))
+
+    def __bool__(self) -> NoReturn:
+        raise MisuseError(
+            f"{self!r} is true or false of a State only: combine conditions with &, | and ~ instead of `and`, `or` and "
+            "`not`; `await condition.holds(state)` evaluates one"
+        )
 
     def __repr__(self) -> str:
         return f"<Condition {self.name}>"

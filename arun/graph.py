@@ -64,13 +64,13 @@ class Graph:
                     frontier.append(transition.to)
         return found
 
-    def select(self, names: str | Iterable[str], *, what: str) -> frozenset[str]:
-        """Resolve action names and ``"@tag:x"`` selectors.
+    def select(self, names: str | Iterable[str] | None, *, what: str) -> frozenset[str]:
+        """Resolve action names and ``"@tag:x"`` selectors; None is no name at all.
 
         :raises MisuseError: for a name or tag that the graph does not have.
         """
         selected: set[str] = set()
-        for name in [names] if isinstance(names, (str, Action)) else names:
+        for name in [names] if isinstance(names, (str, Action)) else names or ():
             if str(name).startswith("@tag:"):
                 try:
                     tagged = self.get_actions_by_tag(name.removeprefix("@tag:"))

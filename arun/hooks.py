@@ -85,7 +85,8 @@ def hook(*kinds: Any, required: bool = False, timeout: float = 5.0) -> Callable[
     :param required: True lets its error fail the action or the run that the event tells of. By default, an error is
         logged as ``hook.failed`` and counted in ``failures``. What has failed or was cancelled anyway stays that.
     :param timeout: seconds; taking longer is a TimeoutError of the hook.
-    :raises MisuseError: for what is no type of event, or a function that yields.
+    :raises MisuseError: for what is no type of event, and for a function that yields, or that can't be called with the
+        event alone.
 
     >>> @hook(SubtaskFinished)
     ... async def count(event: SubtaskFinished) -> None:
@@ -108,9 +109,24 @@ def hook(*kinds: Any, required: bool = False, timeout: float = 5.0) -> Callable[
     def decorate(function: Callable[[Any], Any]) -> Hook:
         if not callable(function) or inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
             raise MisuseError(f"@hook on {function!r}: it takes a function, plain or `async def`, that yields nothing")
+        _refuse_other_parameters(function)
         return Hook(function, frozenset(chosen), required=required, timeout=timeout)
 
     return decorate
+
+
+def _refuse_other_parameters(function: Callable[[Any], Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of a builtin, which tells none
+        return
+    try:
+        signature.bind(None)
+    except TypeError:
+        raise MisuseError(
+            f"@hook on {function!r}: it is called with the event alone, and takes {signature}; of a method, decorate "
+            "the bound one: hook(...)(self.method)"
+        ) from None
 
 
 class Hooks:

@@ -1,8 +1,9 @@
 """Journal: what a run writes down so that another process can go on with it; and the Store that keeps it.
 
 A store keeps, for each ``app_id`` of a partition, the State that it began with, one record for each committed step with
-what the step wrote (never the whole State), and the fan-out ledger: the subtasks of the step under way that have
-finished. Values are bytes of :mod:`arun.codec`; a store looks at none of them.
+what the step wrote (never the whole State, and of a list that the step appended to no more than it appended), and the
+fan-out ledger: the subtasks of the step under way that have finished. Values are bytes of :mod:`arun.codec`; a store
+looks at none of them.
 
 Who runs an application holds its lease. Each lease has an epoch, one higher than the one before, and every write names
 it, so that a run that lost its lease (its machine slept, its container was cut off) can write nothing any more.
@@ -11,7 +12,7 @@ it, so that a run that lost its lease (its machine slept, its container was cut 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
@@ -25,8 +26,10 @@ __all__ = (
     "Lease",
     "OnFinished",
     "Opened",
+    "Rebuilt",
     "Step",
     "Store",
+    "lengths_of",
     "pack",
     "pack_fields",
     "rebuild",
@@ -34,6 +37,8 @@ __all__ = (
 )
 
 OnFinished: TypeAlias = Literal["raise", "fresh"]
+
+_WHOLE: Final[Mapping[str, int]] = {}
 
 
 class Lease(msgspec.Struct, frozen=True, weakref=True):
@@ -68,7 +73,7 @@ class Step(msgspec.Struct, frozen=True):
 
     :ivar sequence_id: 0, 1, 2, ...
     :ivar action: the action that ran.
-    :ivar delta: what it wrote.
+    :ivar delta: what it wrote; of a list that it appended to, what it appended.
     :ivar base: all fields before it, where they are not those after the step before (``app.update_state()``).
     """
 
@@ -146,13 +151,9 @@ class Journal:
         self.lease = opened.lease
         self.pending = opened.pending
 
-    async def commit(self, sequence_id: int, action: str, changes: State, base: State | None) -> None:
-        """Write a step down.
-
-        :raises MisuseError: if the action wrote something that can't be stored; nothing is written then.
-        """
-        before = pack_fields(base) if base is not None else None
-        await self.store.commit(self.lease, Step(sequence_id, action, pack(action, changes.delta), before))
+    async def commit(self, sequence_id: int, action: str, delta: bytes, base: bytes | None) -> None:
+        """Write a step down."""
+        await self.store.commit(self.lease, Step(sequence_id, action, delta, base))
         self.pending = 0
 
     async def recall(self, parent: bytes, content: bytes, *, again: bool = False) -> list[tuple[int, bytes]]:
@@ -168,14 +169,22 @@ class Journal:
         return found
 
 
-def pack(action: str, delta: StateDelta) -> bytes:
+def pack(action: str, delta: StateDelta, appended_at: Mapping[str, int] = _WHOLE) -> bytes:
     """Encode what an action wrote.
 
+    :param appended_at: the lists of which only what is behind so many items is written, by key. What reads it back must
+        have those items.
     :raises MisuseError: naming action, key and type of what can't be stored.
     """
+    written = {key: value for key, value in delta.written.items() if key not in appended_at}
+    parts: list[Any] = [written, list(delta.deleted)]
+    if appended_at:
+        parts.append({key: delta.written[key][length:] for key, length in appended_at.items()})
     try:
-        return encode([delta.written, list(delta.deleted)])
+        return encode(parts)
     except CodecError as exc:
+        if appended_at:
+            return pack(action, delta)  # fails as well, and names the place in the whole list
         if not exc.kind:
             raise MisuseError(f"what action {action!r} wrote can't be stored: {exc}") from exc
         raise MisuseError(
@@ -184,7 +193,7 @@ def pack(action: str, delta: StateDelta) -> bytes:
 
 
 def unpack(delta: bytes) -> StateDelta:
-    """The inverse of :func:`pack`."""
+    """The inverse of :func:`pack`, where nothing was left out of lists."""
     written, deleted = decode(delta)
     return StateDelta(written, frozenset(deleted))
 
@@ -205,21 +214,48 @@ def pack_fields(state: State) -> bytes:
         ) from exc
 
 
-def rebuild(history: History, given: Mapping[str, Any]) -> tuple[State, str | None, dict[str, int]]:
-    """(State, last action, how often each action has run) of what a store knows.
+def lengths_of(fields: Mapping[str, Any]) -> dict[str, int]:
+    """How many items each list has, by key."""
+    return {key: len(value) for key, value in fields.items() if isinstance(value, list)}
+
+
+class Rebuilt(NamedTuple):
+    """What a store knows of an application."""
+
+    state: State
+    #: the last committed step's action; None before the first
+    position: str | None
+    #: how often each action has run
+    visits: dict[str, int]
+    #: how many items the lists have that are stored, by key
+    lengths: dict[str, int]
+
+
+def rebuild(history: History, given: Mapping[str, Any]) -> Rebuilt:
+    """Put together what the records say.
 
     :param given: the fields that the program starts with. Before the first committed step they win over the stored
         ones, later they only serve where the store has none.
     """
-    initial: dict[str, Any] = decode(history.initial)
+    stored: dict[str, Any] = decode(history.initial)
     if not history.steps:
-        return State({**initial, **given}), None, {}
-    state = State({**given, **initial})
+        stored |= given
+        return Rebuilt(State(stored), None, {}, lengths_of(stored))
+    missing = {key: value for key, value in given.items() if key not in stored}
     visits: dict[str, int] = {}
     for step in history.steps:
         if step.base is not None:
-            state = State(decode(step.base))
-        state = state.committed(state.scoped(None).patched(unpack(step.delta)), step.action)
+            stored, missing = decode(step.base), {}
+        written, deleted, *appended = decode(step.delta)
+        stored |= written
+        for key, more in appended[0].items() if appended else ():
+            if type(stored[key]) is list:
+                stored[key] += more
+            else:
+                stored[key] = [*stored[key], *more]  # as State.append() makes it
+        for key in deleted:
+            stored.pop(key, None)
+            missing.pop(key, None)
         visits[step.action] = visits.get(step.action, 0) + 1
     last = history.steps[-1].action
-    return state, last, visits
+    return Rebuilt(State().committed(State(missing | stored), last), last, visits, lengths_of(stored))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Generic, NoReturn, TypeVar, cast
+from typing import Any, Generic, NoReturn, Self, TypeVar, cast
 
 import anyio
 
@@ -27,7 +27,8 @@ class FanOut(Generic[T]):
     """Outcomes of a fan-out as a plain async iterator, made by :func:`fan_out`.
 
     The work belongs to the Runtime and not to the frame that iterates, so this may be used in anybody's generator;
-    it starts with the first item asked for. Leaving it (``aclose()`` or garbage collection) cancels what still runs.
+    it starts with the first item asked for. Leaving it (``async with``, ``aclose()``, garbage collection) cancels what
+    still runs.
     """
 
     _background: Background[None] | None = None
@@ -77,6 +78,12 @@ class FanOut(Generic[T]):
             with anyio.CancelScope(shield=True):
                 await self._background.wait()
             self._kernel.log_failures()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
 
     def __del__(self) -> None:
         background = self._background

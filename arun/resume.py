@@ -8,7 +8,7 @@ import anyio
 
 from arun.codec import digest
 from arun.errors import AlreadyFinishedError, GraphChangedError
-from arun.journal import Journal, Store, pack_fields, rebuild
+from arun.journal import Journal, Store, lengths_of, pack, pack_fields, rebuild
 from arun.ledger import Ledger
 from arun.state import State
 
@@ -31,7 +31,18 @@ class Resumable:
     :param given: the State that the program starts with.
     """
 
-    __slots__ = ("_app_id", "_base", "_epoch", "_given", "_graph", "_journal", "_partition_key", "_store", "_visits")
+    __slots__ = (
+        "_app_id",
+        "_base",
+        "_epoch",
+        "_given",
+        "_graph",
+        "_journal",
+        "_lengths",
+        "_partition_key",
+        "_store",
+        "_visits",
+    )
 
     def __init__(self, store: Store, app_id: str, partition_key: str | None, graph: str, given: State) -> None:
         self._store = store
@@ -44,6 +55,9 @@ class Resumable:
         self._epoch: int | None = None
         #: how often each action has run
         self._visits: dict[str, int] = {}
+        #: how many items the lists had when they were written down, by key: one that was changed in place since, which
+        #: nobody may, is written as a whole
+        self._lengths: dict[str, int] = {}
         #: what somebody set the State to since the last commit
         self._base: State | None = None
 
@@ -59,7 +73,7 @@ class Resumable:
         self._journal = journal = Journal(self._store, opened)
         lease = journal.lease
         if opened.graph is None:
-            await self._store.begin(lease, self._graph, pack_fields(self._given), fresh=True)
+            await self._store.begin(lease, self._graph, self._begun(), fresh=True)
             self._epoch = lease.epoch
             return None
         if opened.graph != self._graph:
@@ -73,7 +87,7 @@ class Resumable:
         if nobody_between and opened.sequence_id == sequence_id:
             return None
         history = await self._store.load(lease)
-        state, position, self._visits = rebuild(history, self._given.get_all())
+        state, position, self._visits, self._lengths = rebuild(history, self._given.get_all())
         self._base = None
         if position is None and (initial := pack_fields(state)) != history.initial:
             await self._store.begin(lease, self._graph, initial, fresh=False)
@@ -82,7 +96,7 @@ class Resumable:
     async def restart(self) -> State:
         """Forget everything; the State to begin with."""
         journal = self._opened()
-        await self._store.begin(journal.lease, self._graph, pack_fields(self._given), fresh=True)
+        await self._store.begin(journal.lease, self._graph, self._begun(), fresh=True)
         journal.pending = 0
         self._visits, self._base = {}, None
         return self._given
@@ -108,11 +122,19 @@ class Resumable:
         visit = self._visits.get(action, 0)
         return Ledger(self._opened(), digest(action.encode(), visit.to_bytes(8, "little")))
 
-    async def commit(self, sequence_id: int, action: str, changes: State) -> None:
-        """Write a step down."""
+    async def commit(self, sequence_id: int, action: str, before: State, changes: State) -> None:
+        """Write a step down.
+
+        :raises MisuseError: if the action wrote something that can't be stored; nothing is written then.
+        """
+        base = pack_fields(self._base) if self._base is not None else None
+        delta, lengths = changes.delta, self._lengths
+        appended = {key: length for key, length in changes.appended_to(before).items() if lengths.get(key) == length}
+        packed = pack(action, delta, appended)
         with anyio.CancelScope(shield=True):
-            await self._opened().commit(sequence_id, action, changes, self._base)
+            await self._opened().commit(sequence_id, action, packed, base)
         self._base = None
+        lengths |= lengths_of(delta.written)
         self._visits[action] = self._visits.get(action, 0) + 1
 
     async def close(self) -> None:
@@ -120,6 +142,10 @@ class Resumable:
         journal, self._journal = self._journal, None
         if journal is not None:
             await self._store.close_run(journal.lease)
+
+    def _begun(self) -> bytes:
+        self._lengths = lengths_of(self._given)
+        return pack_fields(self._given)
 
     def _opened(self) -> Journal:
         assert self._journal is not None

@@ -122,6 +122,8 @@ def kind_of(function: Callable[..., Any]) -> Kind:
     while True:
         if isinstance(target, functools.partial):
             target = target.func
+        elif isinstance(target, staticmethod):
+            target = cast("staticmethod[..., Any]", target).__func__
         elif not inspect.isroutine(target):
             target = type(target).__call__
         elif inspect.isasyncgenfunction(target):

@@ -4,13 +4,16 @@ A State is a shared, never mutated ``base`` dict under a small ``overlay`` of ne
 copies the overlay only, so its cost does not grow with the fields that it leaves alone; the overlay is
 folded into a new base once it holds ``_FOLD_AT`` keys, which spreads the cost of that copy over as many updates.
 Beside it a State keeps its ``delta``: what was written since the last commit, which is all that a store has to
-write and all that the checks of declared writes have to look at.
+write and all that the checks of declared writes have to look at. Of a list that was only appended to, it knows which
+list that began with, so that a store need not write that one again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from numbers import Number
+from operator import is_
 from types import CoroutineType
 from typing import Any, Final
 
@@ -55,7 +58,7 @@ class State(Mapping[str, Any]):
     (2, ['x'])
     """
 
-    __slots__ = ("_base", "_changed", "_overlay", "_scope", "action")
+    __slots__ = ("_base", "_changed", "_extended", "_overlay", "_scope", "action")
 
     #: Name of the action whose result this State is; None for any other State.
     action: str | None
@@ -64,6 +67,8 @@ class State(Mapping[str, Any]):
         self._base: dict[str, Any] = _NOTHING
         self._overlay: dict[str, Any] = dict(initial_values) if initial_values else _NOTHING
         self._changed: dict[str, Any] = self._overlay
+        #: the lists that those in the delta began with, by key, where nothing but append() and extend() has made them
+        self._extended: dict[str, list[Any]] = _NOTHING
         self._scope: Scope | None = None
         self.action = None
         if len(self._overlay) > _FOLD_AT:
@@ -71,7 +76,7 @@ class State(Mapping[str, Any]):
 
     # -- operations ------------------------------------------------------------------------------
 
-    def update(self, **values: Any) -> State:
+    def update(self, /, **values: Any) -> State:
         """Set fields.
 
         :raises MisuseError: for a coroutine, which was not awaited.
@@ -81,28 +86,28 @@ class State(Mapping[str, Any]):
                 raise _not_awaited("update", key, value)
         return self._with(values)
 
-    def append(self, **values: Any) -> State:
+    def append(self, /, **values: Any) -> State:
         """Append one value to each named list field; a missing field counts as empty.
 
         :raises ValueError: if a field holds something else than a list.
         :raises MisuseError: for a coroutine, which was not awaited.
         """
-        for key, value in values.items():
-            if type(value) is CoroutineType:
-                raise _not_awaited("append", key, value)
-        return self._with({key: [*self._list(key, "append"), value] for key, value in values.items()})
+        lists = self._lists(values, "append")
+        return self._with({key: [*lists[key], value] for key, value in values.items()}, lists)
 
-    def extend(self, **values: Iterable[Any]) -> State:
+    def extend(self, /, **values: Iterable[Any]) -> State:
         """Append all of several values to each named list field; a missing field counts as empty.
 
         :raises ValueError: if a field holds something else than a list.
+        :raises MisuseError: for a coroutine, which was not awaited.
         """
-        return self._with({key: [*self._list(key, "extend"), *more] for key, more in values.items()})
+        lists = self._lists(values, "extend")
+        return self._with({key: [*lists[key], *more] for key, more in values.items()}, lists)
 
-    def increment(self, **values: float) -> State:
+    def increment(self, /, **values: float) -> State:
         """Add to each named number field; a missing field counts as 0.
 
-        :raises ValueError: if a field holds something else than a number.
+        :raises ValueError: if a field holds something else than a number, or is to be incremented by something else.
         """
         sums: dict[str, Any] = {}
         for key, by in values.items():
@@ -110,10 +115,10 @@ class State(Mapping[str, Any]):
             try:
                 sums[key] = value + by
             except TypeError:
-                raise ValueError(
-                    f"increment({key}={by!r}): state[{key!r}] is non-integer, it holds a {type(value).__name__}; "
-                    "increment() needs numbers"
-                ) from None
+                wrong = f"state[{key!r}] is non-integer, it holds a {type(value).__name__}"
+                if isinstance(value, Number):
+                    wrong = f"it is given a {type(by).__name__}"
+                raise ValueError(f"increment({key}={by!r}): {wrong}; increment() needs numbers") from None
         return self._with(sums)
 
     def wipe(self, delete: Collection[str] | None = None, keep: Collection[str] | None = None) -> State:
@@ -123,7 +128,11 @@ class State(Mapping[str, Any]):
         is as good as the others.
 
         :raises ValueError: if both are given.
+        :raises MisuseError: for a text, where a list of keys is meant.
         """
+        for what, keys in (("delete", delete), ("keep", keep)):
+            if isinstance(keys, str):
+                raise MisuseError(f"wipe({what}={keys!r}): a list of keys is meant: wipe({what}=[{keys!r}])")
         if delete is not None and keep is not None:
             raise ValueError("wipe() takes either delete or keep, not both")
         declared = self._scope.readable if self._scope is not None else frozenset[str]()
@@ -234,11 +243,19 @@ class State(Mapping[str, Any]):
 
     def absorb(self, changes: State) -> State:
         """This State with the delta of ``changes`` written to it, as if it had written it itself."""
-        return self._with(changes._changed)
+        return self._with(changes._changed, changes._extended)
 
     def patched(self, delta: StateDelta) -> State:
         """This State with a delta written to it, as if it had written it itself."""
         return self._with({**delta.written, **dict.fromkeys(delta.deleted, _DELETED)})
+
+    def appended_to(self, earlier: State) -> dict[str, int]:
+        """The lists of the delta that are those of ``earlier`` with more behind, by key: how many items those had."""
+        return {
+            key: len(began)
+            for key, began in self._extended.items()
+            if began is earlier._raw(key) and _begins_with(self._changed[key], began)  # and was not, say, sorted since
+        }
 
     def finished(self, changes: State, action: str) -> State:
         """As :meth:`absorb`, all of it readable, with ``action`` as the one that made it."""
@@ -282,11 +299,12 @@ class State(Mapping[str, Any]):
         state._base = base
         state._overlay = overlay
         state._changed = changed
+        state._extended = _NOTHING
         state._scope = scope
         state.action = action
         return state
 
-    def _with(self, values: dict[str, Any]) -> State:
+    def _with(self, values: dict[str, Any], extended: dict[str, list[Any]] = _NOTHING) -> State:
         base, overlay = self._base, self._overlay | values
         if len(overlay) > _FOLD_AT:
             base, overlay = _folded(base, overlay), _NOTHING
@@ -294,6 +312,7 @@ class State(Mapping[str, Any]):
         state._base = base
         state._overlay = overlay
         state._changed = self._changed | values if self._changed else values
+        state._extended = self._extending(values, extended) if extended or self._extended else _NOTHING
         state._scope = self._scope
         state.action = None
         return state
@@ -311,14 +330,24 @@ class State(Mapping[str, Any]):
         value = self._overlay.get(key, _MISSING)
         return self._base.get(key, _MISSING) if value is _MISSING else value
 
-    def _list(self, key: str, operation: str) -> list[Any]:
-        value = self._get(key, [])
-        if not isinstance(value, list):
-            raise ValueError(
-                f"{operation}({key}=...): state[{key!r}] is non-{operation}able, it holds a {type(value).__name__}; "
-                f"{operation}() needs a list"
-            )
-        return value  # pyright: ignore[reportUnknownVariableType]  # a field may hold a list of anything
+    def _lists(self, more: Mapping[str, Any], operation: str) -> dict[str, list[Any]]:
+        """The lists that are to have more behind."""
+        lists: dict[str, list[Any]] = {}
+        for key, added in more.items():
+            if type(added) is CoroutineType:
+                raise _not_awaited(operation, key, added)
+            value = lists[key] = self._get(key, [])
+            if not isinstance(value, list):
+                raise ValueError(
+                    f"{operation}({key}=...): state[{key!r}] is non-{operation}able, it holds a "
+                    f"{type(value).__name__}; {operation}() needs a list"
+                )
+        return lists
+
+    def _extending(self, values: dict[str, Any], extended: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """``_extended`` after ``values`` are written, those in ``extended`` being the lists there with more behind."""
+        began = {key: value for key, value in self._extended.items() if key in extended or key not in values}
+        return began | {key: value for key, value in extended.items() if key not in self._changed}
 
     def _keys(self) -> list[str]:
         if not self._base:
@@ -340,6 +369,10 @@ def _not_awaited(operation: str, key: str, coroutine: CoroutineType[Any, Any, An
         f"{operation}({key}=...) was given a coroutine (an async def that was called and not awaited), "
         f"{coroutine!r:.80}; await it: {operation}({key}=await {coroutine.__name__}(...))"
     )
+
+
+def _begins_with(items: list[Any], began: list[Any]) -> bool:
+    return len(items) >= len(began) and all(map(is_, items, began))
 
 
 def _folded(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class RunnableGraph(Action):
 
     leaf = False
 
-    def __init__(self, graph: Graph, entrypoint: str, halt_after: str | Sequence[str] = ()) -> None:
+    def __init__(self, graph: Graph, entrypoint: str, halt_after: str | Iterable[str] | None = ()) -> None:
         check_entrypoint(graph, entrypoint)
         self.graph = graph
         self.entrypoint = entrypoint

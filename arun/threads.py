@@ -169,18 +169,20 @@ class _Call(Generic[T]):
 
     async def run(self) -> T:
         try:
-            return await anyio.to_thread.run_sync(self._run, limiter=_unlimited, abandon_on_cancel=True)
+            (returned,) = await anyio.to_thread.run_sync(self._run, limiter=_unlimited, abandon_on_cancel=True)
         except anyio.get_cancelled_exc_class():
             await self._wait_for_thread()  # noqa: ASYNC102 - it shields, and has a deadline
             raise
+        return returned
 
-    def _run(self) -> T:
+    def _run(self) -> tuple[T]:
+        """In the thread; what it returns is wrapped, since trio refuses a coroutine there in words of its own."""
         with self._lock:
             if self.leaving:
-                return cast("T", None)  # the caller has gone before the thread began
+                return (cast("T", None),)  # the caller has gone before the thread began
             self._thread = threading.get_ident()
         try:
-            return self._function()
+            return (self._function(),)
         finally:
             with self._lock:
                 self._thread = None

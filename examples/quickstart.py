@@ -16,9 +16,9 @@ class GreetAll(MapStates):
         return (state.update(city=city) for city in state["cities"])  # read only as slots come free
 
     async def reduce(self, state, states):
+        yield (state := state.update(greetings=[]))  # a partial reduction; the last one is the result
         async for done in states:  # as they finish
-            state = state.append(greetings=done["greeting"])
-            yield state  # a partial reduction; the last one is the result
+            yield (state := state.append(greetings=done["greeting"]))
 
 async def main():
     app = ApplicationBuilder().with_actions(GreetAll()).with_state(cities=["Kyoto", "Rio", "Oslo"]).build()

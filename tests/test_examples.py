@@ -21,9 +21,17 @@ def test_the_quickstart_prints_partial_reductions_before_its_end(tmp_path: Path)
         check=True,
     ).stdout.splitlines()
     partials = [line for line in printed if line.startswith("{'greetings'")]
-    assert [partial.count("Hello") for partial in partials] == [1, 2, 3]
+    assert [partial.count("Hello") for partial in partials] == [0, 1, 2, 3]
     assert printed.index(partials[0]) < printed.index("RunFinished")
     assert printed[-1] == "['Hello, Rio!', 'Hello, Oslo!', 'Hello, Kyoto!']"
+
+
+def test_the_quickstart_of_no_cities_greets_nobody() -> None:
+    quickstart = (ROOT / "examples" / "quickstart.py").read_text()
+    without_cities = quickstart.replace('["Kyoto", "Rio", "Oslo"]', "[]")
+    assert without_cities != quickstart
+    printed = subprocess.run([sys.executable, "-c", without_cities], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1] == "[]"
 
 
 def test_the_readme_shows_the_quickstart_which_fits_on_a_screen() -> None:

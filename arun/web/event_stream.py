@@ -9,7 +9,9 @@ import anyio
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from arun.errors import MisuseError
 from arun.events import Event, RunFailed
+from arun.guards import close_unused, shown
 from arun.logs import get_logger
 from arun.stream import RunStream
 from arun.web.disconnect import disconnected
@@ -29,6 +31,7 @@ class EventStream(Response):
     :param stream: what ``app.astream()`` returned; ``deliver="latest"`` suits browsers.
     :param only: types of the events to send; all by default.
     :param ping: seconds of silence after which a comment line keeps the connection open.
+    :raises MisuseError: for what is no such stream.
 
     >>> @app.post("/ask/stream")
     ... async def ask_stream(question: Question) -> EventStream:
@@ -45,6 +48,12 @@ class EventStream(Response):
         ping: float = 15.0,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        if not isinstance(stream, RunStream):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            close_unused(stream)
+            raise MisuseError(
+                f"EventStream() takes what app.astream() returned, not {shown(stream)}; its only=(...) chooses events, "
+                "and for a form of your own there is StreamingResponse"
+            )
         self._stream = stream
         self._only = only
         self._ping = ping

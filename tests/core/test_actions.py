@@ -149,6 +149,7 @@ async def _decorated_generator(state: State, by: int = 1) -> AsyncIterator[State
         (functools.partial(Callables(), by=5), 5),
         (functools.partial(functools.partial(_three, 2), by=5), 10),
         (_decorated, 5),
+        (staticmethod(_decorated), 5),
         (_decorated_generator, 5),
         (lambda state, by: state.update(n=by), 5),
         (functools.lru_cache(lambda _state, by: State({"n": by})), None),
@@ -164,6 +165,12 @@ async def test_objects_partials_and_decorated_functions_are_actions(function: An
 def test_what_is_no_function_is_refused_at_the_decorator(candidate: Any) -> None:
     with pytest.raises(MisuseError, match="@action takes a function, not"):
         action(reads=[], writes=[])(candidate)
+
+
+def test_an_action_is_not_made_an_action_again() -> None:
+    once = action(reads=[], writes=["n"])(lambda state: state.update(n=1))
+    with pytest.raises(MisuseError, match=r"@action on <Action <lambda> .*>, which is an action already"):
+        action(reads=[], writes=[])(once)
 
 
 def test_a_function_without_a_state_and_a_name_for_a_list_are_refused() -> None:

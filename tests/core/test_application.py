@@ -9,6 +9,7 @@ import anyio
 import pytest
 from anyio.lowlevel import checkpoint
 
+import arun
 from arun import (
     Application,
     ApplicationBuilder,
@@ -66,6 +67,7 @@ async def test_it_runs_until_no_transition_leads_on() -> None:
     [
         ({"halt_after": ["count"]}, "count", {"by": 1}, 1, "count"),
         ({"halt_after": "show"}, "show", "shown", 3, None),
+        ({"halt_before": None, "halt_after": None}, "show", "shown", 3, None),
         ({"halt_after": "@tag:last"}, "show", "shown", 3, None),
         ({"halt_after": ["@tag:work"]}, "count", {"by": 1}, 1, "count"),
         ({"halt_before": ["show"]}, "show", None, 3, "show"),
@@ -221,7 +223,7 @@ async def test_two_runs_of_one_application_are_an_error() -> None:
         group.start_soon(app.arun)
         await entered.wait()
         for run in (app.arun, app.astep):
-            with pytest.raises(ApplicationBusyError, match=r"app.session\(\)"):
+            with pytest.raises(ApplicationBusyError, match=r"app.session\(\) for a fresh one per run$"):
                 await run()
         for change in (lambda: app.update_state(State()), app.reset_to_entrypoint):
             with pytest.raises(ApplicationBusyError):
@@ -356,6 +358,30 @@ def test_a_name_of_burrs_that_is_not_here_says_what_to_write(name: str, instead:
     assert not hasattr(owner, name)
     with pytest.raises(AttributeError, match=f"{type(owner).__name__}' object has no attribute '{name}.*{instead}"):
         getattr(owner, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("streaming_action", "@action"),
+        ("SingleStepStreamingAction", "run_and_update"),
+        ("PostRunStepHookAsync", "ActionFinished"),
+        ("AsyncSQLitePersister", "with_store"),
+        ("LocalTrackingClient", "with_hooks"),
+    ],
+)
+def test_an_import_of_a_name_of_burrs_says_what_to_write(name: str, instead: str) -> None:
+    with pytest.raises(ImportError, match=f"^arun has no '{name}', which is Burr's: .*{instead}"):
+        exec(f"from arun import {name}")
+
+
+def test_a_name_that_nobody_has_is_missed_as_ever() -> None:
+    assert not hasattr(arun, "nonsense")
+    with pytest.raises(ImportError, match="cannot import name 'nonsense' from 'arun'"):
+        exec("from arun import nonsense")
+    from arun import data
+
+    assert data.read_parquet
 
 
 async def test_the_builder_can_build_many_that_are_apart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -122,6 +123,23 @@ async def test_plain_and_async_predicates_are_conditions_too() -> None:
     assert await (default & (lambda state: state["xs"])).holds(STATE)  # type: ignore[operator]
     with pytest.raises(MisuseError, match=r"write when\(...\) or expr\('n > 3'\)"):
         when(n=3) | "n > 3"  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    "combine", [lambda: when(n=3) and when(n=4), lambda: when(n=3) or when(n=4), lambda: not when(n=3)]
+)
+def test_words_do_not_combine_conditions(combine: Callable[[], object]) -> None:
+    with pytest.raises(
+        MisuseError, match=r"<Condition n=3> is true or false of a State only: combine .* with &, \| and ~"
+    ):
+        combine()
+
+
+def test_a_condition_of_the_wrong_kind_is_refused_where_it_is_made() -> None:
+    with pytest.raises(MisuseError, match=r"keys='n'\): a list of keys is meant: \['n'\]"):
+        Condition.lmda(lambda state: state["n"] > 3, "n")
+    with pytest.raises(MisuseError, match="it takes a function of a State"):
+        Condition(["n"], True)  # type: ignore[arg-type]
 
 
 async def test_the_second_of_a_pair_is_not_evaluated_without_need() -> None:

@@ -148,10 +148,9 @@ async def test_closing_waits_for_clean_up_and_ends_the_iteration() -> None:
             await checkpoint()
             cleaned.append("source")
 
-    outcomes = fan_out(source(), Policy(limit=3))
-    async for _ in outcomes:
-        break
-    await outcomes.aclose()
+    async with fan_out(source(), Policy(limit=3)) as outcomes:
+        async for _ in outcomes:
+            break
     assert {*cleaned} == {"source", "subtask"}
     await outcomes.aclose()
     assert [outcome async for outcome in outcomes] == []

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from arun import ApplicationBuilder, GraphBuilder, MisuseError, RunnableGraph, State, action, default, when
+from arun import ApplicationBuilder, GraphBuilder, MemoryStore, MisuseError, RunnableGraph, State, action, default, when
 
 
 @action(reads=["n"], writes=["n"], tags=["counts"])
@@ -77,6 +77,10 @@ def test_graphs_can_be_joined() -> None:
             "entrypoint .*; write 'count'",
         ),
         (lambda: ApplicationBuilder().with_store("runs.db"), r"takes a store, such as SQLiteStore\(path\), not a str"),
+        (
+            lambda: ApplicationBuilder().with_store(MemoryStore),
+            r"takes a store, such as SQLiteStore\(path\), not a class",
+        ),
         (lambda: RunnableGraph(builder().build(), "count"), "no transition leads from 'count' to: show"),
         (
             lambda: builder().build().select(["@tag:no"], what="halt_after"),

@@ -320,6 +320,10 @@ async def _yields(event: Any) -> AsyncIterator[int]:
     yield 1
 
 
+class _Methods:
+    def on(self, event: Any) -> None: ...
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -327,6 +331,8 @@ async def _yields(event: Any) -> AsyncIterator[int]:
         (lambda: hook("ActionFinished"), r"hook\('ActionFinished'\): it takes types of events: RunStarted, "),
         (lambda: hook(int), r"it takes types of events"),
         (lambda: hook(Partial, timeout=0), r"timeout=0\): it is a number of seconds above 0"),
+        (lambda: hook(RunCancelled)(_Methods.on), r"called with the event alone, .*: hook\(...\)\(self.method\)"),  # type: ignore[arg-type]
+        (lambda: hook(RunCancelled)(lambda: None), r"called with the event alone, and takes \(\)"),  # type: ignore[arg-type, misc]
         (lambda: hook(RunCancelled)(_yields), r"takes a function, plain or `async def`, that yields nothing"),
         (lambda: app_of(add, print), r"with_hooks\(\) was given a function .*decorate a function with @arun\.hook"),
     ],

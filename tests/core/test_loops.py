@@ -65,7 +65,8 @@ class Many(MapStates):
             open_things.discard("reducer")
 
 async def main():
-    app = ApplicationBuilder().with_actions(Many()).with_state(inline=sys.argv[1] == "inline").build()
+    builder = ApplicationBuilder().with_actions(Many()).with_state(inline=sys.argv[1] == "inline")
+    app = builder.with_check("error", blocked_after=60).build()  # a machine that stalls is no news here
     try:
         await app.arun()
     finally:

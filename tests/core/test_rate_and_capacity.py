@@ -146,8 +146,10 @@ async def test_what_is_no_policy_is_refused_where_it_is_given() -> None:
 # -- capacity --------------------------------------------------------------------------------------
 
 
-async def test_a_capacity_is_shared_by_everything_below_and_held_by_leaves_only() -> None:
+@pytest.mark.parametrize("named_again", [False, True])
+async def test_a_capacity_is_shared_by_everything_below_and_held_by_leaves_only(named_again: bool) -> None:
     capacity, running, peak = Capacity(2), 0, 0
+    below = Policy(capacity=capacity) if named_again else Policy()
 
     async def leaf(x: int) -> int:
         nonlocal running, peak
@@ -162,7 +164,7 @@ async def test_a_capacity_is_shared_by_everything_below_and_held_by_leaves_only(
         reads, writes, policy = ["count"], ["ys"], Policy(capacity=capacity)
 
         def action(self, state: State, inputs: Any) -> Any:
-            return over(Policy(), leaf)
+            return over(below, leaf)
 
         def states(self, state: State, context: Any, inputs: Any) -> Any:
             return [state] * 5

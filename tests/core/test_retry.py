@@ -193,7 +193,7 @@ async def test_an_idle_timeout_counts_from_the_last_item() -> None:
     @action(reads=["x"], writes=["y"])
     async def steady(state: State) -> AsyncIterator[Any]:
         for beat in range(10):
-            await anyio.sleep(0.05)
+            await anyio.sleep(0.1)
             yield beat
         if state["x"]:
             await anyio.sleep_forever()
@@ -201,7 +201,7 @@ async def test_an_idle_timeout_counts_from_the_last_item() -> None:
 
     class Over(MapStates):
         reads, writes = ["count"], ["ys"]
-        policy = Policy(idle_timeout=0.3, on_error="collect", order="submitted")
+        policy = Policy(idle_timeout=0.9, on_error="collect", order="submitted")
 
         def action(self, state: State, inputs: Any) -> Any:
             return steady
@@ -215,7 +215,7 @@ async def test_an_idle_timeout_counts_from_the_last_item() -> None:
     fine, idle = (await run(Over()))["ys"]
     assert isinstance(fine, Ok)
     assert isinstance(idle, Failed)
-    assert "steady(x=1) yielded nothing for its idle_timeout of 0.3 s" in str(idle.error)
+    assert "steady(x=1) yielded nothing for its idle_timeout of 0.9 s" in str(idle.error)
 
 
 async def test_a_deadline_ends_the_work_and_the_reducer_finishes_with_what_it_has() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arun import State
+from arun import MisuseError, State
 
 KEYS = st.sampled_from([f"k{i}" for i in range(90)])
 OPERATION = st.one_of(
@@ -96,6 +96,18 @@ def test_wipe_takes_delete_or_keep_or_nothing() -> None:
         state.wipe(delete=["a"], keep=["b"])
 
 
+@pytest.mark.parametrize("what", ["delete", "keep"])
+def test_wipe_takes_no_text_for_a_list_of_keys(what: Any) -> None:
+    with pytest.raises(MisuseError, match=rf"a list of keys is meant: wipe\({what}=\['ab'\]\)"):
+        State({"a": 1, "ab": 2}).wipe(**{what: "ab"})
+
+
+def test_a_field_may_be_called_self() -> None:
+    state = State().update(self=1).append(me=2).increment(self=1)
+    assert state.extend(self_too=[3]) == {"self": 2, "me": [2], "self_too": [3]}
+    assert State().append(self=1).extend(self=[2]) == {"self": [1, 2]}
+
+
 def test_a_deleted_key_can_be_written_again() -> None:
     state = State({"a": 1}).scoped(None).wipe(delete=["a"])
     assert "a" not in state
@@ -139,3 +151,5 @@ def test_folding_the_overlay_changes_nothing_that_is_seen(fields: int) -> None:
 def test_only_a_number_is_incremented() -> None:
     with pytest.raises(ValueError, match=r"increment\(s=1\): state\['s'\] is non-integer, it holds a str"):
         State({"s": "a"}).increment(s=1)
+    with pytest.raises(ValueError, match=r"increment\(n='1'\): it is given a str; increment\(\) needs numbers"):
+        State({"n": 1}).increment(n="1")  # type: ignore[arg-type]

@@ -365,7 +365,9 @@ async def test_a_second_run_beside_a_stream_is_refused() -> None:
     async with hangs.app.astream() as stream:
         await anext(stream)
         await anyio.wait_all_tasks_blocked()
-        with pytest.raises(ApplicationBusyError):
+        with pytest.raises(
+            ApplicationBusyError, match=r"what runs is an astream\(\), which `async with` or aclose\(\) ends"
+        ):
             await hangs.app.arun()
         with pytest.raises(ApplicationBusyError):
             await anext(hangs.app.astream())

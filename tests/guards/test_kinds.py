@@ -46,11 +46,16 @@ async def test_an_action_that_returns_the_wrong_kind(wrong: Callable[[], Any], k
     async def step(state: State) -> Any:
         return wrong()
 
-    with pytest.raises(MisuseError, match=f"action 'step' returned {kind}.*{fix}"):
-        await app_of(step).arun()
+    @action(reads=[], writes=[])
+    def threaded(state: State) -> Any:
+        return wrong()
+
+    for one in (step, threaded):
+        with pytest.raises(MisuseError, match=f"action '{one.name}' returned {kind}.*{fix}"):
+            await app_of(one).arun()
 
 
-@pytest.mark.parametrize("operation", ["update", "append"])
+@pytest.mark.parametrize("operation", ["update", "append", "extend"])
 async def test_a_forgotten_await_in_the_state(operation: str) -> None:
     @action(reads=[], writes=["answer"])
     async def step(state: State) -> Any:
@@ -58,7 +63,7 @@ async def test_a_forgotten_await_in_the_state(operation: str) -> None:
 
     with pytest.raises(MisuseError, match=rf"a coroutine.*{operation}\(answer=await fetch\(...\)\)") as caught:
         await app_of(step).arun()
-    assert caught.traceback[-2].path.samefile(__file__)  # at the user's own line
+    assert any(entry.path.samefile(__file__) for entry in caught.traceback[-3:])  # at the user's own line
 
 
 async def test_deleting_the_last_yield_of_a_generator() -> None:

@@ -133,11 +133,10 @@ async def test_a_cancelled_request_leaves_the_store_usable(open_store: Open) -> 
 
 
 async def test_a_store_is_in_wal_mode_and_closes_its_thread_and_its_files(tmp_path: Path) -> None:
-    before = threading.active_count()
     async with SQLiteStore(tmp_path / "s.db") as store:
         await store.open_run("a", None)
         assert (tmp_path / "s.db-wal").exists()
-        assert threading.active_count() == before + 1
+        assert [thread.name for thread in threading.enumerate()].count("arun s.db") == 1
     assert os.listdir(tmp_path) == ["s.db"]
     await store.aclose()
     with pytest.raises(StoreError, match="is closed"):

