@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 import msgspec
 import pyarrow as pa
 
+from arun.data.schemas import holds_maps
 from arun.data.schemas import unify as schemas_of
 from arun.errors import DataError
 
@@ -124,14 +125,21 @@ class Shaper:
     :param step: whose rows they are, for errors.
     :param schema: what they must have; None takes it from the rows.
     :param texts: columns that hold text, where they are there, also when all is null.
+    :param same: whether they are the rows that the step was given, so that all columns have the types that they had.
+    :ivar before: of the rows that these were made of. A column that was there has the type that it had where its values
+        don't tell: those of a map are lists of pairs, and of large numbers some are small.
     """
 
-    __slots__ = ("_given", "_step", "_texts", "_types")
+    __slots__ = ("_given", "_same", "_step", "_texts", "_types", "before")
 
-    def __init__(self, step: str, schema: pa.Schema | None = None, texts: Collection[str] = ()) -> None:
+    def __init__(
+        self, step: str, schema: pa.Schema | None = None, texts: Collection[str] = (), *, same: bool = False
+    ) -> None:
         self._step = step
         self._texts = texts
+        self._same = same
         self._given = schema is not None
+        self.before: pa.Schema | None = None
         self._types: dict[str, pa.DataType] = (
             {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
         )
@@ -168,7 +176,9 @@ class Shaper:
         try:
             if self._given:
                 return _as_given(values, cast("pa.DataType", known))
-            array = _inferred(values)
+            array = self._as_before(name, values)
+            if array is None:
+                array = _inferred(values)
             if known is None and name in self._texts:
                 known = pa.string()
             if array.type == known:
@@ -186,11 +196,29 @@ class Shaper:
         self._types[name] = agreed
         return array
 
+    def _as_before(self, name: str, values: list[Any]) -> pa.Array | None:
+        """Of the type that the column had; None where the values tell a type, or others have come in their place."""
+        index = -1 if self.before is None else self.before.get_field_index(name)
+        if index < 0:
+            return None
+        kind = cast("pa.Schema", self.before).field(index).type
+        if not (self._same or pa.types.is_uint64(kind) or holds_maps(kind)):
+            return None
+        try:
+            array = pa.array(values, kind)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            return None
+        return array if self._same or array.to_pylist() == values else None
+
 
 def _inferred(values: list[Any]) -> pa.Array:
     """An array of the values' own type: pyarrow alone would cut nanoseconds off pandas' timestamps and durations."""
     try:
         array = pa.array(values)
+    except OverflowError:
+        if not all(value is None or isinstance(value, int) for value in values):
+            raise
+        return pa.array(values, pa.uint64())
     except (pa.ArrowException, ValueError):
         known = _without_pandas(values)
         if known is None:

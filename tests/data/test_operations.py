@@ -47,6 +47,10 @@ async def double_async(row: Row) -> Row:
     return double(row)
 
 
+async def same_async(row: Row) -> Row:
+    return row
+
+
 def twice(row: Row) -> Iterator[Row]:
     yield row
     yield row
@@ -417,6 +421,57 @@ async def test_a_schema_says_what_rows_become() -> None:
     assert table.to_pylist() == [{"n": 0, "m": None}, {"n": 1, "m": None}]
     with pytest.raises(DataError, match="the column 'x', which schema= does not have"):
         await numbers(2).map(lambda row: {"x": 1}, schema=schema).collect()
+
+
+@pytest.mark.parametrize("function", [double, double_async])
+async def test_a_schema_holds_for_its_step_also_where_others_follow(function: Any) -> None:
+    given = pa.schema([("n", pa.int32()), ("m", pa.string())])
+    made = numbers(2).map(function, schema=given)
+    assert (await made.select("n").collect()).to_pylist() == [{"n": 0}, {"n": 2}]
+    assert (await made.drop("n").collect()).schema == pa.schema([("m", pa.string())])
+    assert (await made.rename({"n": "k"}).collect()).column_names == ["k", "m"]
+    assert (await made.filter(lambda row: True).collect()).schema == given
+
+
+@pytest.mark.parametrize("concurrency", [None, 2])
+async def test_a_filter_keeps_the_types_however_it_is_called(concurrency: int | None) -> None:
+    async def kept(row: Row) -> bool:
+        return row["n"] != 2
+
+    columns = {"n": pa.int16(), "text": pa.dictionary(pa.int8(), pa.string()), "x": pa.float32(), "none": pa.date32()}
+    rows = [{"n": 1, "text": "a", "x": float("nan"), "none": None}, {"n": 2, "text": "b", "x": 0.5, "none": None}]
+    filtered = from_arrow(pa.Table.from_pylist(rows, pa.schema(list(columns.items())))).filter(
+        kept, concurrency=concurrency
+    )
+    table = await filtered.collect()
+    assert table.schema == await filtered.schema() == pa.schema(list(columns.items()))
+    assert table.select(["n", "text", "none"]).to_pylist() == [{"n": 1, "text": "a", "none": None}]
+
+
+@pytest.mark.parametrize("function", [lambda row: row, same_async])
+async def test_types_that_values_do_not_tell_survive_a_function_of_rows(function: Any) -> None:
+    kinds = {"pairs": pa.map_(pa.string(), pa.int64()), "texts": pa.map_(pa.string(), pa.string()), "id": pa.uint64()}
+    rows = [{"pairs": [("a", n)], "texts": [("a", "b")], "id": n << 63} for n in (0, 1)]
+    table = pa.Table.from_pylist(rows, pa.schema(list(kinds.items())))
+    assert await from_arrow(table).repartition(rows=1).map(function).collect() == table
+
+
+async def test_whole_numbers_above_the_largest_int64_are_uint64() -> None:
+    table = await from_rows([{"n": 1}, {"n": 2**64 - 1}, {"n": None}]).collect()
+    assert table.equals(pa.table({"n": pa.array([1, 2**64 - 1, None], pa.uint64())}))
+    with pytest.raises(DataError, match="'n' that from_rows"):
+        await from_rows([{"n": 1.5}, {"n": 2**64 - 1}]).collect()
+
+
+async def test_a_count_reads_no_columns_but_those_of_a_condition(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"n":1}\n\n' * 3 + '{"m":{}}\n')
+    assert await read_jsonl(path).count() == await read_jsonl(path, []).count() == 4
+    shuffled = read_jsonl(path, ["n"]).map_batches(lambda batch: batch).random_shuffle()
+    assert await shuffled.filter(pc.field("n") == 1).count() == 3
+    path.write_text('{"n":1}\n{"n":\n')
+    with pytest.raises(DataError, match=r"x\.jsonl:2: "):
+        await read_jsonl(path, schema=pa.schema([("n", pa.int64())])).count()
 
 
 def test_what_is_no_function_is_refused_where_it_is_said() -> None:

@@ -47,7 +47,7 @@ class Program:
         self._piece = min(_FIRST_PIECE, block_rows)
         functions = [step for step in steps if isinstance(step, RowFunction)]
         errors = {step.error_column for step in functions if step.on_error == "collect"}
-        self._shaper = Shaper(steps[-1].label, functions[-1].schema if functions else None, errors)
+        self._shaper = Shaper(steps[-1].label, texts=errors)
         self.label = " + ".join(step.label for step in steps)
         self.instant = all(isinstance(step, Select | Drop | Rename | Limit) for step in steps)
 
@@ -84,6 +84,7 @@ class Program:
 
     def _run_piece(self, block: Block) -> Block:
         frame = Frame(block.batch, block.origins)
+        self._shaper.before = block.batch.schema
         for run, counter in zip(self._runs, self._counters, strict=True):
             began = time.perf_counter()
             counter.rows_in += len(frame)

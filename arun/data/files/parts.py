@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 import pyarrow as pa
 import pyarrow.fs
 
-from arun.data.files.csv import CsvFormat, checked_delimiter
+from arun.data.files.csv import CsvFormat, checked_delimiter, delimiter_of
 from arun.data.files.ipc import IpcFormat
 from arun.data.files.jsonl import JsonLinesFormat
 from arun.data.files.parquet import ParquetFormat
@@ -58,8 +58,10 @@ class Format(Protocol):
     :ivar word: what people call it.
     """
 
-    suffix: str
-    word: str
+    @property
+    def suffix(self) -> str: ...
+    @property
+    def word(self) -> str: ...
 
     def encoder(self, stream: Any, schema: pa.Schema) -> Encoder:
         """Begin a file.
@@ -423,17 +425,21 @@ def csv_sink(
     *,
     mode: Mode = "error",
     part_bytes: int | None = None,
-    delimiter: str = ",",
+    delimiter: str | None = None,
     compression: Compression | None = None,
     filesystem: Any = None,
 ) -> FileSink:
     """CSV with a header: null as nothing, an empty string as ``""``.
 
+    :param delimiter: between values; by default a tab in a file that ends in ``.tsv``, and a comma in others.
     :param compression: of a folder's parts; a single file's is told by its suffix, such as ``.csv.gz``.
 
     The other parameters are those of :class:`FileSink`.
     """
-    how = CsvFormat(delimiter=checked_delimiter(delimiter))
+    own = delimiter_of(os.fspath(path))
+    how = CsvFormat(
+        delimiter=own if delimiter is None else checked_delimiter(delimiter), suffix=".tsv" if own == "\t" else ".csv"
+    )
     return FileSink(path, how, mode=mode, part_bytes=part_bytes, compression=compression, filesystem=filesystem)
 
 

@@ -38,7 +38,9 @@ def _visit(node: Node, coming: Step | None) -> Passed:
             return Passed(node, [coming] * len(node.inputs))
         case AllToAll() if node.barrier.traits.keeps_rows:
             needed = node.barrier.traits.columns
-            passes = isinstance(coming, Select) and needed is not None and set(needed) <= set(coming.columns)
+            # Rows without any column, as a count wants them, are none that could be spilled.
+            columns = coming.columns if isinstance(coming, Select) else ()
+            passes = bool(columns) and needed is not None and set(needed) <= set(columns)
             return Passed(node, [coming]) if passes else Passed(node, (), above)
         case AllToAll() if node.barrier.traits.columns is not None:
             # Where nobody has asked for fewer columns, only a source that then reads less is worth it.
