@@ -471,3 +471,11 @@ async def test_a_single_file_is_there_when_no_row_is_left(tmp_path: Path) -> Non
         report = await job.run(lambda rows: rows.filter(lambda row: False), sink)
         assert (report.rows, len(report.parts)) == (0, 1)
     assert (tmp_path / "none.jsonl").read_bytes() == b""
+
+
+async def test_a_source_without_rows_makes_a_part_with_its_columns(tmp_path: Path) -> None:
+    schema = pa.schema([("n", pa.int64())])
+    pq.write_table(schema.empty_table(), tmp_path / "in.parquet")
+    written = read(parquet_source(tmp_path / "in.parquet")).write_parquet(tmp_path / "out")
+    (part,) = (await written.arun(checkpoint=tmp_path / "job")).parts
+    assert pq.read_table(part.path).schema == schema
