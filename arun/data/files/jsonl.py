@@ -215,7 +215,7 @@ def _exact(array: pa.Array) -> pa.DataType:
     """The type, but uint64 instead of floats that pyarrow makes of whole numbers above the largest int64."""
     kind = array.type
     if pa.types.is_float64(kind):
-        return pa.uint64() if (pc.max(array).as_py() or 0) >= 2**63 else kind
+        return pa.uint64() if (pc.call_function("max", [array]).as_py() or 0) >= 2**63 else kind
     if pa.types.is_list(kind):
         return pa.list_(_exact(array.flatten()))
     if pa.types.is_struct(kind):
