@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -479,3 +481,20 @@ async def test_a_source_without_rows_makes_a_part_with_its_columns(tmp_path: Pat
     written = read(parquet_source(tmp_path / "in.parquet")).write_parquet(tmp_path / "out")
     (part,) = (await written.arun(checkpoint=tmp_path / "job")).parts
     assert pq.read_table(part.path).schema == schema
+
+
+async def test_a_job_that_a_full_disk_has_ended_can_be_gone_on_with_at_once(job: Job) -> None:
+    def large(row: Row) -> Row:
+        return {"n": row["n"], "text": "x" * 10_000}
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            await job.run(lambda rows: rows.map(large), jsonl_sink(job.out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (await job.run(lambda rows: rows.map(large), jsonl_sink(job.out))).rows == 100
+    assert sorted(row["n"] for row in job.written()) == list(range(100))

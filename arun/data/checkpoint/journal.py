@@ -156,9 +156,11 @@ class Journal:
         return self.parts
 
     def close(self) -> None:
-        """Let another process go on."""
-        self._close_segment()
-        os.close(self._lock)
+        """Let another process go on, or another run of this one."""
+        try:
+            self._close_segment()
+        finally:
+            os.close(self._lock)
 
     def _opened(self, job: Job) -> str:
         path = self._folder / "job.json"
@@ -215,9 +217,9 @@ class Journal:
         return self._segment
 
     def _close_segment(self) -> None:
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            segment.close()
 
     def _written(self, sink: Sink) -> Part | None:
         """The part that is made of the segments; none of no rows, unless it is the only one."""
@@ -265,8 +267,10 @@ class _Segment:
 
     def close(self) -> None:
         """End the stream."""
-        self._writer.close()
-        self._file.close()
+        try:
+            self._writer.close()
+        finally:
+            self._file.close()
 
 
 def _read(path: Path, *, rows: bool = True) -> Iterator[tuple[pa.RecordBatch, _Entry, int]]:
