@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from arun.data.files import csv_sink, csv_source, ipc_sink, ipc_source
+from arun.data.files import csv_sink, csv_source, ipc_sink, ipc_source, jsonl_source, parquet_source
 from arun.errors import DataError, MisuseError
 from tests.data.reading import read, rows, write
 
@@ -147,3 +150,20 @@ def test_tabs_are_between_the_values_of_tsv_files_in_and_out(tmp_path: Path) -> 
         write(csv_sink(path), block)
         assert path.is_file()
         assert read(csv_source(path, delimiter="\t")).to_pylist() == rows(csv_source(path)) == block.to_pylist()
+
+
+@pytest.mark.parametrize("source", [csv_source, jsonl_source])
+def test_a_compressed_file_that_breaks_off_is_named(tmp_path: Path, source: Callable[..., Any]) -> None:
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(b'{"a":1}\n' * 10_000)[:-20])
+    with pytest.raises(DataError, match=r"x\.gz.*: Truncated compressed stream"):
+        read(source(path))
+
+
+def test_a_parquet_file_with_broken_data_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"a": [f"text {n}" for n in range(10_000)]}), path, compression="zstd")
+    data = path.read_bytes()
+    path.write_bytes(data[:1000] + b"\xff" * 1000 + data[2000:])
+    with pytest.raises(DataError, match=r"x\.parquet can't be read: "):
+        read(parquet_source(path))

@@ -16,7 +16,7 @@ import pyarrow.csv as pv
 from arun.data.files.lines import told
 from arun.data.files.partitions import Partitions
 from arun.data.files.paths import File, Listing, Paths
-from arun.data.files.selection import chosen, without_first
+from arun.data.files.selection import chosen, read_from, without_first
 from arun.data.schemas import conform, unify
 from arun.data.source import Fragment
 from arun.errors import DataError, MisuseError
@@ -120,7 +120,7 @@ class CsvSource(msgspec.Struct, frozen=True, kw_only=True):
         batches = self.tables.read(file, [name for name in schema.names if name in own] or own[:1])
         folders = self.tables.partitions
         named = (folders.add(batch, file, schema.names) for batch in batches)
-        return without_first((conform(batch, schema, name=file.path) for batch in named), skip)
+        return without_first(read_from(file, (conform(batch, schema, name=file.path) for batch in named)), skip)
 
     def count(self) -> None:
         """Only reading tells."""
@@ -196,7 +196,9 @@ class _Tables:
                 break
             except UnicodeDecodeError as exc:
                 raise DataError(f"{file.path}: its header is no UTF-8: {exc}; convert the file") from exc
-            except pa.ArrowInvalid as exc:
+            except (pa.ArrowInvalid, OSError) as exc:
+                if isinstance(exc, OSError) and exc.errno is not None:
+                    raise
                 if not _is_too_small(block_size, exc):
                     with closing(file.stream()) as opened:
                         raise DataError(f"{file.path}: {told(opened.read(64), exc)}") from exc

@@ -21,7 +21,7 @@ from arun.data.block import Shaper
 from arun.data.files.lines import CHUNK, Chunk, chunks, line_at, told
 from arun.data.files.partitions import Partitions
 from arun.data.files.paths import File, Listing, Paths
-from arun.data.files.selection import chosen, without_first
+from arun.data.files.selection import chosen, read_from, without_first
 from arun.data.schemas import conform, holds_maps, unify
 from arun.data.source import Fragment
 from arun.errors import DataError
@@ -88,10 +88,12 @@ class JsonLinesSource(msgspec.Struct, frozen=True, kw_only=True):
 
     def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
         """The rows of the lines that begin in the range."""
-        return without_first(self._read(*fragment.place), skip)
+        index, start, end = fragment.place
+        file = self.lines.listing.files[index]
+        return without_first(read_from(file, self._read(file, start, end)), skip)
 
-    def _read(self, index: int, start: int, end: int | None) -> Iterator[pa.RecordBatch]:
-        file, schema, folders = self.lines.listing.files[index], self.schema(), self.lines.partitions
+    def _read(self, file: File, start: int, end: int | None) -> Iterator[pa.RecordBatch]:
+        schema, folders = self.schema(), self.lines.partitions
         own = set(self.lines.own.names)
         fields = pa.schema([field for field in schema if field.name in own])
         parser = _Parser(fields, given=self.lines.given is not None, strict=self._strict())
@@ -145,7 +147,7 @@ class _Lines:
         files = self.listing.files
         most = None if self._sample_bytes is None else max(1, self._sample_bytes // len(files))
         for file in files:
-            for chunk in chunks(file, 0, most):
+            for chunk in read_from(file, chunks(file, 0, most)):
                 yield file, chunk
                 if most is not None and chunk.offset + len(chunk.data) >= most:
                     break
