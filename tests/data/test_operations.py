@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -454,6 +455,39 @@ async def test_types_that_values_do_not_tell_survive_a_function_of_rows(function
     rows = [{"pairs": [("a", n)], "texts": [("a", "b")], "id": n << 63} for n in (0, 1)]
     table = pa.Table.from_pylist(rows, pa.schema(list(kinds.items())))
     assert await from_arrow(table).repartition(rows=1).map(function).collect() == table
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+async def test_arrays_of_any_shape_and_tensors_are_lists_in_lists(library: str) -> None:
+    of = pytest.importorskip(library)
+    images = [[[1, 2, 3], [4, 5, 6]], [[7]], [], None]
+
+    def image(row: Row) -> Row:
+        rows = images[row["n"]]
+        many = np.array(rows or [], dtype=np.int16).reshape(len(rows or ()), -1 if rows else 0)
+        return {"x": None if rows is None else of.as_tensor(many) if library == "torch" else many}
+
+    made = await numbers(4).map(image).collect()
+    assert made == pa.table({"x": pa.array(images, pa.list_(pa.list_(pa.int16())))})
+    batches = numbers(4).map_batches(lambda batch: {"x": [image(row)["x"] for row in batch.to_pylist()]})
+    assert await batches.collect() == made
+
+
+async def test_dates_of_numpy_are_dates() -> None:
+    day = np.datetime64("2024-02-29")
+    table = await numbers(2).map(lambda row: {"day": day if row["n"] else None}).collect()
+    assert table == pa.table({"day": pa.array([None, datetime.date(2024, 2, 29)])})
+
+
+@pytest.mark.parametrize("size", [None, 2])
+async def test_a_stop_iteration_of_a_function_of_batches_is_told_as_such(size: int | None) -> None:
+    def ends(batch: Any) -> Any:
+        return next(iter(()))
+
+    with pytest.raises(
+        RuntimeError, match=r"map_batches\(.*ends\) raised StopIteration, which would end its rows early"
+    ):
+        await numbers(3).map_batches(ends, batch_size=size).collect()
 
 
 async def test_whole_numbers_above_the_largest_int64_are_uint64() -> None:
