@@ -196,6 +196,12 @@ async def test_limit_keeps_the_first_rows() -> None:
     assert await rows_of(numbers(2).limit(9)) == [{"n": 0}, {"n": 1}]
 
 
+async def test_what_comes_after_a_limit_is_given_many_rows_at_a_time() -> None:
+    rows = numbers(5000).limit(4000).flat_map(lambda row: [row, row])
+    assert (await rows.collect()).num_rows == 8000
+    assert rows.stats().stages[0].blocks < 100
+
+
 async def test_inputs_of_a_union_overlap_but_for_what_a_limit_may_leave_out() -> None:
     begun = anyio.Event()
 

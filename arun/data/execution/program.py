@@ -39,10 +39,12 @@ class Program:
         self._counters = counters
         self._limits = [run for run in self._runs if isinstance(run, LimitRun)]
         self._wants_rows = any(isinstance(step, RowFunction) for step in steps)
-        # Whether a row may become several, so that nobody can tell how many rows a limit further down still needs.
-        self._multiplies = any(
+        many = [
             isinstance(step, BatchFunction) or (isinstance(step, RowFunction) and step.gives_many) for step in steps
-        )
+        ]
+        self._multiplies = any(many)
+        # A limit after a step that may make several rows of one: nobody can tell how many rows it still needs.
+        self._counts_rows = any(isinstance(run, LimitRun) and any(many[:at]) for at, run in enumerate(self._runs))
         self._block_rows = block_rows
         self._piece = min(_FIRST_PIECE, block_rows)
         functions = [step for step in steps if isinstance(step, RowFunction)]
@@ -79,7 +81,7 @@ class Program:
         size = min(left, self._piece) if self._wants_rows else left
         for limit in self._limits:
             # No step is given a row that the limit might cut off: each call may cost money.
-            size = min(size, 1 if self._multiplies else max(1, limit.left))
+            size = min(size, 1 if self._counts_rows else max(1, limit.left))
         return size
 
     def _run_piece(self, block: Block) -> Block:
