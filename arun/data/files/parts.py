@@ -8,6 +8,7 @@ appears at once, too.
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
@@ -34,6 +35,7 @@ _PART_BYTES: Final = 256 << 20
 _HELD_BYTES: Final = 8 << 20  # of blocks that wait for a column's type
 _SUCCESS: Final = "_SUCCESS"
 _TEMPORARY: Final = ".arun-"
+_HIDDEN: Final = re.compile(r"^\.arun-whole-\w+-(?=part-)")
 _Type: Final = pyarrow.fs.FileType
 _ENDINGS: Final = {"gzip": ".gz", "zstd": ".zst", "bz2": ".bz2"}
 
@@ -165,6 +167,16 @@ class FileSink:
             self._filesystem.delete_file(path)
         if self._mode == "overwrite":
             self._replaced = kept
+
+    def missing(self, parts: Sequence[Part]) -> list[Part]:
+        """Which of these, that a job has committed, are not there any more."""
+        if self._is_file:
+            there = self._filesystem.get_file_info(self._path).type == _Type.File
+            return [] if there else list(parts)
+        below = pyarrow.fs.FileSelector(self._path, recursive=True, allow_not_found=True)
+        # Parts in the place of others are hidden till the end; of those in several folders only the names are alike.
+        names = {_HIDDEN.sub("", info.base_name) for info in self._filesystem.get_file_info(below)}
+        return [part for part in parts if os.path.basename(part.path) not in names]
 
     def part(self, name: str) -> PartWriter:
         """Begin a part, or the only file."""
