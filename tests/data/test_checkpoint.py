@@ -334,7 +334,7 @@ def other(row: Row) -> Row:
         (lambda job: job.input.write_text('{"n":5}\n'), r"its input is no longer '.*in\.jsonl .*', now '.*in\.jsonl "),
         (lambda job: job.out.rename(job.out.with_name("b")), None),
         ("steps", r"its steps were map\(first\), map\(first\), and are map\(other\), map\(other\)"),
-        ("code", r"the code of map\(first\) has changed"),
+        ("code", r"the code or the options of map\(first\) have changed"),
         ("sink", r"that wrote jsonl .*, and not parquet "),
     ],
 )
