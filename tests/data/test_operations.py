@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from arun.data import (
     from_pandas,
     from_ray,
     from_rows,
+    read,
     read_csv,
     read_ipc,
     read_jsonl,
     read_parquet,
 )
+from arun.data.source import Fragment
 from arun.errors import DataError
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("runtime", "nothing_left")]
@@ -514,6 +516,37 @@ async def test_a_count_reads_no_columns_but_those_of_a_condition(tmp_path: Path)
         await read_jsonl(path, schema=pa.schema([("n", pa.int64())])).count()
 
 
+class Columns:
+    """A source of one's own, that makes its blocks of the columns that are asked for."""
+
+    name = "columns"
+
+    def __init__(self, columns: dict[str, list[int]]) -> None:
+        self._columns = columns
+
+    def schema(self) -> None:
+        """Only reading tells."""
+
+    def count(self) -> None:
+        """Only reading tells."""
+
+    def fragments(self) -> list[Fragment]:
+        return [Fragment(key="all")]
+
+    def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
+        yield pa.RecordBatch.from_pydict(self._columns).slice(skip)
+
+    def select(self, columns: Sequence[str]) -> Columns:
+        return Columns({name: self._columns[name] for name in columns})
+
+    def where(self, predicate: pc.Expression) -> None:
+        """It can't."""
+
+
+async def test_rows_of_a_source_of_ones_own_are_counted_by_its_columns() -> None:
+    assert await read(Columns({"a": [1, 2, 3], "b": [4, 5, 6]})).count() == 3
+
+
 def test_what_is_no_function_is_refused_where_it_is_said() -> None:
     async def later(row: Row) -> Row:
         return row
@@ -590,7 +623,7 @@ async def test_batches_for_trainers_are_of_one_size() -> None:
 async def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     rows = [{"n": 0, "s": "x"}, {"n": 1, "s": None}]
     dataset = from_rows(rows)
-    for write, read in (
+    for write, again in (
         (dataset.write_parquet, read_parquet),
         (dataset.write_jsonl, read_jsonl),
         (dataset.write_csv, read_csv),
@@ -600,7 +633,7 @@ async def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         report = await write(folder).arun()
         assert (report.rows, [part.rows for part in report.parts]) == (2, [2])
         assert str(report).startswith(f"2 rows in 1 part of {report.parts[0].size:,} bytes, ")
-        assert await rows_of(read(folder)) == rows
+        assert await rows_of(again(folder)) == rows
 
 
 async def test_a_filter_and_a_choice_of_columns_reach_the_file(tmp_path: Path) -> None:

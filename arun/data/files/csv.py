@@ -96,6 +96,7 @@ class CsvSource(msgspec.Struct, frozen=True, kw_only=True):
     """CSV files; made by :func:`csv_source`."""
 
     resumable: ClassVar[bool] = True
+    columnless: ClassVar[bool] = True
     name: str
     tables: _Tables
     columns: tuple[str, ...] | None = None

@@ -39,6 +39,7 @@ class IpcSource(msgspec.Struct, frozen=True, kw_only=True):
     """Arrow IPC files; made by :func:`ipc_source`."""
 
     resumable: ClassVar[bool] = True
+    columnless: ClassVar[bool] = True
     name: str
     headers: _Headers
     columns: tuple[str, ...] | None = None

@@ -63,6 +63,7 @@ class JsonLinesSource(msgspec.Struct, frozen=True, kw_only=True):
     """Ranges of lines of JSON; made by :func:`jsonl_source`."""
 
     resumable: ClassVar[bool] = True
+    columnless: ClassVar[bool] = True
     name: str
     lines: _Lines
     fragment_bytes: int

@@ -49,6 +49,7 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
     """Row groups of Parquet files; made by :func:`parquet_source`."""
 
     resumable: ClassVar[bool] = True
+    columnless: ClassVar[bool] = True
     name: str
     footers: _Footers
     columns: tuple[str, ...] | None = None
