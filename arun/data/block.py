@@ -261,6 +261,9 @@ def _nested(values: list[Any]) -> pa.Array | None:
     arrays = [as_numpy(value) for value in values if value is not None]
     if not arrays or any(one is None for one in arrays) or len({one.ndim for one in arrays}) > 1:
         return None
+    kinds = {one.dtype.kind for one in arrays}
+    if len(kinds) > 1 and not kinds <= {"i", "f"}:  # of which NumPy would make text, or floats of large numbers
+        return None
     array = pa.array(sys.modules["numpy"].concatenate([one.reshape(-1) for one in arrays]))
     for axis in reversed(range(arrays[0].ndim)):
         lengths = chain.from_iterable(repeat(one.shape[axis], prod(one.shape[:axis])) for one in arrays)

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from arun.data.engines import Ask, Embed
 from arun.data.logical import AllToAll, Iterate, Node, OneToOne, Plan, Read, Union, Write, Zip
 from arun.data.source import Fragment, Source
 from arun.data.steps import BatchFunction, Limit, RowFunction, Step
@@ -159,10 +160,8 @@ def _columns(source: Source) -> str:
 
 def _digest(step: Step) -> str:
     function = getattr(step, "function", None)
-    declared = getattr(function, "declared", None)  # of a step that asks an engine: what it asks
-    if declared is None and getattr(function, "__code__", None) is None:
-        return ""
-    return hashlib.sha256(_described(function if declared is None else declared).encode()).hexdigest()[:16]
+    what = function.declared if isinstance(function, Ask | Embed) else getattr(function, "__code__", None)
+    return "" if what is None else hashlib.sha256(_described(what).encode()).hexdigest()[:16]
 
 
 def _described(value: Any) -> str:

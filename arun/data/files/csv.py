@@ -25,7 +25,7 @@ from arun.guards import shown
 __all__ = ("CsvEncoder", "CsvFormat", "CsvSource", "checked_delimiter", "csv_source", "delimiter_of")
 
 _SUFFIXES: Final = (".csv", ".tsv")
-_TABS: Final = re.compile(r"\.tsv(\.\w+)?$")
+_TABS: Final = re.compile(r"\.tsv(\.(gz|bz2|lz4|zst|br))?$")
 #: A row has to fit in what is read at a time; for one that does not the rest of the file is read in larger blocks.
 _LARGE_BYTES: Final = (64 << 20, 2**31 - 1)
 _SAMPLE_BYTES: Final = (4 << 20, *_LARGE_BYTES)  # of a file, that its types are taken from

@@ -170,6 +170,8 @@ class FileSink:
 
     def missing(self, parts: Sequence[Part]) -> list[Part]:
         """Which of these, that a job has committed, are not there any more."""
+        if not parts:
+            return []
         if self._is_file:
             there = self._filesystem.get_file_info(self._path).type == _Type.File
             return [] if there else list(parts)
