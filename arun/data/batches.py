@@ -126,6 +126,15 @@ def _tensor(name: str, column: pa.Array) -> Any:
         return torch.from_numpy(column.to_numpy_ndarray().copy())  # which is read-only
     if pa.types.is_fixed_size_list(kind) and not column.null_count:
         return _tensor(name, column.flatten()).view(len(column), kind.list_size, *_inner(kind.value_type))
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and not column.null_count:
+        lengths = column.value_lengths().unique().to_pylist()
+        if len(lengths) > 1:
+            raise DataError(
+                f"the column {name!r} is {kind} of {min(lengths)} to {max(lengths)} values, and a tensor's rows have "
+                "the same length; pad them, or select() the other columns"
+            )
+        values = _tensor(name, column.flatten())
+        return values.view(len(column), *lengths, *values.shape[1:])
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
         raise DataError(f"the column {name!r} is {kind}, which PyTorch has no tensor for; select() the others")
     if column.null_count and not pa.types.is_floating(kind):

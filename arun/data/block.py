@@ -14,19 +14,32 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Collection, Sequence
-from itertools import chain
+from itertools import accumulate, chain, count, repeat
+from math import prod
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 
 import msgspec
 import pyarrow as pa
 
+from arun.data.schemas import holds_maps
 from arun.data.schemas import unify as schemas_of
 from arun.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ("Block", "Row", "Shaper", "joined", "origin_of", "place_of", "row_dicts", "unify")
+__all__ = (
+    "Block",
+    "Row",
+    "Shaper",
+    "array_of",
+    "as_numpy",
+    "joined",
+    "origin_of",
+    "place_of",
+    "row_dicts",
+    "unify",
+)
 
 #: A row as users' functions see it.
 Row: TypeAlias = dict[str, Any]
@@ -124,14 +137,21 @@ class Shaper:
     :param step: whose rows they are, for errors.
     :param schema: what they must have; None takes it from the rows.
     :param texts: columns that hold text, where they are there, also when all is null.
+    :param same: whether they are the rows that the step was given, so that all columns have the types that they had.
+    :ivar before: of the rows that these were made of. A column that was there has the type that it had where its values
+        don't tell: those of a map are lists of pairs, and of large numbers some are small.
     """
 
-    __slots__ = ("_given", "_step", "_texts", "_types")
+    __slots__ = ("_given", "_same", "_step", "_texts", "_types", "before")
 
-    def __init__(self, step: str, schema: pa.Schema | None = None, texts: Collection[str] = ()) -> None:
+    def __init__(
+        self, step: str, schema: pa.Schema | None = None, texts: Collection[str] = (), *, same: bool = False
+    ) -> None:
         self._step = step
         self._texts = texts
+        self._same = same
         self._given = schema is not None
+        self.before: pa.Schema | None = None
         self._types: dict[str, pa.DataType] = (
             {} if schema is None else dict(zip(schema.names, schema.types, strict=True))
         )
@@ -168,7 +188,9 @@ class Shaper:
         try:
             if self._given:
                 return _as_given(values, cast("pa.DataType", known))
-            array = _inferred(values)
+            array = self._as_before(name, values)
+            if array is None:
+                array = array_of(values)
             if known is None and name in self._texts:
                 known = pa.string()
             if array.type == known:
@@ -186,16 +208,37 @@ class Shaper:
         self._types[name] = agreed
         return array
 
+    def _as_before(self, name: str, values: list[Any]) -> pa.Array | None:
+        """Of the type that the column had; None where the values tell a type, or others have come in their place."""
+        index = -1 if self.before is None else self.before.get_field_index(name)
+        if index < 0:
+            return None
+        kind = cast("pa.Schema", self.before).field(index).type
+        if not (self._same or pa.types.is_uint64(kind) or holds_maps(kind)):
+            return None
+        try:
+            array = pa.array(values, kind)
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            return None
+        return array if self._same or array.to_pylist() == values else None
 
-def _inferred(values: list[Any]) -> pa.Array:
-    """An array of the values' own type: pyarrow alone would cut nanoseconds off pandas' timestamps and durations."""
+
+def array_of(values: list[Any]) -> pa.Array:
+    """An array of the values' own type, also where pyarrow alone would refuse them, or cut nanoseconds off."""
     try:
         array = pa.array(values)
-    except (pa.ArrowException, ValueError):
-        known = _without_pandas(values)
-        if known is None:
+    except OverflowError:
+        if not all(value is None or isinstance(value, int) for value in values):
             raise
-        return _inferred(known)
+        return pa.array(values, pa.uint64())
+    except (pa.ArrowException, ValueError, TypeError):
+        known = _without_pandas(values)
+        if known is not None:
+            return array_of(known)
+        lists = _nested(values)
+        if lists is None:
+            raise
+        return lists
     kind = array.type
     if (pa.types.is_timestamp(kind) or pa.types.is_duration(kind)) and kind.unit == "us":
         exact = "nanosecond" if pa.types.is_timestamp(kind) else "nanoseconds"
@@ -213,9 +256,34 @@ def _without_pandas(values: list[Any]) -> list[Any] | None:
     return None if all(map(operator.is_, known, values)) else known
 
 
+def _nested(values: list[Any]) -> pa.Array | None:
+    """Of arrays of any dimensions and tensors, as lists in lists, and of NumPy's dates; None where it is neither."""
+    arrays = [as_numpy(value) for value in values if value is not None]
+    if not arrays or any(one is None for one in arrays) or len({one.ndim for one in arrays}) > 1:
+        return None
+    kinds = {one.dtype.kind for one in arrays}
+    if len(kinds) > 1 and not kinds <= {"i", "f"}:  # of which NumPy would make text, or floats of large numbers
+        return None
+    array = pa.array(sys.modules["numpy"].concatenate([one.reshape(-1) for one in arrays]))
+    for axis in reversed(range(arrays[0].ndim)):
+        lengths = chain.from_iterable(repeat(one.shape[axis], prod(one.shape[:axis])) for one in arrays)
+        array = pa.ListArray.from_arrays(pa.array(accumulate(lengths, initial=0), pa.int32()), array)
+    places = count()
+    return array.take(pa.array([None if value is None else next(places) for value in values], pa.int64()))
+
+
+def as_numpy(value: Any) -> Any:
+    """A tensor, or what gives an array of NumPy, as such an array; None of anything else."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        # NumPy has no bfloat16; float32 holds all of it.
+        return (value.float() if value.dtype is torch.bfloat16 else value).numpy(force=True)
+    return sys.modules["numpy"].asarray(value) if hasattr(value, "__array__") and "numpy" in sys.modules else None
+
+
 def _as_given(values: list[Any], given: pa.DataType) -> pa.Array:
     try:
-        return _inferred(values).cast(given)
+        return array_of(values).cast(given)
     except (pa.ArrowException, TypeError, ValueError, OverflowError):
         if pa.types.is_integer(given):  # pa.array() would cut off fractions
             raise

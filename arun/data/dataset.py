@@ -27,7 +27,7 @@ from arun.data.options import RunOptions
 from arun.data.physical import lower
 from arun.data.running import Report, plan_of, run_plan
 from arun.data.split import Splits
-from arun.data.steps import Limit
+from arun.data.steps import Limit, Select
 from arun.data.stream import BatchStream, BlockStream, RowStream
 from arun.errors import MisuseError
 from arun.threads import run_in_thread
@@ -195,10 +195,10 @@ class Dataset(Operations):
         return cast("list[Row]", await self._run(limited, consumers.take, options))
 
     async def count(self, options: RunOptions | None = None) -> int:
-        """How many rows there are: by what the sources know, where that tells, else by running it."""
-        self._readable()
+        """How many rows there are: by what the sources know, where that tells, else by running it without columns."""
+        bare = OneToOne((Select(()),), self._readable())
         known = await run_in_thread(partial(known_count, self.node))
-        return known if known is not None else cast("int", await self._run(self.node, consumers.count, options))
+        return known if known is not None else cast("int", await self._run(bare, consumers.count, options))
 
     async def schema(self, options: RunOptions | None = None) -> pa.Schema | None:
         """Its columns: by what the sources know, where that tells, else by running it up to its first block.

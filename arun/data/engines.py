@@ -93,6 +93,11 @@ class Ask:
         """Most rows at a time: as many as the engine takes."""
         return getattr(self.engine, "batch_limit", None)
 
+    @property
+    def declared(self) -> tuple[Any, ...]:
+        """What makes another answer of it, but for the engine."""
+        return (self.prompt, self.output, self.options, self.fields, self.chat, self.system)
+
     async def __call__(self, row: Row) -> Row:
         completion = await self.engine.complete(self.prompt_of(row), **self.options)
         output, usage = self.output, completion.usage
@@ -128,6 +133,11 @@ class Embed:
     def batch_limit(self) -> int | None:
         """Most rows at a time: as many as the engine takes."""
         return getattr(self.engine, "batch_limit", None)
+
+    @property
+    def declared(self) -> tuple[Any, ...]:
+        """What makes another vector of it, but for the engine."""
+        return (self.prompt, self.output, self.options)
 
     async def __call__(self, row: Row) -> Row:
         import numpy as np

@@ -332,9 +332,10 @@ class Operations:
         """
         return self.write(jsonl_sink(path, **to))
 
-    def write_csv(self, path: str | PathLike[str], *, delimiter: str = ",", **to: Unpack[SinkOptions]) -> Self:
+    def write_csv(self, path: str | PathLike[str], *, delimiter: str | None = None, **to: Unpack[SinkOptions]) -> Self:
         """A dataset that writes CSV with a header when it is run; paths as for :meth:`write_jsonl`.
 
+        :param delimiter: between values; by default a tab in a file that ends in ``.tsv``, and a comma in others.
         :param to: see :class:`SinkOptions`.
         """
         return self.write(csv_sink(path, delimiter=delimiter, **to))

@@ -100,7 +100,7 @@ def read_csv(
     paths: Paths,
     columns: Sequence[str] | None = None,
     *,
-    delimiter: str = ",",
+    delimiter: str | None = None,
     names: Sequence[str] | None = None,
     types: Mapping[str, pa.DataType] | None = None,
     filesystem: Any = None,
@@ -109,6 +109,7 @@ def read_csv(
 
     :param paths: files, folders, globs or URLs; see ``arun.data.files.paths``.
     :param columns: these only, in this order; None: all.
+    :param delimiter: between values; by default a tab in files that end in ``.tsv``, and a comma in others.
     :param names: of the columns, where the files have no header.
     :param types: of columns that must not be guessed.
     :param filesystem: of pyarrow or fsspec, where the paths are no URLs.

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from arun.errors import DataError
 
-__all__ = ("conform", "conflict", "unify")
+__all__ = ("conflict", "conform", "holds_maps", "unify")
 
 
 def unify(named: Iterable[tuple[str, pa.Schema]], *, remedy: str = "cast it in one of them") -> pa.Schema:
@@ -82,6 +82,11 @@ def conflict(schema: pa.Schema, other: pa.Schema) -> str | None:
         if field.type != kind and _widened(kind, field.type) != kind:
             return f"the column {field.name!r} is {field.type}, not {kind}"
     return None
+
+
+def holds_maps(kind: pa.DataType) -> bool:
+    """Whether it is a map, or has one within."""
+    return bool(pa.types.is_map(kind) or any(holds_maps(kind.field(index).type) for index in range(kind.num_fields)))
 
 
 def _widened(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:

@@ -61,6 +61,7 @@ def _together(before: Step, step: Step) -> bool:
     return (
         (before.concurrency, before.ordered) == (step.concurrency, step.ordered)
         and before.executor is step.executor
+        and before.schema is None  # which holds for its rows, and not for those that the next step makes of them
         and not (before.streams or step.streams)
         # What knows how many rows it wants at a time is not held up by the step after it, nor by the one before.
         and not any(hasattr(one.function, "batch_limit") for one in (before, step))

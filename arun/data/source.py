@@ -35,6 +35,9 @@ class Source(Protocol):
     A source whose keys of fragments are others when its rows are others says so by an attribute ``resumable = True``:
     then a checkpoint can go on with it.
 
+    One whose ``select([])`` still gives its rows, as blocks without columns, may say so by ``columnless = True``: then
+    a count reads no columns.
+
     One that reads less than there is, by ``select`` and ``where``, may say so in an attribute ``label``: its name with
     what is read of it, for plans.
 

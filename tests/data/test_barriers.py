@@ -98,6 +98,15 @@ async def test_an_unusual_type_is_refused_by_the_name_of_its_column() -> None:
         await rows_of(sort(Relation.of_blocks(cut(table)), ["at"]))
 
 
+@pytest.mark.parametrize(
+    "within", [pa.list_, lambda kind: pa.struct([("x", kind)]), lambda kind: pa.map_("int8", kind)]
+)
+async def test_dictionaries_of_numbers_are_refused_within_other_types(within: Any) -> None:
+    table = pa.table({"odd": pa.nulls(1, within(pa.dictionary(pa.int8(), pa.int64()))), "at": [1]})
+    with pytest.raises(MisuseError, match=r"column 'odd' is of type .*, which can't travel through DuckDB"):
+        await rows_of(sort(Relation.of_blocks(cut(table)), ["at"]))
+
+
 async def test_values_of_many_dictionaries_come_back_in_dictionaries_that_hold_them() -> None:
     kind = pa.dictionary(pa.int8(), pa.string())
     blocks = [pa.record_batch({"x": pa.array([f"{n}-{i}" for i in range(100)]).cast(kind)}) for n in range(5)]

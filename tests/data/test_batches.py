@@ -105,6 +105,16 @@ def test_tensors_are_those_of_the_columns() -> None:
     assert tensors["x"].tolist() == [[[4, 5], [6, 7]], [[8, 9], [10, 11]]]
 
 
+def test_lists_of_one_length_are_a_tensor_however_deep() -> None:
+    pytest.importorskip("torch")
+    images = [[[0, 1, 2]], [[3, 4, 5]], [[6, 7, 8]]]
+    batch = pa.record_batch({"x": pa.array(images, pa.list_(pa.list_(pa.int16())))})
+    tensors = converter("torch")(batch.slice(1).select(["x"]))
+    assert tensors["x"].tolist() == images[1:]
+    tensors["x"].zero_()
+    assert batch["x"].to_pylist() == images
+
+
 def test_writing_to_a_tensor_changes_no_rows() -> None:
     pytest.importorskip("torch")
     batch = pa.record_batch({
@@ -124,7 +134,8 @@ def test_writing_to_a_tensor_changes_no_rows() -> None:
     ("column", "why"),
     [
         (pa.array(["x"]), "the column 'c' is string, which PyTorch has no tensor for; select"),
-        (pa.array([[1], [2, 3]]), "the column 'c' is list<"),
+        (pa.array([[1], [2, 3]]), "the column 'c' is list<item: int64> of 1 to 2 values, .* the same length; pad them"),
+        (pa.array([[1], None]), "the column 'c' is list<"),
         (pa.array([datetime.date(2024, 1, 1)]), "the column 'c' is date32"),
         (pa.array([1, None]), "the column 'c' holds null, which a tensor can't; fill it"),
     ],

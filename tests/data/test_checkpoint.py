@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from arun.data.block import origin_of
 from arun.data.checkpoint.progress import Progress, merged, ranges_of
 from arun.data.files import batch_sink, jsonl_sink, jsonl_source, parquet_sink, parquet_source
 from arun.data.source import Fragment
-from arun.errors import CheckpointError, MisuseError
+from arun.errors import CheckpointError, DataError, MisuseError
 from tests.data.reading import rows
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("runtime", "nothing_left")]
@@ -332,7 +334,7 @@ def other(row: Row) -> Row:
         (lambda job: job.input.write_text('{"n":5}\n'), r"its input is no longer '.*in\.jsonl .*', now '.*in\.jsonl "),
         (lambda job: job.out.rename(job.out.with_name("b")), None),
         ("steps", r"its steps were map\(first\), map\(first\), and are map\(other\), map\(other\)"),
-        ("code", r"the code of map\(first\) has changed"),
+        ("code", r"the code or the options of map\(first\) have changed"),
         ("sink", r"that wrote jsonl .*, and not parquet "),
     ],
 )
@@ -471,3 +473,64 @@ async def test_a_single_file_is_there_when_no_row_is_left(tmp_path: Path) -> Non
         report = await job.run(lambda rows: rows.filter(lambda row: False), sink)
         assert (report.rows, len(report.parts)) == (0, 1)
     assert (tmp_path / "none.jsonl").read_bytes() == b""
+
+
+async def test_a_source_without_rows_makes_a_part_with_its_columns(tmp_path: Path) -> None:
+    schema = pa.schema([("n", pa.int64())])
+    pq.write_table(schema.empty_table(), tmp_path / "in.parquet")
+    written = read(parquet_source(tmp_path / "in.parquet")).write_parquet(tmp_path / "out")
+    (part,) = (await written.arun(checkpoint=tmp_path / "job")).parts
+    assert pq.read_table(part.path).schema == schema
+
+
+async def test_a_job_that_a_full_disk_has_ended_can_be_gone_on_with_at_once(job: Job) -> None:
+    def large(row: Row) -> Row:
+        return {"n": row["n"], "text": "x" * 10_000}
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            await job.run(lambda rows: rows.map(large), jsonl_sink(job.out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (await job.run(lambda rows: rows.map(large), jsonl_sink(job.out))).rows == 100
+    assert sorted(row["n"] for row in job.written()) == list(range(100))
+
+
+@pytest.mark.parametrize("mode", ["error", "overwrite"])
+async def test_output_that_is_gone_is_told_instead_of_being_left_out(job: Job, mode: Any) -> None:
+    def sink() -> Any:
+        return jsonl_sink(job.out, part_bytes=200, mode=mode)
+
+    jsonl_sink(job.out).begin()
+    if mode == "overwrite":  # then what is new is hidden till the end
+        (job.out / "old.jsonl").write_text("{}")
+    work = Work()
+    work.stop = {99}
+    with pytest.raises(Stop):
+        await job.run(lambda rows: rows.map(work.plain), sink())
+    shutil.copytree(job.out, job.out.with_name("elsewhere"))
+    shutil.rmtree(job.out)
+    work.stop.clear()
+    with pytest.raises(CheckpointError, match=r"says that .*part-00000.* is written, and it is gone; bring"):
+        await job.run(lambda rows: rows.map(work.plain), sink())
+    shutil.copytree(job.out.with_name("elsewhere"), job.out, dirs_exist_ok=True)
+    assert (await job.run(lambda rows: rows.map(work.plain), sink())).rows == 100
+    assert sorted(row["n"] for row in job.written()) == list(range(100))
+
+
+async def test_a_checkpoint_that_is_broken_is_named(job: Job) -> None:
+    await job.run(lambda rows: rows)
+    for name in ("complete", "00000.done", "job.json"):
+        (job.checkpoint / name).write_bytes(b"")
+        with pytest.raises(CheckpointError, match=f"{name} is broken .*; remove the checkpoint and its output"):
+            await job.run(lambda rows: rows)
+
+
+async def test_rows_without_columns_are_not_lost_silently(job: Job) -> None:
+    job.input.write_text("{}\n{}\n")
+    with pytest.raises(DataError, match="the rows have no columns"):
+        await job.run(lambda rows: rows)

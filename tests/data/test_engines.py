@@ -18,8 +18,8 @@ from actors.local_cluster import LocalCluster
 from actors.members.supervision import Backoff, Supervisor
 from actors.pool import EnginePool
 from arun import MisuseError, Runtime
-from arun.data import Dataset, from_rows
-from arun.errors import RequestError
+from arun.data import Dataset, from_rows, read_jsonl
+from arun.errors import CheckpointError, RequestError
 from tests.data.mortal import Mortal
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("nothing_left")]
@@ -261,3 +261,17 @@ async def test_a_row_that_kills_actors_fails_by_policy(tmp_path: Path) -> None:
         assert "killed by signal 9" in second["error"]
         told = await rows.map_actor(cluster, Mortal, "add", str(tmp_path), **options).take()
         assert "every actor Mortal has died for good: " in told[2]["error"]
+
+
+async def test_a_checkpoint_of_another_prompt_or_other_options_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt":"a b c"}\n')
+
+    def job(pool: EnginePool, **asked: Any) -> Dataset:
+        return read_jsonl(tmp_path / "in.jsonl").chat(pool, messages="prompt", **asked).write_jsonl(tmp_path / "out")
+
+    async with open_pool() as pool:
+        for _ in range(2):
+            await job(pool, system="Be brief.", max_tokens=2).arun(checkpoint=tmp_path / "job")
+        for other in ({"system": "Be long.", "max_tokens": 2}, {"system": "Be brief.", "max_tokens": 3}):
+            with pytest.raises(CheckpointError, match=r"options of chat\(answer\) have changed"):
+                await job(pool, **other).arun(checkpoint=tmp_path / "job")

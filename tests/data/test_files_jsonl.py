@@ -205,6 +205,28 @@ def test_a_list_of_several_types_is_named_with_the_remedy(tmp_path: Path) -> Non
     assert rows(jsonl_source(path, schema=schema)) == [{"a": "[1]"}, {"a": '[1, "x"]'}]
 
 
+def test_whole_numbers_above_the_largest_int64_are_not_rounded(tmp_path: Path) -> None:
+    path = file(tmp_path, '{"a":1,"b":{"c":[9223372036854775809]}}\n{"a":18446744073709551615,"b":null}\n')
+    table = read(jsonl_source(path))
+    assert table.schema.field("a").type == pa.uint64()
+    assert table.to_pylist() == [{"a": 1, "b": {"c": [2**63 + 1]}}, {"a": 2**64 - 1, "b": None}]
+    file(tmp_path, '{"a":1.5}\n{"a":9223372036854775809}\n')
+    assert read(jsonl_source(path)).schema.field("a").type == pa.float64()
+
+
+def test_types_of_several_files_that_do_not_fit_are_refused_with_both_files(tmp_path: Path) -> None:
+    for name, value in (("1.jsonl", "1"), ("2.jsonl", "2"), ("3.jsonl", '"x"'), ("4.jsonl", "18446744073709551615")):
+        file(tmp_path, f'{{"a":{value}}}\n', name)
+    with pytest.raises(DataError, match=r"'a' is int64 in .*1\.jsonl, but string in .*3\.jsonl; give schema="):
+        jsonl_source(tmp_path).schema()
+
+
+def test_utf_16_is_told_from_broken_json(tmp_path: Path) -> None:
+    path = file(tmp_path, '{"a":1}\n'.encode("utf-16"))
+    with pytest.raises(DataError, match=r"x\.jsonl:1: that is UTF-16, or no text; convert it to UTF-8"):
+        read(jsonl_source(path))
+
+
 def test_a_map_is_an_object_and_comes_back_by_its_type(tmp_path: Path) -> None:
     kind = pa.map_(pa.string(), pa.int64())
     block = pa.record_batch({"m": pa.array([[("a", 1), ("b", 2)], None, []], kind)})

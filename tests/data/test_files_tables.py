@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from arun.data.files import csv_sink, csv_source, ipc_sink, ipc_source
+from arun.data.files import csv_sink, csv_source, ipc_sink, ipc_source, jsonl_source, parquet_source
 from arun.errors import DataError, MisuseError
 from tests.data.reading import read, rows, write
 
@@ -123,3 +126,44 @@ def test_csv_text_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"x\.csv: the column 'word' holds text that is not UTF-8; .*pa\.binary\(\)"):
         read(csv_source(path))
     assert rows(csv_source(path, types={"word": pa.binary()})) == [{"word": "Zürich".encode("latin-1")}]
+
+
+def test_utf_16_is_told_from_broken_csv(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    for encoding in ("utf-16", "utf-16-le"):
+        path.write_bytes("a,b\n1,x\n".encode(encoding))
+        with pytest.raises(DataError, match=r"x\.csv: that is UTF-16, or no text; convert it to UTF-8"):
+            csv_source(path).schema()
+
+
+def test_a_csv_header_that_is_not_utf_8_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes("é,b\n1,x\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"x\.csv: its header is no UTF-8: .*; convert the file"):
+        csv_source(path).schema()
+
+
+def test_tabs_are_between_the_values_of_tsv_files_in_and_out(tmp_path: Path) -> None:
+    block = pa.RecordBatch.from_pylist([{"a": 1, "b": "x,y"}])
+    for name in ("x.tsv", "x.tsv.gz"):
+        path = tmp_path / name
+        write(csv_sink(path), block)
+        assert path.is_file()
+        assert read(csv_source(path, delimiter="\t")).to_pylist() == rows(csv_source(path)) == block.to_pylist()
+
+
+@pytest.mark.parametrize("source", [csv_source, jsonl_source])
+def test_a_compressed_file_that_breaks_off_is_named(tmp_path: Path, source: Callable[..., Any]) -> None:
+    path = tmp_path / "x.gz"
+    path.write_bytes(gzip.compress(b'{"a":1}\n' * 10_000)[:-20])
+    with pytest.raises(DataError, match=r"x\.gz.*: Truncated compressed stream"):
+        read(source(path))
+
+
+def test_a_parquet_file_with_broken_data_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"a": [f"text {n}" for n in range(10_000)]}), path, compression="zstd")
+    data = path.read_bytes()
+    path.write_bytes(data[:1000] + b"\xff" * 1000 + data[2000:])
+    with pytest.raises(DataError, match=r"x\.parquet can't be read: "):
+        read(parquet_source(path))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import anyio
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -15,16 +16,19 @@ import pytest
 from arun import MisuseError, ProcessExecutor
 from arun.data import (
     Dataset,
+    RunOptions,
     from_arrow,
     from_iterable,
     from_pandas,
     from_ray,
     from_rows,
+    read,
     read_csv,
     read_ipc,
     read_jsonl,
     read_parquet,
 )
+from arun.data.source import Fragment
 from arun.errors import DataError
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("runtime", "nothing_left")]
@@ -45,6 +49,10 @@ def double(row: Row) -> Row:
 
 async def double_async(row: Row) -> Row:
     return double(row)
+
+
+async def same_async(row: Row) -> Row:
+    return row
 
 
 def twice(row: Row) -> Iterator[Row]:
@@ -189,6 +197,12 @@ async def test_limit_keeps_the_first_rows() -> None:
     assert await rows_of(numbers(5).limit(2)) == [{"n": 0}, {"n": 1}]
     assert await rows_of(numbers(5).limit(0)) == []
     assert await rows_of(numbers(2).limit(9)) == [{"n": 0}, {"n": 1}]
+
+
+async def test_what_comes_after_a_limit_is_given_many_rows_at_a_time() -> None:
+    rows = numbers(5000).limit(4000).flat_map(lambda row: [row, row])
+    assert (await rows.collect()).num_rows == 8000
+    assert rows.stats().stages[0].blocks < 100
 
 
 async def test_inputs_of_a_union_overlap_but_for_what_a_limit_may_leave_out() -> None:
@@ -419,6 +433,123 @@ async def test_a_schema_says_what_rows_become() -> None:
         await numbers(2).map(lambda row: {"x": 1}, schema=schema).collect()
 
 
+@pytest.mark.parametrize("function", [double, double_async])
+async def test_a_schema_holds_for_its_step_also_where_others_follow(function: Any) -> None:
+    given = pa.schema([("n", pa.int32()), ("m", pa.string())])
+    made = numbers(2).map(function, schema=given)
+    assert (await made.select("n").collect()).to_pylist() == [{"n": 0}, {"n": 2}]
+    assert (await made.drop("n").collect()).schema == pa.schema([("m", pa.string())])
+    assert (await made.rename({"n": "k"}).collect()).column_names == ["k", "m"]
+    assert (await made.filter(lambda row: True).collect()).schema == given
+
+
+@pytest.mark.parametrize("concurrency", [None, 2])
+async def test_a_filter_keeps_the_types_however_it_is_called(concurrency: int | None) -> None:
+    async def kept(row: Row) -> bool:
+        return row["n"] != 2
+
+    columns = {"n": pa.int16(), "text": pa.dictionary(pa.int8(), pa.string()), "x": pa.float32(), "none": pa.date32()}
+    rows = [{"n": 1, "text": "a", "x": float("nan"), "none": None}, {"n": 2, "text": "b", "x": 0.5, "none": None}]
+    filtered = from_arrow(pa.Table.from_pylist(rows, pa.schema(list(columns.items())))).filter(
+        kept, concurrency=concurrency
+    )
+    table = await filtered.collect()
+    assert table.schema == await filtered.schema() == pa.schema(list(columns.items()))
+    assert table.select(["n", "text", "none"]).to_pylist() == [{"n": 1, "text": "a", "none": None}]
+
+
+@pytest.mark.parametrize("function", [lambda row: row, same_async])
+async def test_types_that_values_do_not_tell_survive_a_function_of_rows(function: Any) -> None:
+    kinds = {"pairs": pa.map_(pa.string(), pa.int64()), "texts": pa.map_(pa.string(), pa.string()), "id": pa.uint64()}
+    rows = [{"pairs": [("a", n)], "texts": [("a", "b")], "id": n << 63} for n in (0, 1)]
+    table = pa.Table.from_pylist(rows, pa.schema(list(kinds.items())))
+    assert await from_arrow(table).repartition(rows=1).map(function).collect() == table
+
+
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+async def test_arrays_of_any_shape_and_tensors_are_lists_in_lists(library: str) -> None:
+    of = pytest.importorskip(library)
+    images = [[[1, 2, 3], [4, 5, 6]], [[7]], [], None]
+
+    def image(row: Row) -> Row:
+        rows = images[row["n"]]
+        many = np.array(rows or [], dtype=np.int16).reshape(len(rows or ()), -1 if rows else 0)
+        return {"x": None if rows is None else of.as_tensor(many) if library == "torch" else many}
+
+    made = await numbers(4).map(image).collect()
+    assert made == pa.table({"x": pa.array(images, pa.list_(pa.list_(pa.int16())))})
+    batches = numbers(4).map_batches(lambda batch: {"x": [image(row)["x"] for row in batch.to_pylist()]})
+    assert await batches.collect() == made
+    with pytest.raises(DataError, match="column 'x' that map"):
+        await numbers(2).map(lambda row: {"x": np.array([["x"]]) if row["n"] else np.array([[1]])}).collect()
+
+
+async def test_dates_of_numpy_are_dates() -> None:
+    day = np.datetime64("2024-02-29")
+    table = await numbers(2).map(lambda row: {"day": day if row["n"] else None}).collect()
+    assert table == pa.table({"day": pa.array([None, datetime.date(2024, 2, 29)])})
+
+
+@pytest.mark.parametrize("size", [None, 2])
+async def test_a_stop_iteration_of_a_function_of_batches_is_told_as_such(size: int | None) -> None:
+    def ends(batch: Any) -> Any:
+        return next(iter(()))
+
+    with pytest.raises(
+        RuntimeError, match=r"map_batches\(.*ends\) raised StopIteration, which would end its rows early"
+    ):
+        await numbers(3).map_batches(ends, batch_size=size).collect()
+
+
+async def test_whole_numbers_above_the_largest_int64_are_uint64() -> None:
+    table = await from_rows([{"n": 1}, {"n": 2**64 - 1}, {"n": None}]).collect()
+    assert table.equals(pa.table({"n": pa.array([1, 2**64 - 1, None], pa.uint64())}))
+    with pytest.raises(DataError, match="'n' that from_rows"):
+        await from_rows([{"n": 1.5}, {"n": 2**64 - 1}]).collect()
+
+
+async def test_a_count_reads_no_columns_but_those_of_a_condition(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"n":1}\n\n' * 3 + '{"m":{}}\n')
+    assert await read_jsonl(path).count() == await read_jsonl(path).count(RunOptions(rules=())) == 4
+    shuffled = read_jsonl(path, ["n"]).map_batches(lambda batch: batch).random_shuffle()
+    assert await shuffled.filter(pc.field("n") == 1).count() == 3
+    path.write_text('{"n":1}\n{"n":\n')
+    with pytest.raises(DataError, match=r"x\.jsonl:2: "):
+        await read_jsonl(path, schema=pa.schema([("n", pa.int64())])).count()
+
+
+class Columns:
+    """A source of one's own, that makes its blocks of the columns that are asked for."""
+
+    name = "columns"
+
+    def __init__(self, columns: dict[str, list[int]]) -> None:
+        self._columns = columns
+
+    def schema(self) -> None:
+        """Only reading tells."""
+
+    def count(self) -> None:
+        """Only reading tells."""
+
+    def fragments(self) -> list[Fragment]:
+        return [Fragment(key="all")]
+
+    def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
+        yield pa.RecordBatch.from_pydict(self._columns).slice(skip)
+
+    def select(self, columns: Sequence[str]) -> Columns:
+        return Columns({name: self._columns[name] for name in columns})
+
+    def where(self, predicate: pc.Expression) -> None:
+        """It can't."""
+
+
+async def test_rows_of_a_source_of_ones_own_are_counted_by_its_columns() -> None:
+    assert await read(Columns({"a": [1, 2, 3], "b": [4, 5, 6]})).count() == 3
+
+
 def test_what_is_no_function_is_refused_where_it_is_said() -> None:
     async def later(row: Row) -> Row:
         return row
@@ -495,7 +626,7 @@ async def test_batches_for_trainers_are_of_one_size() -> None:
 async def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     rows = [{"n": 0, "s": "x"}, {"n": 1, "s": None}]
     dataset = from_rows(rows)
-    for write, read in (
+    for write, again in (
         (dataset.write_parquet, read_parquet),
         (dataset.write_jsonl, read_jsonl),
         (dataset.write_csv, read_csv),
@@ -505,7 +636,7 @@ async def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         report = await write(folder).arun()
         assert (report.rows, [part.rows for part in report.parts]) == (2, [2])
         assert str(report).startswith(f"2 rows in 1 part of {report.parts[0].size:,} bytes, ")
-        assert await rows_of(read(folder)) == rows
+        assert await rows_of(again(folder)) == rows
 
 
 async def test_a_filter_and_a_choice_of_columns_reach_the_file(tmp_path: Path) -> None:

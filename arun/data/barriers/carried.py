@@ -147,13 +147,24 @@ def _restored(array: pa.Array, kind: pa.DataType) -> pa.Array:
     return array.cast(kind)
 
 
+#: Dictionaries of these a cast makes.
+_OF_TEXT = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+
+
+def _within(kind: pa.DataType) -> pa.DataType | None:
+    """The carried type of what is in a list, struct or map, all of which one cast brings back."""
+    if pt.is_dictionary(kind) and kind.value_type not in _OF_TEXT:
+        return None
+    return carried_type(kind)
+
+
 def _list(kind: pa.DataType) -> pa.DataType | None:
-    inner = carried_type(kind.value_type)
+    inner = _within(kind.value_type)
     return None if inner is None else pa.list_(inner)
 
 
 def _struct(kind: pa.DataType) -> pa.DataType | None:
-    inner = [(field.name, carried_type(field.type)) for field in kind]
+    inner = [(field.name, _within(field.type)) for field in kind]
     # An empty one, and names that differ in case only, are not DuckDB's.
     if not inner or len({name.casefold() for name, _ in inner}) < len(inner) or any(t is None for _, t in inner):
         return None
@@ -161,7 +172,7 @@ def _struct(kind: pa.DataType) -> pa.DataType | None:
 
 
 def _map(kind: pa.DataType) -> pa.DataType | None:
-    key, item = carried_type(kind.key_type), carried_type(kind.item_type)
+    key, item = _within(kind.key_type), _within(kind.item_type)
     return None if key is None or item is None else pa.map_(key, item)
 
 

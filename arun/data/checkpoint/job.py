@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
-from types import CodeType
+from types import CodeType, EllipsisType
 from typing import Any
 
 import msgspec
 
+from arun.data.engines import Ask, Embed
 from arun.data.logical import AllToAll, Iterate, Node, OneToOne, Plan, Read, Union, Write, Zip
 from arun.data.source import Fragment, Source
 from arun.data.steps import BatchFunction, Limit, RowFunction, Step
@@ -58,7 +59,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
         if self.python == earlier.python:
             for step, old in zip(self.steps, earlier.steps, strict=True):
                 if step != old:
-                    return f"the code of {step.label} has changed"
+                    return f"the code or the options of {step.label} have changed"
         return self._other_input(earlier)
 
     def _other_input(self, earlier: Job) -> str | None:
@@ -159,10 +160,25 @@ def _columns(source: Source) -> str:
 
 def _digest(step: Step) -> str:
     function = getattr(step, "function", None)
-    code = getattr(function, "__code__", None)
-    return "" if code is None else hashlib.sha256(_described(code).encode()).hexdigest()[:16]
+    what = function.declared if isinstance(function, Ask | Embed) else getattr(function, "__code__", None)
+    return "" if what is None else hashlib.sha256(_described(what).encode()).hexdigest()[:16]
 
 
-def _described(code: CodeType) -> str:
-    constants = [_described(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
-    return repr((code.co_code, code.co_names, code.co_varnames, constants))
+def _described(value: Any) -> str:
+    """The same text in every process, as long as it is the same code or plain value."""
+    match value:
+        case CodeType():
+            return repr((value.co_code, value.co_names, value.co_varnames, [*map(_described, value.co_consts)]))
+        case frozenset():  # as in `word in {"a", "b"}`; its order is another in each process
+            return repr(sorted(map(_described, value)))
+        case tuple() | list():
+            return repr([*map(_described, value)])
+        case dict():
+            return repr([(key, _described(one)) for key, one in value.items()])
+        case None | bool() | int() | float() | complex() | str() | bytes() | EllipsisType():
+            return repr(value)
+        case _ if hasattr(value, "__code__"):
+            return _described(value.__code__)
+        case _:
+            kind = value if isinstance(value, type) else type(value)
+            return f"{kind.__module__}.{kind.__qualname__}"

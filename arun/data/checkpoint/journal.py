@@ -22,9 +22,9 @@ from __future__ import annotations
 import fcntl
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 import pyarrow as pa
@@ -38,6 +38,8 @@ from arun.data.source import Fragment
 from arun.errors import CheckpointError
 
 __all__ = ("Journal", "ResumableSink")
+
+T = TypeVar("T")
 
 _ENTRY: Final = "arun"
 _NEW: Final = "new"
@@ -57,6 +59,10 @@ class ResumableSink(Sink, Protocol):
         :param mark: in the names of all parts of this job, so that they are told from others.
         :param again: an earlier process has begun already.
         """
+
+    def missing(self, parts: Sequence[Part]) -> Sequence[Part]:
+        """Which of these, that were committed, are not there any more."""
+        ...
 
 
 class _Entry(msgspec.Struct, frozen=True, array_like=True):
@@ -119,7 +125,16 @@ class Journal:
             raise
 
     def begin(self, sink: ResumableSink) -> None:
-        """Prepare the sink."""
+        """Prepare the sink.
+
+        :raises CheckpointError: the output is not there any more.
+        """
+        missing = sink.missing(self.parts)
+        if missing:
+            raise CheckpointError(
+                f"{self._folder} says that {missing[0].path} is written, and it is gone; bring the output back, or "
+                "remove the checkpoint to begin anew"
+            )
         begun = self._folder / "begun"
         sink.begin(self._mark, again=begun.exists())
         begun.touch()
@@ -156,14 +171,16 @@ class Journal:
         return self.parts
 
     def close(self) -> None:
-        """Let another process go on."""
-        self._close_segment()
-        os.close(self._lock)
+        """Let another process go on, or another run of this one."""
+        try:
+            self._close_segment()
+        finally:
+            os.close(self._lock)
 
     def _opened(self, job: Job) -> str:
         path = self._folder / "job.json"
         if path.exists():
-            stored = msgspec.json.decode(path.read_bytes(), type=_Stored)
+            stored = _stored(path, _Stored)
             job.check(stored.job, self._folder)
             return stored.mark
         others = sorted(other.name for other in self._folder.iterdir() if other.name not in {"lock", _NEW})
@@ -175,7 +192,7 @@ class Journal:
 
     def _load(self) -> None:
         for path in sorted(self._folder.glob("*.done")):
-            done = msgspec.json.decode(path.read_bytes(), type=_Done)
+            done = _stored(path, _Done)
             self.progress.finish(done.finished)
             self.progress.know(done.ended)
             if done.part is not None:
@@ -193,7 +210,7 @@ class Journal:
             self.progress.know(entry.ended)
         complete = self._folder / "complete"
         if complete.exists():
-            self.parts = msgspec.json.decode(complete.read_bytes(), type=_Complete).parts
+            self.parts = _stored(complete, _Complete).parts
             self.complete = True
 
     def _begin_part(self, number: int) -> None:
@@ -215,22 +232,21 @@ class Journal:
         return self._segment
 
     def _close_segment(self) -> None:
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            segment.close()
 
     def _written(self, sink: Sink) -> Part | None:
         """The part that is made of the segments; none of no rows, unless it is the only one."""
         schemas = [schema for schema in self._schemas if schema.names]
         schema = unify((str(self._folder), schema) for schema in schemas)
-        if not self._is_only(sink) and (
-            not schemas or (self._number and not any(batch.num_rows for batch in self._waiting()))
-        ):
+        may_be_left_out = not self._is_only(sink) and (self._number or not schemas)
+        if may_be_left_out and not any(batch.num_rows for batch in self._waiting()):
             return None
         writer = sink.part(f"part-{self._number:05}")
         try:
             for batch in self._waiting():
-                if batch.num_columns:
+                if batch.num_columns or batch.num_rows:
                     writer.write(conform(batch, schema, name=str(self._folder)))
             part = writer.commit()
         except BaseException:
@@ -265,8 +281,10 @@ class _Segment:
 
     def close(self) -> None:
         """End the stream."""
-        self._writer.close()
-        self._file.close()
+        try:
+            self._writer.close()
+        finally:
+            self._file.close()
 
 
 def _read(path: Path, *, rows: bool = True) -> Iterator[tuple[pa.RecordBatch, _Entry, int]]:
@@ -307,6 +325,17 @@ def _store(path: Path, value: Any) -> None:
     temporary = path.with_name(_NEW)
     temporary.write_bytes(msgspec.json.encode(value))
     temporary.replace(path)
+
+
+def _stored(path: Path, kind: type[T]) -> T:
+    """What a file holds.
+
+    :raises CheckpointError: it is broken, as by a power cut.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except msgspec.DecodeError as exc:
+        raise CheckpointError(f"{path} is broken ({exc}); remove the checkpoint and its output to begin anew") from exc
 
 
 def _locked(folder: Path) -> int:

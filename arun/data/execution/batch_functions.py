@@ -9,7 +9,7 @@ from typing import Any, cast
 import pyarrow as pa
 
 from arun.data.batches import BatchFormat, converter
-from arun.data.block import joined
+from arun.data.block import array_of, as_numpy, joined
 from arun.data.steps import BatchFunction
 from arun.errors import DataError, MisuseError
 from arun.guards import close_unused, shown
@@ -27,8 +27,10 @@ def call_on_batch(step: BatchFunction, batch: pa.RecordBatch, number: int) -> pa
         given = step.function(in_format(batch, step.format))
         return from_results(step, batch, given)
     except Exception as exc:
+        if isinstance(exc, StopIteration):
+            exc = RuntimeError(f"{step.label} raised StopIteration, which would end its rows early")
         exc.add_note(f"in {step.label}, rows {number} to {number + batch.num_rows - 1} of what it was given")
-        raise
+        raise exc
 
 
 def in_format(batch: pa.RecordBatch, format_: BatchFormat) -> Any:
@@ -96,8 +98,7 @@ def _to_batch(step: BatchFunction, given: Any) -> pa.RecordBatch:
 def _column(values: Any) -> pa.Array:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(values, torch.Tensor):
-        # NumPy has no bfloat16; float32 holds all of it.
-        values = (values.float() if values.dtype is torch.bfloat16 else values).numpy(force=True)
+        values = as_numpy(values)
     if isinstance(values, pa.ChunkedArray):
         return values.combine_chunks()
     if getattr(values, "ndim", 1) > 1:  # a tensor: a row of it is a list of fixed length
@@ -105,4 +106,9 @@ def _column(values: Any) -> pa.Array:
         for size in reversed(values.shape[1:]):
             flat = pa.FixedSizeListArray.from_arrays(flat, size)
         return flat
-    return values if isinstance(values, pa.Array) else pa.array(values)
+    if isinstance(values, pa.Array):
+        return values
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        return array_of(list(values))

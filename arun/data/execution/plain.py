@@ -140,8 +140,15 @@ class _RowRun:
         self._step = step
         self._counter = counter
         self._call = row_results(step, step.function)
+        errors = {step.error_column} if step.on_error == "collect" else ()
+        self._shaper = None if step.schema is None else Shaper(step.label, step.schema, errors)
 
     def __call__(self, frame: Frame) -> None:
+        self._run(frame)
+        if self._shaper is not None:  # also for the steps after it, that may leave columns out, or add some
+            frame.become_batch(self._shaper.batch(frame.rows()), frame.origins)
+
+    def _run(self, frame: Frame) -> None:
         rows = frame.rows()
         if not rows:
             if self._step.operation != "filter":

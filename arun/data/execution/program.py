@@ -39,15 +39,17 @@ class Program:
         self._counters = counters
         self._limits = [run for run in self._runs if isinstance(run, LimitRun)]
         self._wants_rows = any(isinstance(step, RowFunction) for step in steps)
-        # Whether a row may become several, so that nobody can tell how many rows a limit further down still needs.
-        self._multiplies = any(
+        many = [
             isinstance(step, BatchFunction) or (isinstance(step, RowFunction) and step.gives_many) for step in steps
-        )
+        ]
+        self._multiplies = any(many)
+        # A limit after a step that may make several rows of one: nobody can tell how many rows it still needs.
+        self._counts_rows = any(isinstance(run, LimitRun) and any(many[:at]) for at, run in enumerate(self._runs))
         self._block_rows = block_rows
         self._piece = min(_FIRST_PIECE, block_rows)
         functions = [step for step in steps if isinstance(step, RowFunction)]
         errors = {step.error_column for step in functions if step.on_error == "collect"}
-        self._shaper = Shaper(steps[-1].label, functions[-1].schema if functions else None, errors)
+        self._shaper = Shaper(steps[-1].label, texts=errors)
         self.label = " + ".join(step.label for step in steps)
         self.instant = all(isinstance(step, Select | Drop | Rename | Limit) for step in steps)
 
@@ -79,11 +81,12 @@ class Program:
         size = min(left, self._piece) if self._wants_rows else left
         for limit in self._limits:
             # No step is given a row that the limit might cut off: each call may cost money.
-            size = min(size, 1 if self._multiplies else max(1, limit.left))
+            size = min(size, 1 if self._counts_rows else max(1, limit.left))
         return size
 
     def _run_piece(self, block: Block) -> Block:
         frame = Frame(block.batch, block.origins)
+        self._shaper.before = block.batch.schema
         for run, counter in zip(self._runs, self._counters, strict=True):
             began = time.perf_counter()
             counter.rows_in += len(frame)

@@ -121,7 +121,7 @@ def _made(source: Source, program: Program | None, progress: Progress | None) ->
     :param progress: of an earlier run, where a checkpoint is kept: what is finished is left out.
     """
     fragments = _all(source) if progress is None else progress.unfinished()
-    silent = progress is None
+    silent = True
     for number, fragment, skip in fragments:
         offset = skip
         batches = source.read(fragment, skip=skip)

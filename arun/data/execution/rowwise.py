@@ -58,8 +58,9 @@ async def rowwise(
     opened = [await step.function.open() if isinstance(step.function, ActorCall) else None for step in steps]
     calls = [_Call(step, actors, counter) for step, actors, counter in zip(steps, opened, counters, strict=True)]
     errors = {step.error_column for step in steps if step.on_error == "collect"}
-    shaper = Shaper(steps[-1].label, steps[-1].schema, errors)
-    rows = _Rows(blocks, first)
+    same = not errors and all(step.operation == "filter" for step in steps)
+    shaper = Shaper(steps[-1].label, steps[-1].schema, errors, same=same)
+    rows = _Rows(blocks, first, shaper)
 
     async def work(handle: Handle[list[Row]]) -> list[Row]:
         spec: Spec = handle.spec
@@ -78,7 +79,7 @@ async def rowwise(
     done = fan(rows.each, work, execution, limit=limit, ordered=ordered, name=name)
     try:
         async for handles in done:
-            block = rows.block(shaper, rows.in_order(handles) if first.ordered and first.prefix else handles)
+            block = rows.block(rows.in_order(handles) if first.ordered and first.prefix else handles)
             del handles
             if block is not None:
                 yield block
@@ -95,12 +96,14 @@ async def rowwise(
 class Specs:
     """The rows of blocks on their way into a fan-out.
 
+    :param shaper: makes blocks of what comes out.
     :ivar dropped: origins that have ended without a row, and are not yet handed on.
     """
 
-    def __init__(self, blocks: AsyncIterator[Block], first: RowFunction) -> None:
+    def __init__(self, blocks: AsyncIterator[Block], first: RowFunction, shaper: Shaper) -> None:
         self.dropped: list[int] = []
         self._blocks = blocks
+        self._shaper = shaper
         self._prefix = first.prefix
         self._given = 0
 
@@ -110,6 +113,7 @@ class Specs:
         try:
             async for block in self._blocks:
                 self.dropped.extend(block.dropped)
+                self._shaper.before = block.batch.schema
                 self._begin(block.origins)
                 for offset in range(0, block.rows, size):
                     piece = block.slice(offset, size)
@@ -137,8 +141,8 @@ class Specs:
 class _Rows(Specs):
     """The rows of blocks on their way into and out of a fan-out."""
 
-    def __init__(self, blocks: AsyncIterator[Block], first: RowFunction) -> None:
-        super().__init__(blocks, first)
+    def __init__(self, blocks: AsyncIterator[Block], first: RowFunction, shaper: Shaper) -> None:
+        super().__init__(blocks, first, shaper)
         self._bounded = first.ordered and first.prefix is not None
         self._taken = 0
         self._early: dict[int, Handle[list[Row]]] = {}
@@ -159,7 +163,7 @@ class _Rows(Specs):
             self._room.set()
         return following
 
-    def block(self, shaper: Shaper, handles: list[Handle[list[Row]]]) -> Block | None:
+    def block(self, handles: list[Handle[list[Row]]]) -> Block | None:
         """A block of what has come of some rows."""
         rows: list[Row] = []
         origins: list[int] = []
@@ -179,7 +183,7 @@ class _Rows(Specs):
         if not rows:
             return None
         dropped, self.dropped = self.dropped, []
-        return Block(shaper.batch(rows), origins if traced else None, dropped)
+        return Block(self._shaper.batch(rows), origins if traced else None, dropped)
 
     def _begin(self, origins: Sequence[int] | None) -> None:
         if origins is not None and not isinstance(origins, range):

@@ -38,7 +38,7 @@ async def streamed(
     """The rows that a step's generators yield."""
     limit = step.concurrency or Policy().limit
     shaper = Shaper(step.label, step.schema)
-    specs = Specs(blocks, step)
+    specs = Specs(blocks, step, shaper)
     nudge = Nudge()
     buffers = _Buffers(max(_AHEAD, execution.options.block_rows // limit), nudge, ordered=step.ordered)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 from typing import Any, ClassVar, Final, Self
 
@@ -11,17 +13,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pv
 
+from arun.data.files.lines import told
 from arun.data.files.partitions import Partitions
 from arun.data.files.paths import File, Listing, Paths
-from arun.data.files.selection import chosen, without_first
+from arun.data.files.selection import chosen, read_from, without_first
 from arun.data.schemas import conform, unify
 from arun.data.source import Fragment
 from arun.errors import DataError, MisuseError
 from arun.guards import shown
 
-__all__ = ("CsvEncoder", "CsvFormat", "CsvSource", "checked_delimiter", "csv_source")
+__all__ = ("CsvEncoder", "CsvFormat", "CsvSource", "checked_delimiter", "csv_source", "delimiter_of")
 
 _SUFFIXES: Final = (".csv", ".tsv")
+_TABS: Final = re.compile(r"\.tsv(\.(gz|bz2|lz4|zst|br))?$")
 #: A row has to fit in what is read at a time; for one that does not the rest of the file is read in larger blocks.
 _LARGE_BYTES: Final = (64 << 20, 2**31 - 1)
 _SAMPLE_BYTES: Final = (4 << 20, *_LARGE_BYTES)  # of a file, that its types are taken from
@@ -32,7 +36,7 @@ def csv_source(
     paths: Paths,
     columns: Sequence[str] | None = None,
     *,
-    delimiter: str = ",",
+    delimiter: str | None = None,
     names: Sequence[str] | None = None,
     types: Mapping[str, pa.DataType] | None = None,
     null_values: Sequence[str] = ("",),
@@ -45,6 +49,7 @@ def csv_source(
 
     :param paths: files, folders, globs or URLs; see :mod:`arun.data.files.paths`.
     :param columns: these only, in this order; None: all.
+    :param delimiter: between values; by default a tab in files that end in ``.tsv``, and a comma in others.
     :param names: of the columns, where the files have no header.
     :param types: of columns that must not be guessed.
     :param null_values: what stands for null where it is not within quotes.
@@ -57,10 +62,18 @@ def csv_source(
             )
     listing = Listing(paths, _SUFFIXES, filesystem)
     how = CsvOptions(
-        checked_delimiter(delimiter), None if names is None else list(names), dict(types or {}), list(null_values)
+        None if delimiter is None else checked_delimiter(delimiter),
+        None if names is None else list(names),
+        dict(types or {}),
+        list(null_values),
     )
     columns = None if columns is None else tuple(columns)
     return CsvSource(name=f"csv {listing}", tables=_Tables(listing, how), columns=columns)
+
+
+def delimiter_of(path: str) -> str:
+    """What is between the values of a file, by its name."""
+    return "\t" if _TABS.search(path) else ","
 
 
 def checked_delimiter(delimiter: str) -> str:
@@ -73,7 +86,7 @@ def checked_delimiter(delimiter: str) -> str:
 class CsvOptions(msgspec.Struct, frozen=True):
     """How the files are written."""
 
-    delimiter: str
+    delimiter: str | None
     names: list[str] | None
     types: dict[str, Any]
     null_values: list[str]
@@ -83,6 +96,7 @@ class CsvSource(msgspec.Struct, frozen=True, kw_only=True):
     """CSV files; made by :func:`csv_source`."""
 
     resumable: ClassVar[bool] = True
+    columnless: ClassVar[bool] = True
     name: str
     tables: _Tables
     columns: tuple[str, ...] | None = None
@@ -102,11 +116,12 @@ class CsvSource(msgspec.Struct, frozen=True, kw_only=True):
     def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
         """The rows of a file."""
         file, schema = self.tables.listing.files[fragment.place], self.schema()
-        own = set(self.tables.own.names)
-        batches = self.tables.read(file, [name for name in schema.names if name in own])
+        own = self.tables.own.names
+        # Asked for no column, pyarrow gives all.
+        batches = self.tables.read(file, [name for name in schema.names if name in own] or own[:1])
         folders = self.tables.partitions
         named = (folders.add(batch, file, schema.names) for batch in batches)
-        return without_first((conform(batch, schema, name=file.path) for batch in named), skip)
+        return without_first(read_from(file, (conform(batch, schema, name=file.path) for batch in named)), skip)
 
     def count(self) -> None:
         """Only reading tells."""
@@ -178,10 +193,16 @@ class _Tables:
             try:
                 with self._open(file, self._how.types, [], use_threads=False, block_size=block_size) as reader:
                     schema = reader.schema
+                    _ = schema.names  # which are decoded only now
                 break
-            except (pa.ArrowInvalid, UnicodeDecodeError) as exc:
+            except UnicodeDecodeError as exc:
+                raise DataError(f"{file.path}: its header is no UTF-8: {exc}; convert the file") from exc
+            except (pa.ArrowInvalid, OSError) as exc:
+                if isinstance(exc, OSError) and exc.errno is not None:
+                    raise
                 if not _is_too_small(block_size, exc):
-                    raise DataError(f"{file.path}: {exc}") from exc
+                    with closing(file.stream()) as opened:
+                        raise DataError(f"{file.path}: {told(opened.read(64), exc)}") from exc
         for field in schema:
             if pa.types.is_binary(field.type) and field.name not in self._how.types:
                 raise DataError(
@@ -203,7 +224,7 @@ class _Tables:
         return pv.open_csv(
             file.stream(),
             pv.ReadOptions(use_threads=use_threads, block_size=block_size, column_names=how.names),
-            pv.ParseOptions(delimiter=how.delimiter, newlines_in_values=True),
+            pv.ParseOptions(delimiter=how.delimiter or delimiter_of(file.path), newlines_in_values=True),
             pv.ConvertOptions(
                 column_types=types,
                 include_columns=columns,
@@ -230,8 +251,8 @@ class CsvFormat(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     delimiter: str = ","
+    suffix: str = ".csv"
 
-    suffix = ".csv"
     word = "csv"
 
     def encoder(self, stream: Any, schema: pa.Schema) -> CsvEncoder:

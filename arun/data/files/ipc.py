@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from arun.data.files.partitions import Partitions
 from arun.data.files.paths import File, Listing, Paths
-from arun.data.files.selection import chosen, without_first
+from arun.data.files.selection import chosen, read_from, without_first
 from arun.data.schemas import conform, unify
 from arun.data.source import Fragment
 from arun.errors import DataError
@@ -39,6 +39,7 @@ class IpcSource(msgspec.Struct, frozen=True, kw_only=True):
     """Arrow IPC files; made by :func:`ipc_source`."""
 
     resumable: ClassVar[bool] = True
+    columnless: ClassVar[bool] = True
     name: str
     headers: _Headers
     columns: tuple[str, ...] | None = None
@@ -60,7 +61,7 @@ class IpcSource(msgspec.Struct, frozen=True, kw_only=True):
         file, schema = self.headers.listing.files[fragment.place], self.schema()
         folders = self.headers.partitions
         named = (folders.add(batch, file, schema.names) for batch in _batches(file, self.columns))
-        return without_first((conform(batch, schema, name=file.path) for batch in named), skip)
+        return without_first(read_from(file, (conform(batch, schema, name=file.path) for batch in named)), skip)
 
     def count(self) -> int | None:
         """How many rows the files tell; streams don't."""

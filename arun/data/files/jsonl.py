@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
-from arun.data.files.lines import Chunk, chunks, line_at
+from arun.data.block import Shaper
+from arun.data.files.lines import CHUNK, Chunk, chunks, line_at, told
 from arun.data.files.partitions import Partitions
 from arun.data.files.paths import File, Listing, Paths
-from arun.data.files.selection import chosen, without_first
-from arun.data.schemas import conform, unify
+from arun.data.files.selection import chosen, read_from, without_first
+from arun.data.schemas import conform, holds_maps, unify
 from arun.data.source import Fragment
 from arun.errors import DataError
 
@@ -62,6 +63,7 @@ class JsonLinesSource(msgspec.Struct, frozen=True, kw_only=True):
     """Ranges of lines of JSON; made by :func:`jsonl_source`."""
 
     resumable: ClassVar[bool] = True
+    columnless: ClassVar[bool] = True
     name: str
     lines: _Lines
     fragment_bytes: int
@@ -87,10 +89,12 @@ class JsonLinesSource(msgspec.Struct, frozen=True, kw_only=True):
 
     def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
         """The rows of the lines that begin in the range."""
-        return without_first(self._read(*fragment.place), skip)
+        index, start, end = fragment.place
+        file = self.lines.listing.files[index]
+        return without_first(read_from(file, self._read(file, start, end)), skip)
 
-    def _read(self, index: int, start: int, end: int | None) -> Iterator[pa.RecordBatch]:
-        file, schema, folders = self.lines.listing.files[index], self.schema(), self.lines.partitions
+    def _read(self, file: File, start: int, end: int | None) -> Iterator[pa.RecordBatch]:
+        schema, folders = self.schema(), self.lines.partitions
         own = set(self.lines.own.names)
         fields = pa.schema([field for field in schema if field.name in own])
         parser = _Parser(fields, given=self.lines.given is not None, strict=self._strict())
@@ -134,16 +138,43 @@ class _Lines:
         """What the lines have."""
         if self.given is not None:
             return self.given
-        return unify(self._sampled(), remedy="give schema=, where pa.string() takes everything")
+        together = _inferred_together(self._sampled())
+        if together is not None:
+            return together
+        schemas = (named for file, chunk in self._sampled() for named in _inferred(file, chunk))
+        return unify(schemas, remedy="give schema=, where pa.string() takes everything")
 
-    def _sampled(self) -> Iterator[tuple[str, pa.Schema]]:
+    def _sampled(self) -> Iterator[tuple[File, Chunk]]:
         files = self.listing.files
         most = None if self._sample_bytes is None else max(1, self._sample_bytes // len(files))
         for file in files:
-            for chunk in chunks(file, 0, most):
-                yield from _inferred(file, chunk)
+            for chunk in read_from(file, chunks(file, 0, most)):
+                yield file, chunk
                 if most is not None and chunk.offset + len(chunk.data) >= most:
                     break
+
+
+def _inferred_together(sampled: Iterator[tuple[File, Chunk]]) -> pa.Schema | None:
+    """The schema of all chunks, several at a time, as each takes pyarrow long by itself; None where one is at fault."""
+    try:
+        return unify(("", _fields(data)) for data in _joined(_plain(chunk) for _, chunk in sampled))
+    except (DataError, pa.ArrowException, UnicodeDecodeError):
+        return None  # looked at one by one, they tell which
+
+
+def _joined(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Lines of several files together, up to about a chunk."""
+    waiting: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        if piece.strip():
+            waiting.append(piece)
+            size += len(piece)
+        if size >= CHUNK:
+            yield b"\n".join(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield b"\n".join(waiting)
 
 
 def _inferred(file: File, chunk: Chunk) -> Iterator[tuple[str, pa.Schema]]:
@@ -151,17 +182,49 @@ def _inferred(file: File, chunk: Chunk) -> Iterator[tuple[str, pa.Schema]]:
     if not data.strip():
         return
     try:
-        table = pj.read_json(pa.BufferReader(data), pj.ReadOptions(use_threads=False, block_size=len(data) + 1))
-        yield file.path, pa.schema([pa.field(field.name, _without_guesses(field.type)) for field in table.schema])
+        yield file.path, _fields(data)
     except (pa.ArrowInvalid, UnicodeDecodeError):
         for number, line in _numbered(file, chunk):
-            row = _decoded(file.path, number, line, _ANY)
+            row, place = _decoded(file.path, number, line, _ANY), f"{file.path}:{number}"
             try:
-                yield f"{file.path}:{number}", pa.Table.from_pylist([row]).schema
-            except pa.ArrowException as exc:  # values of several types in one list, for one
+                yield place, Shaper(place).batch([row]).schema
+            except DataError as exc:  # values of several types in one list, for one
                 raise DataError(
-                    f"{file.path}:{number}: {exc}; give schema=, where pa.string() takes everything"
-                ) from exc
+                    f"{place}: {exc.__cause__}; give schema=, where pa.string() takes everything"
+                ) from exc.__cause__
+
+
+def _fields(data: bytes) -> pa.Schema:
+    """What pyarrow makes of some lines, but for what it guesses, or would round."""
+    table = _parsed(data)
+    exact = pa.schema([pa.field(name, _exact(table[name].combine_chunks())) for name in table.schema.names])
+    if not exact.equals(table.schema):
+        try:
+            table = _parsed(data, pj.ParseOptions(exact))
+        except pa.ArrowInvalid:
+            pass  # no whole numbers, or too large ones
+    return pa.schema([pa.field(field.name, _without_guesses(field.type)) for field in table.schema])
+
+
+def _parsed(data: bytes, how: pj.ParseOptions | None = None) -> pa.Table:
+    # Not read_json(), which takes twice as long for a few lines.
+    with pj.open_json(
+        pa.BufferReader(data), pj.ReadOptions(use_threads=False, block_size=len(data) + 1), how
+    ) as reader:
+        return reader.read_all()
+
+
+def _exact(array: pa.Array) -> pa.DataType:
+    """The type, but uint64 instead of floats that pyarrow makes of whole numbers above the largest int64."""
+    kind = array.type
+    if pa.types.is_float64(kind):
+        return pa.uint64() if (pc.call_function("max", [array]).as_py() or 0) >= 2**63 else kind
+    if pa.types.is_list(kind):
+        return pa.list_(_exact(array.flatten()))
+    if pa.types.is_struct(kind):
+        columns = zip(kind, array.flatten(), strict=True)
+        return pa.struct([pa.field(field.name, _exact(column)) for field, column in columns])
+    return kind
 
 
 def _without_guesses(kind: pa.DataType) -> pa.DataType:
@@ -208,11 +271,8 @@ class _Parser:
         yield self._parse_exactly(file, chunk)
 
     def _parse_fast(self, data: bytes) -> list[pa.RecordBatch]:
-        table = pj.read_json(
-            pa.BufferReader(data),
-            pj.ReadOptions(use_threads=False, block_size=len(data) + 1),
-            pj.ParseOptions(self._schema, unexpected_field_behavior="error" if self._strict else "ignore"),
-        )
+        behaviour = "error" if self._strict else "ignore"
+        table = _parsed(data, pj.ParseOptions(self._schema, unexpected_field_behavior=behaviour))
         table.validate(full=True)  # that strings are UTF-8
         return [conform(batch, self._schema, name="") for batch in table.to_batches()]
 
@@ -261,7 +321,7 @@ def _decoded(path: str, number: int, line: bytes, decoder: msgspec.json.Decoder[
     try:
         return decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise DataError(f"{path}:{number}: {exc}") from exc
+        raise DataError(f"{path}:{number}: {told(line, exc)}") from exc
 
 
 def _is_plain(kind: pa.DataType) -> bool:
@@ -398,11 +458,7 @@ class JsonLinesEncoder:
 
 def _values(column: pa.Array) -> list[Any]:
     # Asked for dicts of maps, pyarrow takes 15 times as long for other columns, too.
-    return cast("list[Any]", column.to_pylist(maps_as_pydicts="strict" if _holds_maps(column.type) else None))
-
-
-def _holds_maps(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_map(kind) or any(_holds_maps(kind.field(index).type) for index in range(kind.num_fields)))
+    return cast("list[Any]", column.to_pylist(maps_as_pydicts="strict" if holds_maps(column.type) else None))
 
 
 def _row_of(names: list[str]) -> Callable[..., Any]:

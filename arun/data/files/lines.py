@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from arun.data.files.paths import File
 
-__all__ = ("CHUNK", "Chunk", "chunks", "line_at")
+__all__ = ("CHUNK", "Chunk", "chunks", "line_at", "told")
 
 CHUNK: Final = 4 << 20  # bytes read at once
 
@@ -69,6 +69,13 @@ def line_at(file: File, offset: int) -> int:
             lines += data.count(b"\n")
             offset -= len(data)
     return lines
+
+
+def told(text: bytes, error: Exception) -> str:
+    """An error of a parser, or that the text it was given is in UTF-16, which it takes for something else."""
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in text:
+        return "that is UTF-16, or no text; convert it to UTF-8, as by `iconv -f UTF-16 -t UTF-8`"
+    return str(error)
 
 
 def _opened(file: File, position: int) -> Any:

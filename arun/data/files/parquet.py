@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from arun.data.files.partitions import Partitions
 from arun.data.files.paths import File, Listing, Paths
-from arun.data.files.selection import chosen, without_first
+from arun.data.files.selection import chosen, read_from, without_first
 from arun.data.schemas import conform, unify
 from arun.data.source import Fragment
 from arun.errors import DataError
@@ -49,6 +49,7 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
     """Row groups of Parquet files; made by :func:`parquet_source`."""
 
     resumable: ClassVar[bool] = True
+    columnless: ClassVar[bool] = True
     name: str
     footers: _Footers
     columns: tuple[str, ...] | None = None
@@ -88,10 +89,11 @@ class ParquetSource(msgspec.Struct, frozen=True, kw_only=True):
 
     def read(self, fragment: Fragment, *, skip: int = 0) -> Iterator[pa.RecordBatch]:
         """The rows of a row group, block by block."""
-        return without_first(self._read(*fragment.place), skip)
-
-    def _read(self, index: int, number: int) -> Iterator[pa.RecordBatch]:
+        index, number = fragment.place
         file, piece = self.footers.pieces[index]
+        return without_first(read_from(file, self._read(file, piece, number)), skip)
+
+    def _read(self, file: File, piece: Any, number: int) -> Iterator[pa.RecordBatch]:
         group = piece.metadata.row_group(number)
         schema, asked = self.schema(), self._asked()
         wanted, there = {*schema.names, *asked}, set(piece.physical_schema.names)

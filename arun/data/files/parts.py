@@ -8,6 +8,7 @@ appears at once, too.
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
@@ -15,7 +16,7 @@ from typing import Any, Final, Literal, Protocol, TypeAlias, get_args
 import pyarrow as pa
 import pyarrow.fs
 
-from arun.data.files.csv import CsvFormat, checked_delimiter
+from arun.data.files.csv import CsvFormat, checked_delimiter, delimiter_of
 from arun.data.files.ipc import IpcFormat
 from arun.data.files.jsonl import JsonLinesFormat
 from arun.data.files.parquet import ParquetFormat
@@ -34,6 +35,7 @@ _PART_BYTES: Final = 256 << 20
 _HELD_BYTES: Final = 8 << 20  # of blocks that wait for a column's type
 _SUCCESS: Final = "_SUCCESS"
 _TEMPORARY: Final = ".arun-"
+_HIDDEN: Final = re.compile(r"^\.arun-whole-\w+-(?=part-)")
 _Type: Final = pyarrow.fs.FileType
 _ENDINGS: Final = {"gzip": ".gz", "zstd": ".zst", "bz2": ".bz2"}
 
@@ -58,8 +60,10 @@ class Format(Protocol):
     :ivar word: what people call it.
     """
 
-    suffix: str
-    word: str
+    @property
+    def suffix(self) -> str: ...
+    @property
+    def word(self) -> str: ...
 
     def encoder(self, stream: Any, schema: pa.Schema) -> Encoder:
         """Begin a file.
@@ -163,6 +167,18 @@ class FileSink:
             self._filesystem.delete_file(path)
         if self._mode == "overwrite":
             self._replaced = kept
+
+    def missing(self, parts: Sequence[Part]) -> list[Part]:
+        """Which of these, that a job has committed, are not there any more."""
+        if not parts:
+            return []
+        if self._is_file:
+            there = self._filesystem.get_file_info(self._path).type == _Type.File
+            return [] if there else list(parts)
+        below = pyarrow.fs.FileSelector(self._path, recursive=True, allow_not_found=True)
+        # Parts in the place of others are hidden till the end; of those in several folders only the names are alike.
+        names = {_HIDDEN.sub("", info.base_name) for info in self._filesystem.get_file_info(below)}
+        return [part for part in parts if os.path.basename(part.path) not in names]
 
     def part(self, name: str) -> PartWriter:
         """Begin a part, or the only file."""
@@ -423,17 +439,21 @@ def csv_sink(
     *,
     mode: Mode = "error",
     part_bytes: int | None = None,
-    delimiter: str = ",",
+    delimiter: str | None = None,
     compression: Compression | None = None,
     filesystem: Any = None,
 ) -> FileSink:
     """CSV with a header: null as nothing, an empty string as ``""``.
 
+    :param delimiter: between values; by default a tab in a file that ends in ``.tsv``, and a comma in others.
     :param compression: of a folder's parts; a single file's is told by its suffix, such as ``.csv.gz``.
 
     The other parameters are those of :class:`FileSink`.
     """
-    how = CsvFormat(delimiter=checked_delimiter(delimiter))
+    own = delimiter_of(os.fspath(path))
+    how = CsvFormat(
+        delimiter=own if delimiter is None else checked_delimiter(delimiter), suffix=".tsv" if own == "\t" else ".csv"
+    )
     return FileSink(path, how, mode=mode, part_bytes=part_bytes, compression=compression, filesystem=filesystem)
 
 

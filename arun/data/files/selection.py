@@ -1,14 +1,18 @@
-"""What the sources share: columns chosen by name, and rows that are skipped."""
+"""What the sources share: columns chosen by name, rows that are skipped, and files that can't be read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import pyarrow as pa
 
+from arun.data.files.paths import File
 from arun.errors import DataError
 
-__all__ = ("chosen", "without_first")
+__all__ = ("chosen", "read_from", "without_first")
+
+T = TypeVar("T")
 
 
 def chosen(schema: pa.Schema, columns: Sequence[str] | None, name: str) -> pa.Schema:
@@ -32,3 +36,16 @@ def without_first(batches: Iterator[pa.RecordBatch], skip: int) -> Iterator[pa.R
         else:
             yield batch.slice(skip)
             skip = 0
+
+
+def read_from(file: File, pieces: Iterator[T]) -> Iterator[T]:
+    """What is read from a file.
+
+    :raises DataError: its data are broken; Arrow's own errors don't tell in which file.
+    """
+    try:
+        yield from pieces
+    except (pa.ArrowException, OSError) as exc:
+        if isinstance(exc, OSError) and exc.errno is not None:  # it is gone, for one, which is told with its path
+            raise
+        raise DataError(f"{file.path} can't be read: {exc}") from exc

@@ -38,13 +38,15 @@ def _visit(node: Node, coming: Step | None) -> Passed:
             return Passed(node, [coming] * len(node.inputs))
         case AllToAll() if node.barrier.traits.keeps_rows:
             needed = node.barrier.traits.columns
-            passes = isinstance(coming, Select) and needed is not None and set(needed) <= set(coming.columns)
+            # Rows without any column, as a count wants them, can't be spilled.
+            columns = coming.columns if isinstance(coming, Select) else ()
+            passes = bool(columns) and needed is not None and set(needed) <= set(columns)
             return Passed(node, [coming]) if passes else Passed(node, (), above)
         case AllToAll() if node.barrier.traits.columns is not None:
             # Where nobody has asked for fewer columns, only a source that then reads less is worth it.
             select = Select(tuple(dict.fromkeys(node.barrier.traits.columns)))
             return Passed(node, [select if isinstance(below, Read) else None for below in node.inputs], above)
-        case Read() if isinstance(coming, Select):
+        case Read() if isinstance(coming, Select) and (coming.columns or getattr(node.source, "columnless", False)):
             fewer_read = node.source.select(coming.columns)
             return Passed(node, (), above) if fewer_read is None else Passed(Read(fewer_read, node.filtered))
         case _:
