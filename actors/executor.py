@@ -11,6 +11,7 @@ import anyio
 
 from actors.actor import ActorHandle, link_of
 from actors.bundles import Placement
+from actors.interface import check_environment
 from actors.members.generation import Generation
 from actors.on_ray.code_table import CodeTable, Luggage
 from actors.on_ray.executor_worker import ExecutorWorker
@@ -69,7 +70,7 @@ class RayExecutor:
     :param env: environment variables of the workers, on top of this process's own.
     :param wait: seconds to wait for what others hold; by default the cluster's ``placement_timeout``.
     :param grace: seconds that a cancelled subtask may clean up before its worker is killed.
-    :raises MisuseError: ``workers`` is less than 1, or what ``Placement`` refuses.
+    :raises MisuseError: ``workers`` is less than 1, ``env`` is not all text, or what ``Placement`` refuses.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class RayExecutor:
     ) -> None:
         if workers < 1:
             raise MisuseError(f"RayExecutor(workers={workers}): at least 1")
+        check_environment(env)
         self.workers = workers
         self.placement: Placement | None = None
         if cpus or gpus or labels:

@@ -10,10 +10,12 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from actors.bundles import Placement
+from actors.engine import EngineSpec
 from actors.local_cluster import LocalCluster
 from arun.errors import ActorDied, ChannelLost, MisuseError, PlacementError
 from tests.actors.programs import ENVIRONMENT, children, owner_program, wait_gone
@@ -169,6 +171,28 @@ async def test_isolation_can_be_chosen_for_each_actor() -> None:
             await cluster.spawn(Counter, env={"A": "b"})
         with pytest.raises(MisuseError, match="must be 'process' or 'task'"):
             await cluster.spawn(Counter, isolation="thread")  # type: ignore[arg-type]  # wrong on purpose
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("env", "why"),
+    [
+        ({"A": 1}, "the value of 'A' is of type int; it must be text"),
+        ({"A": None}, "the value of 'A' is of type NoneType"),
+        ({"A": "secret\0"}, "the value of 'A' has a character"),
+        ({"A=B": "c"}, "'A=B' can't be the name"),
+        ({"": "c"}, "'' can't be the name"),
+        ("A=b", "must be a dict"),
+    ],
+)
+async def test_an_environment_that_no_process_can_have_is_refused_without_showing_values(env: Any, why: str) -> None:
+    async with LocalCluster() as cluster:
+        with pytest.raises(MisuseError, match=why) as caught:
+            await cluster.spawn(Counter, env=env)
+        assert "secret" not in str(caught.value)
+        assert cluster.list() == []
+        with pytest.raises(MisuseError, match=why):
+            cluster.engines(EngineSpec(model="echo", engine="echo", env=env))
 
 
 @pytest.mark.asyncio
