@@ -121,7 +121,8 @@ class ActorHandle:
         link = self._arun_link
         raise AttributeError(
             f"the actor {link.name!r} ({link.interface.class_name}) has no method {name!r}; it has "
-            f"{', '.join(link.interface.methods)}"
+            f"{', '.join(link.interface.methods)}. Attributes, properties and methods that are not async stay in the "
+            "actor's process; give the class an `async def` that returns what you need of them"
         )
 
     def __setattr__(self, name: str, value: object) -> None:

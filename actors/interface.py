@@ -183,7 +183,7 @@ def _encodes(text: str) -> bool:
 
 
 def describe(cls: type, *, concurrency: int | None = None) -> Interface:
-    """Read the interface of an actor class: its public async methods, inherited ones included.
+    """Read the interface of an actor class: its public async methods, inherited, static and class methods included.
 
     :param concurrency: instead of what ``@actor(concurrency=)`` says.
     :raises MisuseError: not a class, no method, a method that is no ``async def``, a type that can't be sent.
@@ -212,16 +212,28 @@ def describe(cls: type, *, concurrency: int | None = None) -> Interface:
     return Interface(cls.__qualname__, methods, options)
 
 
-def _functions(cls: type) -> dict[str, Callable[..., Any]]:
-    """The functions that instances of a class have as methods, base classes first, in order of definition."""
+def _functions(cls: type) -> dict[str, Any]:
+    """The methods of a class as it defines them, base classes first, in order of definition.
+
+    Of its static and class methods only the async ones: others are called on the class, and need no actor.
+    """
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         found |= vars(base)
-    return {name: value for name, value in found.items() if inspect.isfunction(value)}
+    return {
+        name: value
+        for name, value in found.items()
+        if inspect.isfunction(value) or (isinstance(value, (staticmethod, classmethod)) and _is_async(value.__func__))
+    }
 
 
-def _method(cls: type, name: str, function: Callable[..., Any]) -> Method:
+def _is_async(function: object) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+
+
+def _method(cls: type, name: str, definition: Any) -> Method:
     label = f"{cls.__qualname__}.{name}"
+    function: Callable[..., Any] = getattr(definition, "__func__", definition)
     streaming = inspect.isasyncgenfunction(function)
     if not streaming and not inspect.iscoroutinefunction(function):
         kind, spelling = (
@@ -236,7 +248,7 @@ def _method(cls: type, name: str, function: Callable[..., Any]) -> Method:
     signature = inspect.signature(function)
     parameters = [
         parameter.replace(annotation=_resolve(function, parameter.annotation))
-        for parameter in list(signature.parameters.values())[1:]
+        for parameter in list(signature.parameters.values())[not isinstance(definition, staticmethod) :]
     ]
     result = _resolve(function, signature.return_annotation)
     item_type = _item_type(label, result, streaming=streaming)

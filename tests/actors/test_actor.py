@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from rich.pretty import pretty_repr
 
-from actors.actor import actor
+from actors.actor import actor, method
 from actors.hosts.host_main import HostOrder
 from actors.interface import describe
 from actors.local_cluster import LocalCluster
@@ -111,6 +111,55 @@ def test_methods_are_the_public_async_ones_of_the_class_and_its_bases() -> None:
     assert methods["own"].streaming
     assert methods["own"].item_type is str
     assert methods["inherited"].item_type is int
+
+
+class Offers:
+    unit = "points"
+
+    @property
+    def total(self) -> int:
+        return 5
+
+    @staticmethod
+    @method(timeout=5)
+    async def add(a: int, b: int = 1) -> int:
+        return a + b
+
+    @classmethod
+    async def name(cls, suffix: str) -> str:
+        return f"{cls.__name__}{suffix}"
+
+    @staticmethod
+    async def count(to: int) -> AsyncIterator[int]:
+        for n in range(to):
+            yield n
+
+
+class OffersMore(Offers):
+    pass
+
+
+@pytest.mark.asyncio
+async def test_async_static_and_class_methods_are_called_as_any_other() -> None:
+    assert describe(OffersMore).methods["add"].options.timeout == 5
+    async with LocalCluster() as cluster:
+        more = await cluster.spawn(OffersMore)
+        assert (await more.add(3, b=4), await more.add(3)) == (7, 4)
+        assert await more.name("!") == "OffersMore!"
+        assert [n async for n in more.count(3)] == [0, 1, 2]
+        with pytest.raises(TypeError, match=r"OffersMore\.add\(a: int, b: int = 1\)"):
+            await more.add()  # type: ignore[call-arg]  # wrong on purpose
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", ["total", "unit"])
+async def test_what_a_handle_cannot_show_is_told_with_what_to_write(name: str) -> None:
+    async with LocalCluster(isolation="task") as cluster:
+        offers = await cluster.spawn(Offers)
+        with pytest.raises(
+            AttributeError, match="stay in the actor's process; give the class an `async def` that returns"
+        ):
+            getattr(offers, name)
 
 
 def test_a_type_that_cannot_be_resolved_counts_as_any_and_costs_no_other_its_type() -> None:
