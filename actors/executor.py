@@ -211,6 +211,7 @@ class _RayWorker:
         self._cluster = cluster
         self._handle = handle
         self._line = line
+        self._connection = line.connection  # that its present or last subtask is on
         self._on_end: Callable[[], object] | None = on_end
 
     @property
@@ -218,20 +219,23 @@ class _RayWorker:
         return self._line.how is None and not self._line.connection.closed
 
     def open(self, order: Order) -> Stream[Any]:
-        return self._line.connection.open(RUN, {"order": order}, item_type=Answer, window=WINDOW)
+        self._connection = self._line.connection
+        return self._connection.open(RUN, {"order": order}, item_type=Answer, window=WINDOW)
 
     async def settle(self, stream: Stream[Any], deadline: float) -> None:
         with anyio.CancelScope(deadline=deadline):
             await stream.aclose()
-            if self._line.connection.closed:  # it has taken the process with it
+            if self._connection.closed:  # it has taken the process with it
                 await self.stop(0.0)
             return
         self._line.body.kill()
         await self.stop(0.0)
 
     async def death(self, when: str, grace: float) -> WorkerDied:
-        await self._line.notice_death()
-        how = self._line.how or "can't be reached any more, and was killed"
+        if await self._line.regain(self._connection):
+            how = "lost its connection to this program, and was stopped"
+        else:
+            how = self._line.how or "can't be reached any more, and was killed"
         await self.stop(grace)
         return WorkerDied(f"worker process {self.pid} {how}, {when}", pid=self.pid)
 
