@@ -49,8 +49,11 @@ def body_of(model: str, request: GenerateRequest, options: RemoteOptions) -> tup
     if chat:
         messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         body["messages"] = msgspec.to_builtins(messages)
-        body[options.max_tokens_name] = given.pop("max_tokens")
+        if (max_tokens := given.pop("max_tokens")) is not None:
+            body[options.max_tokens_name] = max_tokens
     else:
+        if sampling.max_tokens is None and options.dialect != "vllm":
+            raise RequestError("max_tokens=None: a completion of OpenAI's API has 16 then; say how many, or ask a chat")
         body["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
         body["max_tokens"] = given.pop("max_tokens")
     body |= _chat_options(request, options)

@@ -389,6 +389,7 @@ async def test_a_key_that_is_not_there_is_told_at_the_start(monkeypatch: pytest.
     [
         ("x", {"top_k": 3}, "top_k: OpenAI's API has no such parameter.*'dialect': 'vllm'"),
         ("x", {"prompt_logprobs": 3}, "prompt_logprobs"),
+        ("x", {"max_tokens": None}, "max_tokens=None: a completion of OpenAI's API has 16 then"),
         ("x", {"logprobs": -1}, "logprobs=-1"),
         ("x", {"structured_outputs": {"json": {}}}, "for chats only"),
         (CHAT, {"structured_outputs": {"regex": "a"}}, "structured_outputs 'regex'"),
@@ -442,6 +443,19 @@ async def test_an_engine_that_does_not_run_says_so() -> None:
     engine = RemoteEngine(spec_of("http://x"))
     with pytest.raises(EngineError, match="does not run"):
         await anext(engine.generate(GenerateRequest("r", "x", Sampling())))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "dialect", "sent"), [(CHAT, "openai", ()), (CHAT, "vllm", ()), ("x", "vllm", (("max_tokens", None),))]
+)
+async def test_an_answer_without_a_limit_is_asked_for_as_each_api_has_it(
+    engine_at: Remote, prompt: Any, dialect: str, sent: tuple[Any, ...]
+) -> None:
+    server = Scripted(events(*WHOLE))
+    engine = await engine_at(server, dialect=dialect)
+    await ask(engine, prompt, max_tokens=None)
+    [(_, body)] = server.seen
+    assert [item for item in body.items() if item[0].startswith("max_")] == list(sent)
 
 
 async def test_the_requests_have_openais_form(engine_at: Remote) -> None:
