@@ -19,7 +19,7 @@ from actors.engine import EngineSpec
 from actors.local_cluster import LocalCluster
 from arun.errors import ActorDied, ChannelLost, MisuseError, PlacementError
 from tests.actors.programs import ENVIRONMENT, children, owner_program, wait_gone
-from tests.actors.samples import Counter, Parent, Stubborn
+from tests.actors.samples import Counter, Deaf, Parent, Stubborn
 from tests.faults.nemesis import cut
 
 # Exit
@@ -114,16 +114,52 @@ async def test_what_an_actor_started_ends_with_it() -> None:
         assert await asyncio.to_thread(wait_gone, grandchildren, 5) == []
 
 
-@pytest.mark.asyncio
-async def test_sockets_are_in_a_folder_of_our_own_that_goes_with_the_cluster() -> None:
-    async with LocalCluster() as cluster:
-        counter = await cluster.spawn(Counter)
-        await cluster.spawn(Counter)
-        one, two = (Path(info.address.removeprefix("unix:")) for info in cluster.list())
-        assert one.parent.stat().st_mode & 0o777 == 0o700
-        await cluster.stop(counter)
-        assert (one.exists(), two.exists()) == (False, True)
-    assert not one.parent.exists()
+def test_nothing_is_left_when_an_actor_and_its_owner_are_killed_at_once(tmp_path: Path) -> None:
+    program = """
+        import asyncio, os, signal
+        from actors.local_cluster import LocalCluster
+        from tests.actors.samples import Counter
+
+        async def main():
+            async with LocalCluster() as cluster:
+                await cluster.spawn(Counter)
+                for pid in (cluster.list()[0].pid, os.getpid()):
+                    os.kill(pid, signal.SIGKILL)
+
+        asyncio.run(main())
+    """
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    done = run_program(program, tmp_path, TMPDIR=str(temporary))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert list(temporary.iterdir()) == []
+
+
+def test_nothing_is_left_of_an_actor_for_which_there_are_too_few_file_descriptors(tmp_path: Path) -> None:
+    program = """
+        import asyncio, os, resource
+        from actors.local_cluster import LocalCluster
+        from arun.errors import ArunError
+        from tests.actors.samples import Counter
+
+        async def main():
+            _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+            async with LocalCluster() as cluster:
+                for spare in range(1, 7):
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) - 1 + spare, most))
+                    try:
+                        await cluster.spawn(Counter)
+                    except (OSError, ArunError) as exc:  # the actor has the same limit, and may die of it
+                        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+                        print(spare, os.listdir(os.environ["TMPDIR"]), cluster.list())
+
+        asyncio.run(main())
+    """
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    done = run_program(program, tmp_path, TMPDIR=str(temporary))
+    lines = done.stdout.splitlines()
+    assert lines == [f"{spare} [] []" for spare in range(1, 7)], done.stderr
 
 
 @pytest.mark.asyncio
@@ -147,11 +183,12 @@ async def test_who_asks_where_no_connection_can_be_had_is_told_so_and_stalls_nob
 ) -> None:
     monkeypatch.setattr("actors.members.generation._DEATH_NOTICE", 0.1)
     async with LocalCluster(cpus=1) as cluster:
-        counter = await cluster.spawn(Counter)
+        counter = await cluster.spawn(Deaf)
         stream = counter.watch()
         await anext(stream)
+        await counter.deafen()
+        await cluster.health(counter)
         [info] = cluster.list()
-        os.unlink(info.address.removeprefix("unix:"))
         cut(info.address)
         with pytest.raises(ChannelLost):
             async for _ in stream:  # what had arrived comes first
