@@ -169,7 +169,11 @@ class Cluster(ABC):
         :raises ActorDied: the process ended before the actor was ready. A first start is not tried again.
         :raises Exception: what the constructor or ``on_start`` raised, with the remote traceback as a note.
         """
+        from actors.bundles import Group  # which needs this module
+
         check_environment(env)
+        if not isinstance(group, Group | None):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"group={group!r}: it must be one of the groups of a reservation")
         if lifetime == "detached":
             order = DetachedOrder(cls, args, kwargs, name, concurrency, group, env, restart, restarts, get_if_exists)
             return cast("T", await self._spawn_detached(order))

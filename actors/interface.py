@@ -45,6 +45,18 @@ _SPAWN_OPTIONS = (
     "get_if_exists",
     "isolation",
 )
+_PLACED = "group=, of cluster.reserve(Placement(...))"
+_RAYS_OPTIONS = {
+    "num_cpus": _PLACED,
+    "num_gpus": _PLACED,
+    "scheduling_strategy": _PLACED,
+    "max_restarts": "restarts=",
+    "max_task_retries": "@method(idempotent=True)",
+    "max_concurrency": "concurrency=",
+    "max_pending_calls": "@actor(mailbox=...)",
+    "runtime_env": "env=, or RayCluster.connect(runtime_env=...) for all actors",
+    "namespace": "the names of detached actors are known to every program on that Ray",
+}
 _ASYNC_ITERATORS = (AsyncIterator, AsyncGenerator, AsyncIterable)
 
 
@@ -55,6 +67,14 @@ class ActorOptions:
     concurrency: int = 1
     mailbox: int = 1000
     hung_after: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("concurrency", 1), ("mailbox", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise MisuseError(f"{name}={value!r}: it must be a whole number, at least {least}")
+        if self.hung_after is not None and not self.hung_after > 0:
+            raise MisuseError(f"hung_after={self.hung_after!r}: it must be more than 0 seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +174,8 @@ def specify(
             f" ({option}= is an option of spawn(); give the constructor's {option} by position)"
             for option in _SPAWN_OPTIONS
             if option in signature.parameters and option not in kwargs
+        ) + "".join(
+            f" ({option}= is Ray's; here: {ours})" for option, ours in _RAYS_OPTIONS.items() if option in kwargs
         )
         raise TypeError(f"{cls.__qualname__}: {exc}; its signature is {cls.__qualname__}{signature}{hint}") from None
     return spec
@@ -193,8 +215,6 @@ def describe(cls: type, *, concurrency: int | None = None) -> Interface:
     options: ActorOptions = getattr(cls, "__arun_actor__", ActorOptions())
     if concurrency is not None:
         options = replace(options, concurrency=concurrency)
-    if options.concurrency < 1:
-        raise MisuseError(f"{cls.__qualname__}: concurrency is {options.concurrency}; it must be at least 1")
     methods = {
         name: _method(cls, name, function)
         for name, function in _functions(cls).items()

@@ -171,11 +171,40 @@ def test_a_type_that_cannot_be_resolved_counts_as_any_and_costs_no_other_its_typ
     assert put.item_type is Any
 
 
-def test_concurrency_below_one_is_refused() -> None:
-    with pytest.raises(MisuseError, match="at least 1"):
-        actor(concurrency=0)
-    with pytest.raises(MisuseError, match="at least 1"):
-        describe(Mute, concurrency=0)
+@pytest.mark.parametrize("wrong", [0, 2.5, "3"])
+def test_a_concurrency_that_is_no_number_of_messages_is_refused(wrong: Any) -> None:
+    with pytest.raises(MisuseError, match="it must be a whole number, at least 1"):
+        actor(concurrency=wrong)
+    with pytest.raises(MisuseError, match="it must be a whole number, at least 1"):
+        describe(Offers, concurrency=wrong)
+    with pytest.raises(MisuseError, match="mailbox=-1: it must be a whole number, at least 0"):
+        actor(mailbox=-1)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"restarts": -1}, "restarts=-1 .* at least 0; for as often as it takes, a large one"),
+        ({"restarts": float("inf")}, "restarts=inf .* it must be a whole number"),
+        ({"restarts": "3"}, "restarts='3' .* it must be a whole number"),
+        ({"group": 3}, "group=3: it must be one of the groups of a reservation"),
+    ],
+)
+async def test_options_of_the_wrong_kind_are_refused_by_name(options: Any, told: str) -> None:
+    async with LocalCluster(isolation="task") as cluster:
+        with pytest.raises(MisuseError, match=told):
+            await cluster.spawn(Offers, **options)
+
+
+@pytest.mark.asyncio
+async def test_what_ray_would_be_told_is_answered_with_its_name_here() -> None:
+    async with LocalCluster(isolation="task") as cluster:
+        with pytest.raises(TypeError, match=r"\(max_concurrency= is Ray's; here: concurrency=\)"):
+            await cluster.spawn(Offers, max_concurrency=3)  # type: ignore[call-arg]  # wrong on purpose
+        offers: Any = await cluster.spawn(Offers)
+        with pytest.raises(AttributeError, match=r"Offers\.add\(.*has no 'remote'; it is called as it is"):
+            offers.add.remote(1)
 
 
 class Pair:
