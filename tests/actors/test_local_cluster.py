@@ -199,6 +199,20 @@ async def test_who_asks_where_no_connection_can_be_had_is_told_so_and_stalls_nob
         assert (await cluster.health(counter)).state == "alive"
 
 
+def test_the_handle_of_an_event_loop_that_has_ended_says_so_on_the_next() -> None:
+    async def start() -> tuple[LocalCluster, Counter]:
+        cluster = LocalCluster(isolation="task")
+        return cluster, await cluster.spawn(Counter)
+
+    async def use(cluster: LocalCluster, counter: Counter) -> None:
+        for ask in (counter.incr, lambda: anext(counter.watch())):
+            with pytest.raises(MisuseError, match="was made on another event loop"):
+                await ask()
+        await cluster.aclose()
+
+    asyncio.run(use(*asyncio.run(start())))
+
+
 @pytest.mark.asyncio
 async def test_isolation_can_be_chosen_for_each_actor() -> None:
     async with LocalCluster(isolation="task") as cluster:
