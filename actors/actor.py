@@ -250,6 +250,8 @@ class _Bound:
         self._method = method
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked for by copies, before there is anything to show
+            raise AttributeError(name)
         raise AttributeError(f"{self!r} has no {name!r}; it is called as it is, without Ray's .remote() and .options()")
 
     def __repr__(self) -> str:

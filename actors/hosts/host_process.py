@@ -92,7 +92,7 @@ class HostProcess:
         # Of the actor's socket and the one for its health, once it listens.
         self._doors: list[int] = []
         # If nobody stops it, the process is left to itself at the end of this program: it runs on_stop and exits.
-        self._last_resort = weakref.finalize(self, _let_go, self._stdin, self._folder, self._doors)
+        self._last_resort = weakref.finalize(self, _let_go, self._stdin, self._folder, self._pidfd, self._doors)
         self._end = Runtime.current().start(self._watch_end, name=f"process of actor {spec.name}")
 
     @property
@@ -159,10 +159,7 @@ class HostProcess:
             os.close(self._status)
 
     async def _watch_end(self) -> End:
-        try:
-            await anyio.wait_readable(self._pidfd)
-        finally:
-            os.close(self._pidfd)
+        await anyio.wait_readable(self._pidfd)
         # The zombie keeps the id from being given away, so this hits only what the actor left behind.
         self._kill_group()
         self._last_resort()
@@ -174,8 +171,9 @@ class HostProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def _let_go(stdin: IO[bytes], folder: Path, doors: list[int]) -> None:
+def _let_go(stdin: IO[bytes], folder: Path, pidfd: int, doors: list[int]) -> None:
     stdin.close()
+    os.close(pidfd)
     while doors:
         os.close(doors.pop())
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -205,6 +206,7 @@ async def test_what_ray_would_be_told_is_answered_with_its_name_here() -> None:
         offers: Any = await cluster.spawn(Offers)
         with pytest.raises(AttributeError, match=r"Offers\.add\(.*has no 'remote'; it is called as it is"):
             offers.add.remote(1)
+        assert await copy.copy(offers.add)(1) == 2
 
 
 class Pair:
