@@ -150,7 +150,7 @@ class EnginePool:
             wait=wait,
             max_in_flight=max_in_flight,
             max_waiting=max_waiting,
-            supervisor=Supervisor(intensity=restarts) if isinstance(restarts, int) else restarts,
+            supervisor=restarts if isinstance(restarts, Supervisor) else Supervisor(intensity=restarts),
             watchdog=watchdog,
             start_timeout=start_timeout,
             quarantine=quarantine,

@@ -344,6 +344,7 @@ async def test_a_process_per_replica_and_none_is_left():
     ("options", "told"),
     [
         ({"replicas": 0}, "replicas is 0; it must be at least 1"),
+        ({"restarts": "3"}, "restarts='3' .* it must be a whole number"),
         ({"replicas": "2"}, "replicas is '2'; it must be a whole number"),
         ({"max_in_flight": 1001}, "max_in_flight is 1001; one replica takes at most 1000"),
         ({"watchdog": 0}, "both are seconds above 0"),
