@@ -55,15 +55,10 @@ def actor(
         default a busy actor is left alone for as long as its process answers.
     :raises MisuseError: a value is out of its range.
     """
-    if concurrency < 1:
-        raise MisuseError(f"@actor(concurrency={concurrency}): it must be at least 1")
-    if mailbox < 0:
-        raise MisuseError(f"@actor(mailbox={mailbox}): it must be at least 0")
-    if hung_after is not None and not hung_after > 0:
-        raise MisuseError(f"@actor(hung_after={hung_after}): it must be more than 0 seconds")
+    options = ActorOptions(concurrency, mailbox, hung_after)
 
     def mark(cls: C) -> C:
-        cls.__arun_actor__ = ActorOptions(concurrency, mailbox, hung_after)  # type: ignore[attr-defined]  # read by interface.describe
+        cls.__arun_actor__ = options  # type: ignore[attr-defined]  # read by interface.describe
         return cls
 
     return mark if cls is None else mark(cls)
@@ -121,7 +116,8 @@ class ActorHandle:
         link = self._arun_link
         raise AttributeError(
             f"the actor {link.name!r} ({link.interface.class_name}) has no method {name!r}; it has "
-            f"{', '.join(link.interface.methods)}"
+            f"{', '.join(link.interface.methods)}. Attributes, properties and methods that are not async stay in the "
+            "actor's process; give the class an `async def` that returns what you need of them"
         )
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -252,6 +248,11 @@ class _Bound:
     def __init__(self, link: Link, method: Method) -> None:
         self._link = link
         self._method = method
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # asked for by copies, before there is anything to show
+            raise AttributeError(name)
+        raise AttributeError(f"{self!r} has no {name!r}; it is called as it is, without Ray's .remote() and .options()")
 
     def __repr__(self) -> str:
         return f"<{self._method} of {self._link.describe()}>"

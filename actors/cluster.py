@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, c
 import msgspec
 
 from actors.finish import finish
+from actors.interface import check_environment
 from actors.members.lives import ActorInfo
 from actors.members.roster import Roster
 from arun.errors import MisuseError
@@ -163,11 +164,16 @@ class Cluster(ABC):
             and is not started again, is none.
         :param isolation: "process" or "task"; by default the cluster's. Only a LocalCluster has tasks.
         :raises MisuseError: the class is no actor (the message names the method), the name is taken, the cluster is
-            closed.
+            closed, ``env`` is not all text.
         :raises TypeError: the constructor does not take these arguments.
         :raises ActorDied: the process ended before the actor was ready. A first start is not tried again.
         :raises Exception: what the constructor or ``on_start`` raised, with the remote traceback as a note.
         """
+        from actors.bundles import Group  # which needs this module
+
+        check_environment(env)
+        if not isinstance(group, Group | None):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+            raise MisuseError(f"group={group!r}: it must be one of the groups of a reservation")
         if lifetime == "detached":
             order = DetachedOrder(cls, args, kwargs, name, concurrency, group, env, restart, restarts, get_if_exists)
             return cast("T", await self._spawn_detached(order))

@@ -110,7 +110,8 @@ class EchoEngine:
             if self._options.die_on is not None and self._options.die_on in text:
                 self._died = self._died or f"the echo engine died of a prompt with {self._options.die_on!r}, as told"
                 raise EngineDead(self._died)
-            pieces, finish_reason = _answer(words, request.sampling, len(request.resume))
+            room = None if self._max_model_len is None else self._max_model_len - len(words)
+            pieces, finish_reason = _answer(words, request.sampling, len(request.resume), room)
             await anyio.sleep(self._options.first_token_seconds)
             if request.pooling is not None:
                 outcome = "finished"
@@ -189,9 +190,17 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\s*\S+", text)
 
 
-def _answer(words: list[str], sampling: Sampling, begun: int) -> tuple[list[str], str]:
-    """The tokens to answer with, and why they end there; ``begun`` of the answer were told before."""
-    max_tokens = begun + sampling.max_tokens
+def _answer(words: list[str], sampling: Sampling, begun: int, room: int | None) -> tuple[list[str], str]:
+    """The tokens to answer with, and why they end there.
+
+    :param begun: of the answer, told before.
+    :param room: for an answer in the context; None is without end.
+    """
+    asked = None if sampling.max_tokens is None else begun + sampling.max_tokens
+    limits = [limit for limit in (asked, room) if limit is not None]
+    if not limits and sampling.ignore_eos:
+        raise RequestError("ignore_eos with max_tokens=None would never end: the echo engine has no max_model_len")
+    max_tokens = min(limits, default=len(words))
     if sampling.ignore_eos:
         spaced = " ".join(word.strip() for word in words)
         repeats = -(-max_tokens // len(words))

@@ -19,6 +19,7 @@ import msgspec
 
 from actors.actor import method
 from actors.answers import Choice, Completion, Delta, Embedding, Logprob, Reset, Usage
+from actors.interface import check_environment
 from actors.requests import (
     ChatMessage,
     ChatOptions,
@@ -203,7 +204,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def validate(self) -> None:
         """Refuse what cannot work on any machine.
 
-        :raises MisuseError: an unknown engine, or a size below 1.
+        :raises MisuseError: an unknown engine, a size below 1, or an ``env`` that is not all text.
         """
         if not isinstance(self.model, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
             raise MisuseError(f"model is {self.model!r}; it must be text: a folder, or a name on the hub")
@@ -218,6 +219,7 @@ class EngineSpec(msgspec.Struct, frozen=True, kw_only=True):
                 raise MisuseError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise MisuseError(f"max_model_len is {self.max_model_len}; a prompt and its answer need at least 2 tokens")
+        check_environment(self.env)
 
 
 class Engine(Protocol):

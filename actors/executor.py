@@ -11,6 +11,7 @@ import anyio
 
 from actors.actor import ActorHandle, link_of
 from actors.bundles import Placement
+from actors.interface import check_environment
 from actors.members.generation import Generation
 from actors.on_ray.code_table import CodeTable, Luggage
 from actors.on_ray.executor_worker import ExecutorWorker
@@ -69,7 +70,7 @@ class RayExecutor:
     :param env: environment variables of the workers, on top of this process's own.
     :param wait: seconds to wait for what others hold; by default the cluster's ``placement_timeout``.
     :param grace: seconds that a cancelled subtask may clean up before its worker is killed.
-    :raises MisuseError: ``workers`` is less than 1, or what ``Placement`` refuses.
+    :raises MisuseError: ``workers`` is less than 1, ``env`` is not all text, or what ``Placement`` refuses.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class RayExecutor:
     ) -> None:
         if workers < 1:
             raise MisuseError(f"RayExecutor(workers={workers}): at least 1")
+        check_environment(env)
         self.workers = workers
         self.placement: Placement | None = None
         if cpus or gpus or labels:
@@ -209,6 +211,7 @@ class _RayWorker:
         self._cluster = cluster
         self._handle = handle
         self._line = line
+        self._connection = line.connection  # that its present or last subtask is on
         self._on_end: Callable[[], object] | None = on_end
 
     @property
@@ -216,20 +219,23 @@ class _RayWorker:
         return self._line.how is None and not self._line.connection.closed
 
     def open(self, order: Order) -> Stream[Any]:
-        return self._line.connection.open(RUN, {"order": order}, item_type=Answer, window=WINDOW)
+        self._connection = self._line.connection
+        return self._connection.open(RUN, {"order": order}, item_type=Answer, window=WINDOW)
 
     async def settle(self, stream: Stream[Any], deadline: float) -> None:
         with anyio.CancelScope(deadline=deadline):
             await stream.aclose()
-            if self._line.connection.closed:  # it has taken the process with it
+            if self._connection.closed:  # it has taken the process with it
                 await self.stop(0.0)
             return
         self._line.body.kill()
         await self.stop(0.0)
 
     async def death(self, when: str, grace: float) -> WorkerDied:
-        await self._line.notice_death()
-        how = self._line.how or "can't be reached any more, and was killed"
+        if await self._line.regain(self._connection):
+            how = "lost its connection to this program, and was stopped"
+        else:
+            how = self._line.how or "can't be reached any more, and was killed"
         await self.stop(grace)
         return WorkerDied(f"worker process {self.pid} {how}, {when}", pid=self.pid)
 

@@ -7,6 +7,7 @@ decodes them by the parameter annotations; so a wrong call fails where it is wri
 from __future__ import annotations
 
 import inspect
+import os
 import types
 import typing
 import uuid
@@ -19,7 +20,16 @@ import msgspec
 from arun.errors import MisuseError
 from arun.logs import get_logger
 
-__all__ = ("ActorOptions", "ActorSpec", "Interface", "Method", "MethodOptions", "describe", "specify")
+__all__ = (
+    "ActorOptions",
+    "ActorSpec",
+    "Interface",
+    "Method",
+    "MethodOptions",
+    "check_environment",
+    "describe",
+    "specify",
+)
 
 log = get_logger("actors.interface")
 
@@ -35,6 +45,18 @@ _SPAWN_OPTIONS = (
     "get_if_exists",
     "isolation",
 )
+_PLACED = "group=, of cluster.reserve(Placement(...))"
+_RAYS_OPTIONS = {
+    "num_cpus": _PLACED,
+    "num_gpus": _PLACED,
+    "scheduling_strategy": _PLACED,
+    "max_restarts": "restarts=",
+    "max_task_retries": "@method(idempotent=True)",
+    "max_concurrency": "concurrency=",
+    "max_pending_calls": "@actor(mailbox=...)",
+    "runtime_env": "env=, or RayCluster.connect(runtime_env=...) for all actors",
+    "namespace": "the names of detached actors are known to every program on that Ray",
+}
 _ASYNC_ITERATORS = (AsyncIterator, AsyncGenerator, AsyncIterable)
 
 
@@ -45,6 +67,14 @@ class ActorOptions:
     concurrency: int = 1
     mailbox: int = 1000
     hung_after: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("concurrency", 1), ("mailbox", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise MisuseError(f"{name}={value!r}: it must be a whole number, at least {least}")
+        if self.hung_after is not None and not self.hung_after > 0:
+            raise MisuseError(f"hung_after={self.hung_after!r}: it must be more than 0 seconds")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +174,38 @@ def specify(
             f" ({option}= is an option of spawn(); give the constructor's {option} by position)"
             for option in _SPAWN_OPTIONS
             if option in signature.parameters and option not in kwargs
+        ) + "".join(
+            f" ({option}= is Ray's; here: {ours})" for option, ours in _RAYS_OPTIONS.items() if option in kwargs
         )
         raise TypeError(f"{cls.__qualname__}: {exc}; its signature is {cls.__qualname__}{signature}{hint}") from None
     return spec
 
 
+def check_environment(env: object) -> None:
+    """Refuse what a process can't have as its environment variables; shows no value, which may be a secret.
+
+    :raises MisuseError: it is no mapping of names to texts.
+    """
+    if not isinstance(env, Mapping):
+        raise MisuseError(f"env is of type {type(env).__name__}; it must be a dict, such as env={{'NAME': 'value'}}")
+    for name, value in env.items():
+        if not isinstance(name, str) or not name or "=" in name or not _encodes(name):
+            raise MisuseError(f"env: {name!r} can't be the name of an environment variable")
+        if not isinstance(value, str):
+            raise MisuseError(f"env: the value of {name!r} is of type {type(value).__name__}; it must be text")
+        if not _encodes(value):
+            raise MisuseError(f"env: the value of {name!r} has a character that no environment variable can have")
+
+
+def _encodes(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def describe(cls: type, *, concurrency: int | None = None) -> Interface:
-    """Read the interface of an actor class: its public async methods, inherited ones included.
+    """Read the interface of an actor class: its public async methods, inherited, static and class methods included.
 
     :param concurrency: instead of what ``@actor(concurrency=)`` says.
     :raises MisuseError: not a class, no method, a method that is no ``async def``, a type that can't be sent.
@@ -160,8 +215,6 @@ def describe(cls: type, *, concurrency: int | None = None) -> Interface:
     options: ActorOptions = getattr(cls, "__arun_actor__", ActorOptions())
     if concurrency is not None:
         options = replace(options, concurrency=concurrency)
-    if options.concurrency < 1:
-        raise MisuseError(f"{cls.__qualname__}: concurrency is {options.concurrency}; it must be at least 1")
     methods = {
         name: _method(cls, name, function)
         for name, function in _functions(cls).items()
@@ -179,16 +232,28 @@ def describe(cls: type, *, concurrency: int | None = None) -> Interface:
     return Interface(cls.__qualname__, methods, options)
 
 
-def _functions(cls: type) -> dict[str, Callable[..., Any]]:
-    """The functions that instances of a class have as methods, base classes first, in order of definition."""
+def _functions(cls: type) -> dict[str, Any]:
+    """The methods of a class as it defines them, base classes first, in order of definition.
+
+    Of its static and class methods only the async ones: others are called on the class, and need no actor.
+    """
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         found |= vars(base)
-    return {name: value for name, value in found.items() if inspect.isfunction(value)}
+    return {
+        name: value
+        for name, value in found.items()
+        if inspect.isfunction(value) or (isinstance(value, (staticmethod, classmethod)) and _is_async(value.__func__))
+    }
 
 
-def _method(cls: type, name: str, function: Callable[..., Any]) -> Method:
+def _is_async(function: object) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
+
+
+def _method(cls: type, name: str, definition: Any) -> Method:
     label = f"{cls.__qualname__}.{name}"
+    function: Callable[..., Any] = getattr(definition, "__func__", definition)
     streaming = inspect.isasyncgenfunction(function)
     if not streaming and not inspect.iscoroutinefunction(function):
         kind, spelling = (
@@ -203,7 +268,7 @@ def _method(cls: type, name: str, function: Callable[..., Any]) -> Method:
     signature = inspect.signature(function)
     parameters = [
         parameter.replace(annotation=_resolve(function, parameter.annotation))
-        for parameter in list(signature.parameters.values())[1:]
+        for parameter in list(signature.parameters.values())[not isinstance(definition, staticmethod) :]
     ]
     result = _resolve(function, signature.return_annotation)
     item_type = _item_type(label, result, streaming=streaming)

@@ -150,7 +150,7 @@ class EnginePool:
             wait=wait,
             max_in_flight=max_in_flight,
             max_waiting=max_waiting,
-            supervisor=Supervisor(intensity=restarts) if isinstance(restarts, int) else restarts,
+            supervisor=restarts if isinstance(restarts, Supervisor) else Supervisor(intensity=restarts),
             watchdog=watchdog,
             start_timeout=start_timeout,
             quarantine=quarantine,
@@ -207,7 +207,7 @@ class EnginePool:
         self,
         prompt: PromptLike,
         *,
-        max_tokens: int = 16,
+        max_tokens: int | None = 16,
         temperature: float | None = None,
         lane: Lane = "interactive",
         priority: int = 0,
@@ -219,7 +219,7 @@ class EnginePool:
 
         :param prompt: text; token ids, ``list[int]``, shorter than the model's context; or chat messages, a list
             of ``{"role": ..., "content": ...}``.
-        :param max_tokens: most tokens to generate.
+        :param max_tokens: most tokens to generate; None: as many as the model's context has room for.
         :param temperature: 0 is greedy; None is the model's own default.
         :param lane: ``"interactive"`` is served before ``"batch"``.
         :param priority: within a lane, lower is served first.
@@ -249,7 +249,7 @@ class EnginePool:
         self,
         prompt: PromptLike,
         *,
-        max_tokens: int = 16,
+        max_tokens: int | None = 16,
         temperature: float | None = None,
         lane: Lane = "interactive",
         priority: int = 0,

@@ -18,7 +18,7 @@ import msgspec
 
 from actors.engine import Delta, EngineLoad, EngineSpec, GenerateRequest, Outcome, Tally
 from actors.engines.remote_http import RemoteOptions, Server, import_httpx2, read_error
-from actors.engines.remote_requests import Answer, Chunk, body_of, embed_body_of, embedding_of
+from actors.engines.remote_requests import Answer, body_of, chunk_of, embed_body_of, embedding_of
 from arun.errors import EngineDead, EngineError, MisuseError, ReplicaLost, RequestError
 from arun.logs import get_logger
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = ("RemoteEngine", "RemoteOptions")
 
 log = get_logger("arun.engine")
+
+_MAX_EVENT = 64 * 2**20
+"""Bytes: what a channel takes as one item."""
 
 
 class RemoteEngine:
@@ -100,7 +103,7 @@ class RemoteEngine:
         server = self._connected()
         path, body = body_of(self._spec.model, request, self._options)
         encoded = msgspec.json.encode(body)
-        broken: type[Exception] = import_httpx2().TransportError
+        broken: type[Exception] = import_httpx2().RequestError
         for attempt in range(1, self._options.attempts + 1):
             answer = Answer(request.sampling.n)
             response = await server.send("POST", path, encoded)
@@ -130,16 +133,20 @@ class RemoteEngine:
         if not kind.lower().startswith("text/event-stream"):  # to ask again would give the same, and cost the same
             body = await server.text(response)
             raise EngineError(f"{server.url} was asked for a stream and answered with {kind}: {body[:500]}")
-        events = aiter(import_httpx2().EventSource(response))
+        response.encoding = "utf-8-sig"  # that of events, whatever the header says; some begin with a byte order mark
+        events = aiter(import_httpx2().EventSource(response, _MAX_EVENT))
         try:
             async for event in events:
-                if event.data.strip() == "[DONE]":
+                data = event.data.strip()
+                if data == "[DONE]":
                     break
+                if not data:  # a sign of life
+                    continue
                 if event.event == "error":
                     raise _told(server, event.data)
                 try:
-                    chunk = msgspec.json.decode(event.data, type=Chunk)
-                except msgspec.MsgspecError as exc:
+                    chunk = chunk_of(data)
+                except (ValueError, RecursionError) as exc:
                     raise EngineError(f"{server.url} sent what is no chunk of an answer: {exc}") from exc
                 if chunk.error is not None:
                     raise _told(server, event.data)
@@ -158,7 +165,7 @@ class RemoteEngine:
         response = await server.send("POST", "/embeddings", msgspec.json.encode(body))
         try:
             data = await response.aread()
-        except import_httpx2().TransportError as exc:
+        except import_httpx2().RequestError as exc:
             raise EngineError(f"the answer of {server.url} broke off: {server.clean(exc)}") from exc
         finally:
             with anyio.CancelScope(shield=True):

@@ -136,13 +136,24 @@ _ELSEWHERE = {
     "lora_request": "adapter",
 }
 
+# What vLLM and OpenAI's API have, and what to do instead.
+_NOT_HERE = {
+    "sampling_params": "give its fields by name, as in generate(prompt, max_tokens=64, temperature=0.0)",
+    "detokenize": "deltas and completions have token_ids beside their text",
+    "truncate_prompt_tokens": "cut the prompt yourself; it may be a list of token ids",
+    "output_kind": "generate() gives deltas, complete() the answer as a whole",
+    "stream": "generate() streams deltas, complete() gives the answer as a whole",
+    "best_of": "ask for n answers and choose by their logprobs",
+    "logits_processors": "an engine's own are named in EngineSpec(engine_args={'logits_processors': [...]})",
+}
+
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How to choose tokens and when to stop; names and meanings are those of vLLM's SamplingParams.
 
     ``None`` means the model's own default (its generation_config.json), else vLLM's.
 
-    :ivar max_tokens: most tokens to generate.
+    :ivar max_tokens: most tokens to generate; None: as many as the model's context has room for.
     :ivar min_tokens: tokens to generate before an end-of-sequence or stop string counts.
     :ivar temperature: 0 is greedy.
     :ivar top_k: 0 or -1 considers all tokens.
@@ -158,7 +169,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
     :ivar structured_outputs: what the answer must look like.
     """
 
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 16
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = 16
     min_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
@@ -190,14 +201,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, fo
         for name in options:
             if name not in cls.__struct_fields__:
                 known = list(dict.fromkeys((*cls.__struct_fields__, *RequestOptions.__annotations__)))
+                if name in _NOT_HERE:
+                    raise RequestError(f"there is no sampling parameter {name!r}; {_NOT_HERE[name]}")
                 near = [_ELSEWHERE[name]] if name in _ELSEWHERE else difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
                 raise RequestError(f"there is no sampling parameter {name!r}; {hint}")
-        if options.get("max_tokens", 1) is None:
-            raise RequestError(
-                "max_tokens=None: every request has a limit; say how many tokens, or leave it out for 16"
-            )
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in options.items() if value is not None or name == "max_tokens"}
         if "structured_outputs" in given:
             given["structured_outputs"] = _to_structured_outputs(given["structured_outputs"])
         try:

@@ -112,7 +112,7 @@ class Server:
             return None
         try:
             listed = msgspec.json.decode(await response.aread(), type=_Models)
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, RecursionError, import_httpx2().RequestError):
             return None
         finally:
             await response.aclose()
@@ -125,7 +125,7 @@ class Server:
         :raises PoolBusy: the server has too many requests, also after ``attempts``.
         :raises EngineError: it refuses the key, fails or is out of reach, also after ``attempts``.
         """
-        transport_error: type[Exception] = import_httpx2().TransportError
+        request_error: type[Exception] = import_httpx2().RequestError
         read_timeout: type[Exception] = import_httpx2().ReadTimeout
         attempt = 0
         while True:
@@ -143,7 +143,7 @@ class Server:
                     f"{self.url} did not begin to answer within {self._options.timeout:g} s; allow more with "
                     "engine_args={'timeout': seconds} and the pool's watchdog"
                 ) from exc
-            except transport_error as exc:
+            except request_error as exc:
                 cause = exc
                 failure = EngineError(f"{self.url} can't be reached: {self.clean(exc)}")
             else:
@@ -174,6 +174,9 @@ class Server:
         error = read_error(await self.text(response))
         told = error.message[:2000] or response.reason_phrase
         what = f"{self.url} answered {status}: {told}"
+        if response.has_redirect_location:  # not followed: it could lead the key anywhere
+            where = self.clean(response.headers["location"])
+            raise EngineError(f"{what}. It redirects to {where}; give the base_url that leads there")
         if status in {401, 403}:
             key = f"the key in {self._options.api_key_env}" if self._options.api_key_env else "engine_args: api_key_env"
             raise EngineError(f"{what}. Check {key}, and what it may use")
@@ -193,7 +196,7 @@ class Server:
                 body += chunk
                 if len(body) > _MAX_ERROR_BYTES:
                     break
-        except import_httpx2().TransportError:
+        except import_httpx2().RequestError:
             pass  # the status says enough
         finally:
             await response.aclose()
@@ -218,7 +221,7 @@ def read_error(text: str) -> _ErrorBody:
         if "message" not in inner and "detail" in inner:
             return _ErrorBody(str(inner["detail"]))
         return msgspec.convert(inner, _ErrorBody)
-    except (msgspec.MsgspecError, AttributeError, TypeError):
+    except (msgspec.MsgspecError, RecursionError, AttributeError, TypeError):
         return _ErrorBody(text)
 
 

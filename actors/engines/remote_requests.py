@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import base64
+import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from actors.engines.remote_http import RemoteOptions
     from actors.requests import GenerateRequest, Pooling, StructuredOutputs
 
-__all__ = ("Answer", "Chunk", "body_of", "embed_body_of", "embedding_of")
+__all__ = ("Answer", "Chunk", "body_of", "chunk_of", "embed_body_of", "embedding_of")
 
 _OPENAI = ("temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty", "logit_bias")
 """Sampling parameters that are called the same in OpenAI's API."""
@@ -49,8 +50,11 @@ def body_of(model: str, request: GenerateRequest, options: RemoteOptions) -> tup
     if chat:
         messages: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         body["messages"] = msgspec.to_builtins(messages)
-        body[options.max_tokens_name] = given.pop("max_tokens")
+        if (max_tokens := given.pop("max_tokens")) is not None:
+            body[options.max_tokens_name] = max_tokens
     else:
+        if sampling.max_tokens is None and options.dialect != "vllm":
+            raise RequestError("max_tokens=None: a completion of OpenAI's API has 16 then; say how many, or ask a chat")
         body["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
         body["max_tokens"] = given.pop("max_tokens")
     body |= _chat_options(request, options)
@@ -155,6 +159,19 @@ class Chunk(msgspec.Struct):
     error: Any = None
 
 
+def chunk_of(data: str) -> Chunk:
+    """Read one event.
+
+    :raises ValueError: it is no chunk of an answer.
+    """
+    try:
+        return msgspec.json.decode(data, type=Chunk)
+    except msgspec.DecodeError:
+        # Some servers cut a character beyond U+FFFF in two; each half becomes U+FFFD, as of text that is no UTF-8.
+        text = json.dumps(json.loads(data), ensure_ascii=False)
+        return msgspec.json.decode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), type=Chunk)
+
+
 class Answer:
     """Turns the chunks of one answer into deltas.
 
@@ -220,7 +237,7 @@ def embedding_of(body: bytes) -> Delta:
         (vector,) = answer.data
         data = vector.embedding
         packed = base64.b64decode(data, validate=True) if isinstance(data, str) else _packed(data)
-    except (msgspec.MsgspecError, ValueError) as exc:
+    except (ValueError, RecursionError) as exc:
         raise EngineError(f"the server's answer is no embedding: {exc}") from exc
     return Delta(usage=answer.usage.counted() if answer.usage else Usage(0, 0), embedding=packed)
 

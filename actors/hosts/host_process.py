@@ -53,41 +53,46 @@ class HostProcess:
         blob = pickling.dumps(spec)
         child_env = {**os.environ, **env}
         self._name = spec.name
-        self._folder = _make_folder()
-        self._path = self._folder / "actor"
         self._token = secrets.token_bytes(32)
-        self._status, status_fd = os.pipe()
-        order = HostOrder(
-            blob=blob,
-            token=self._token,
-            path=str(self._path),
-            status_fd=status_fd,
-            owner_pid=os.getpid(),
-            grace=grace + _KILL_MARGIN,
-            sys_path=[str(entry) for entry in sys.path],
-            pythonpath=child_env.get("PYTHONPATH"),
-        )
-        self._order = memoryview(order.write())
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", "from actors.hosts.host_main import main; main()", str(self._folder)],
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=2,
-                env=child_env | {"PYTHONPATH": _with_our_packages(child_env.get("PYTHONPATH"))},
-                pass_fds=(status_fd,),
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(self._status)
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise
-        finally:
-            os.close(status_fd)
+        with contextlib.ExitStack() as undo:  # where there are no file descriptors left, for example
+            self._folder = _make_folder()
+            undo.callback(self._folder.rmdir)  # it is empty, and rmtree() needs file descriptors
+            self._path = self._folder / "actor"
+            self._status, status_fd = os.pipe()
+            undo.callback(os.close, self._status)
+            try:
+                order = HostOrder(
+                    blob=blob,
+                    token=self._token,
+                    path=str(self._path),
+                    status_fd=status_fd,
+                    owner_pid=os.getpid(),
+                    grace=grace + _KILL_MARGIN,
+                    sys_path=[str(entry) for entry in sys.path],
+                    pythonpath=child_env.get("PYTHONPATH"),
+                )
+                self._order = memoryview(order.write())
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", "from actors.hosts.host_main import main; main()", str(self._folder)],
+                    bufsize=0,
+                    stdin=subprocess.PIPE,
+                    stdout=2,
+                    env=child_env | {"PYTHONPATH": _with_our_packages(child_env.get("PYTHONPATH"))},
+                    pass_fds=(status_fd,),
+                    start_new_session=True,
+                )
+            finally:
+                os.close(status_fd)
+            undo.push(self._process)
+            undo.callback(self._process.kill)
+            self._pidfd = os.pidfd_open(self._process.pid)
+            undo.pop_all()
         assert self._process.stdin is not None  # it is a pipe, see Popen
         self._stdin = self._process.stdin
+        # Of the actor's socket and the one for its health, once it listens.
+        self._doors: list[int] = []
         # If nobody stops it, the process is left to itself at the end of this program: it runs on_stop and exits.
-        self._last_resort = weakref.finalize(self, _let_go, self._stdin, self._folder)
+        self._last_resort = weakref.finalize(self, _let_go, self._stdin, self._folder, self._pidfd, self._doors)
         self._end = Runtime.current().start(self._watch_end, name=f"process of actor {spec.name}")
 
     @property
@@ -101,13 +106,20 @@ class HostProcess:
     async def connect(self) -> Connection:
         await self._send_order()
         await self._listening()
+        # From here on the sockets need no names, so none are left if this process and the actor's are killed at once.
+        try:
+            for suffix in ("", HEALTH_SUFFIX):
+                self._doors.append(os.open(f"{self._path}{suffix}", os.O_PATH))
+        except OSError as exc:
+            raise ChannelLost(f"the socket of actor {self._name!r} can't be opened: {exc}") from exc
+        shutil.rmtree(self._folder, ignore_errors=True)
         return await self.reconnect()
 
     async def reconnect(self) -> Connection:
-        return await connect_unix(str(self._path), token=self._token)
+        return await self._connect(0)
 
     async def connect_health(self) -> Connection:
-        return await connect_unix(f"{self._path}{HEALTH_SUFFIX}", token=self._token)
+        return await self._connect(1)
 
     async def wait_ended(self) -> End:
         return await self._end.wait()
@@ -123,6 +135,11 @@ class HostProcess:
         if not self._end.done:
             self._kill_group()
             await self._end.wait()
+
+    async def _connect(self, door: int) -> Connection:
+        if not self._doors:
+            raise ChannelLost(f"the process of actor {self._name!r} has ended")
+        return await connect_unix(f"/proc/self/fd/{self._doors[door]}", token=self._token)
 
     async def _send_order(self) -> None:
         stdin = self._stdin
@@ -142,11 +159,7 @@ class HostProcess:
             os.close(self._status)
 
     async def _watch_end(self) -> End:
-        pidfd = os.pidfd_open(self._process.pid)
-        try:
-            await anyio.wait_readable(pidfd)
-        finally:
-            os.close(pidfd)
+        await anyio.wait_readable(self._pidfd)
         # The zombie keeps the id from being given away, so this hits only what the actor left behind.
         self._kill_group()
         self._last_resort()
@@ -158,8 +171,11 @@ class HostProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def _let_go(stdin: IO[bytes], folder: Path) -> None:
+def _let_go(stdin: IO[bytes], folder: Path, pidfd: int, doors: list[int]) -> None:
     stdin.close()
+    os.close(pidfd)
+    while doors:
+        os.close(doors.pop())
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -140,7 +140,9 @@ class Link:
         :param lost: None: it was not sent yet.
         :raises ActorDied: its generation ended.
         :raises ChannelLost: the method raised that itself, or only the connection ended.
+        :raises MisuseError: it was made on another event loop, as ``asyncio.run()`` makes one each time.
         """
+        connection.refuse_elsewhere()
         if line.how is None:
             if lost is not None and not connection.closed:
                 raise lost

@@ -32,7 +32,7 @@ class ActorInfo(msgspec.Struct, frozen=True, kw_only=True):
     :ivar name: unique among the cluster's actors.
     :ivar actor_class: qualified name of its class.
     :ivar pid: process that it lives in, or None while that is being started.
-    :ivar address: where it listens: "unix:/path", "host:port" or "memory".
+    :ivar address: where it listens: "unix:" and the name that its socket had, "host:port" or "memory".
     :ivar alive: whether its process runs.
     :ivar generation: which of its lives this is, from 1; every restart begins another.
     """

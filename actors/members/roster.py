@@ -206,8 +206,9 @@ class Roster:
             if restarts:
                 raise MisuseError(f"restart='temporary' means no restart, so restarts={restarts} can have no effect")
             return policy, None
-        supervisor = restarts if isinstance(restarts, Supervisor) else Supervisor()
-        team = Team(supervisor if not isinstance(restarts, int) else Supervisor(intensity=restarts))
+        if not isinstance(restarts, Supervisor):
+            restarts = Supervisor() if restarts is None else Supervisor(intensity=restarts)
+        team = Team(restarts)
         self._teams.append(team)
         return policy, team
 

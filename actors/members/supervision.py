@@ -69,8 +69,14 @@ class Supervisor(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if self.strategy not in {"one_for_one", "rest_for_one", "one_for_all"}:
             raise MisuseError(f"strategy={self.strategy!r}: it must be 'one_for_one', 'rest_for_one' or 'one_for_all'")
-        if self.intensity < 0 or not self.period > 0:
-            raise MisuseError(f"{self!r}: intensity must be at least 0 and period more than 0 seconds")
+        whole = isinstance(self.intensity, int)  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
+        if not whole or self.intensity < 0:
+            raise MisuseError(
+                f"restarts={self.intensity!r} (a Supervisor's intensity): it must be a whole number, at least 0; for "
+                "as often as it takes, a large one"
+            )
+        if not self.period > 0:
+            raise MisuseError(f"period={self.period!r}: it must be more than 0 seconds")
 
 
 class Restart(msgspec.Struct, frozen=True):

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from actors.actor import actor
+from actors.on_ray.attached_pools import attached_pool, start_attached
 from actors.on_ray.code_table import Library
-from actors.pool import EnginePool
 from actors.ray_cluster import RayCluster
 from arun.executors.execution import Execution
 from arun.executors.failures import failure_of
@@ -30,7 +30,6 @@ class ExecutorWorker:
         self._library = Library()
         self._settings = settings
         self._cluster: RayCluster | None = None
-        self._attached: dict[tuple[str, str], Any] = {}
 
     async def run(self, order: Order) -> AsyncIterator[Answer]:
         """Run one subtask: its events as they come, last how it ended."""
@@ -48,26 +47,16 @@ class ExecutorWorker:
             await execution.aclose()
 
     async def on_stop(self) -> None:
-        for resource in self._attached.values():
-            if isinstance(resource, EnginePool):
-                await resource.aclose()
         if self._cluster is not None:
             await self._cluster.aclose()
 
     async def _attach(self, kind: str, name: str) -> Any:
-        """The detached pool or actor of that name; attached to once."""
-        known = self._attached.get((kind, name))
-        if isinstance(known, EnginePool) and known.ended:  # another one may have its name by now
-            del self._attached[kind, name]
-            await known.aclose()
-        if (kind, name) not in self._attached:
-            if self._cluster is None:
-                self._cluster = RayCluster.connect(**self._settings)
-                await self._cluster.start()
-            if kind == "pool":
-                pool = self._cluster.pool(name)
-                await pool.start()
-                self._attached[kind, name] = pool
-            else:
-                self._attached[kind, name] = await self._cluster.get(name)
-        return self._attached[kind, name]
+        """The detached pool or actor of that name, which this process stays attached to."""
+        if kind == "pool":
+            pool = attached_pool(name, self._settings)
+            await start_attached()
+            return pool
+        if self._cluster is None:
+            self._cluster = RayCluster.connect(**self._settings)
+            await self._cluster.start()
+        return await self._cluster.get(name)

@@ -229,13 +229,15 @@ class RayBody:
     async def stop(self, grace: float) -> None:
         ray = import_ray()
         if self._where is not None and not self._end.done:
-            with anyio.move_on_after(grace):
+            with anyio.move_on_after(grace) as scope:
                 try:
                     await self._actor.stop.remote()
                 except ray.exceptions.RayActorError:
                     pass  # it is dead already
                 except Exception:
                     log.exception("actor.stop_failed", actor=self._name)
+            if scope.cancelled_caught:
+                self.kill()
         ray.kill(self._actor, no_restart=True)
         with anyio.move_on_after(_KILL_TIMEOUT) as scope:
             await self._end.wait()

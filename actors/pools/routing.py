@@ -365,13 +365,14 @@ class Route:
         request, sampling = self.request, self.request.sampling
         if not self.epoch:
             return request
-        if self.resumed >= sampling.max_tokens:
+        max_tokens = sampling.max_tokens and sampling.max_tokens - self.resumed
+        if max_tokens is not None and max_tokens <= 0:
             raise ReplicaLost(
                 f"replica {self.lost_with[0]} was lost after the last token of request {request.request_id!r}, before "
                 "it told why the answer ended"
             )
         min_tokens = sampling.min_tokens and max(0, sampling.min_tokens - self.resumed)
-        left = msgspec.structs.replace(sampling, max_tokens=sampling.max_tokens - self.resumed, min_tokens=min_tokens)
+        left = msgspec.structs.replace(sampling, max_tokens=max_tokens, min_tokens=min_tokens)
         return msgspec.structs.replace(request, sampling=left, resume=self.delivered[: self.resumed], epoch=self.epoch)
 
     def _tell(self) -> None:

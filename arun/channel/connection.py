@@ -181,6 +181,16 @@ class Connection:
         """Begin what ``aclose()`` does, without waiting."""
         self._end(reason)
 
+    def refuse_elsewhere(self) -> None:
+        """:raises MisuseError: on another event loop than the connection's, or in another thread."""
+        # asyncio says at once which of its loops runs; asking anyio takes ten times as long.
+        here = _asyncio_loop() if self._loop is not None else current_token()
+        if here != (self._loop or self._token):
+            raise MisuseError(
+                f"the connection to {self.peer} was made on another event loop, the only one that can use it; connect "
+                "on this one, too, or pass on what comes"
+            )
+
     async def wait_closed(self) -> None:
         """Wait until the connection has ended, for whatever reason, and its handlers have cleaned up."""
         await self._closed.wait()
@@ -192,7 +202,7 @@ class Connection:
 
         :raises MisuseError: on another event loop than the connection's, or in another thread.
         """
-        self._refuse_elsewhere()
+        self.refuse_elsewhere()
         waiters = self._waiters.setdefault(half, [])
         happened: Awaitable[None]
         wake: Callable[[], None]
@@ -328,17 +338,8 @@ class Connection:
                 self._on_closed(self)
             log.debug("connection.closed", peer=self.peer, reason=self._reason)
 
-    def _refuse_elsewhere(self) -> None:
-        # asyncio says at once which of its loops runs; asking anyio takes ten times as long.
-        here = _asyncio_loop() if self._loop is not None else current_token()
-        if here != (self._loop or self._token):
-            raise MisuseError(
-                f"the connection to {self.peer} was made on another event loop, the only one that can use it; connect "
-                "on this one, too, or pass on what comes"
-            )
-
     def _open(self, method: str, payload: object, window: int) -> Inbound:
-        self._refuse_elsewhere()
+        self.refuse_elsewhere()
         if not 1 <= len(method) <= 512 or not 1 <= window < 2**31:
             raise MisuseError(
                 f"a method has 1 to 512 characters and a window 1 to {2**31 - 1} items, "

@@ -44,6 +44,7 @@ Size: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Digest: TypeAlias = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=512)]
 Text: TypeAlias = Annotated[str, Meta(max_length=65536)]
+Details: TypeAlias = Annotated[bytes, Meta(max_length=16384)]
 Traceparent: TypeAlias = Annotated[str, Meta(max_length=55)]
 
 
@@ -143,12 +144,16 @@ class End(_Message, tag=7, frozen=True):
 
 
 class Fail(_Message, tag=8, frozen=True):
-    """As End, but the handler raised: the qualified name of the error's type, message, traceback."""
+    """As End, but the handler raised: the qualified name of the error's type, message, traceback.
+
+    The details are its arguments and attributes by :mod:`arun.codec`; none where the message is all of them.
+    """
 
     stream: StreamId
     kind: Name
     message: Text
     traceback: Text
+    details: Details = b""
 
 
 class Cancel(_Message, tag=9, frozen=True):

@@ -6,12 +6,10 @@ Known are the built-in exceptions, arun's own and those of :func:`arun.channel.r
 
 from __future__ import annotations
 
-from typing import Any, Final, cast
+from typing import Final
 
 from arun.channel.failures import describe, rebuild
 from arun.channel.messages import Fail
-from arun.codec import decode, encode
-from arun.errors import ArunError, RemoteError
 from arun.executors.messages import Failure
 
 __all__ = ("failure_of", "raise_failure")
@@ -23,16 +21,12 @@ _DEPTH: Final = 8
 def failure_of(error: BaseException, depth: int = _DEPTH) -> Failure:
     """What tells the program of an error that was raised in this worker."""
     fail = describe(1, error)
-    try:
-        arguments = encode(list(error.args)) if not isinstance(error, (RemoteError, BaseExceptionGroup)) else None
-    except ArunError:
-        arguments = None
     members = error.exceptions[:_MOST_MEMBERS] if isinstance(error, BaseExceptionGroup) and depth else ()
     cause = error.__cause__ if depth else None
     return Failure(
         fail.kind,
         _clean(error.message) if isinstance(error, BaseExceptionGroup) else fail.message,
-        arguments,
+        fail.details,
         [_clean(str(note)) for note in getattr(error, "__notes__", ())],
         fail.traceback,
         [failure_of(member, depth - 1) for member in members],
@@ -61,14 +55,9 @@ def _rebuilt(failure: Failure) -> Exception:
 
 
 def _of_known_type(failure: Failure) -> Exception:
-    error = rebuild(Fail(1, failure.kind, failure.message, failure.traceback), "", "")
+    error = rebuild(Fail(1, failure.kind, failure.message, failure.traceback, failure.details), "", "")
     del error.__notes__  # ours says more
-    if failure.arguments is None or isinstance(error, RemoteError):
-        return error
-    try:
-        return type(error)(*cast("list[Any]", decode(failure.arguments)))
-    except Exception:  # noqa: BLE001 - values of types that are not known here, or other arguments: the message will do
-        return error
+    return error
 
 
 def _clean(text: str) -> str:

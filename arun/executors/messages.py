@@ -170,7 +170,7 @@ class Failure(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """The subtask, or a part of it, raised.
 
     :ivar kind: qualified name of the error's type.
-    :ivar arguments: of the error; None where the codec can't write them.
+    :ivar details: its arguments and attributes, as in :class:`~arun.channel.messages.Fail`.
     :ivar notes: added to it in the worker.
     :ivar members: of an ExceptionGroup.
     :ivar cause: its ``__cause__``.
@@ -178,7 +178,7 @@ class Failure(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
     kind: str
     message: str
-    arguments: bytes | None
+    details: bytes
     notes: list[str]
     traceback: str
     members: list[Failure]

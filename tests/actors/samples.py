@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -178,6 +180,15 @@ class HangsAtStart:
         await asyncio.Event().wait()
 
     async def ping(self) -> None: ...
+
+
+class Deaf(Counter):
+    async def deafen(self) -> None:
+        """Close the sockets that this process listens on."""
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as copy:
+                if copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    os.close(int(name))
 
 
 class Parent:

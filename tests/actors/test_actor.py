@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import msgspec
 import pytest
 from rich.pretty import pretty_repr
 
-from actors.actor import actor
+from actors.actor import actor, method
 from actors.hosts.host_main import HostOrder
 from actors.interface import describe
 from actors.local_cluster import LocalCluster
@@ -113,6 +114,55 @@ def test_methods_are_the_public_async_ones_of_the_class_and_its_bases() -> None:
     assert methods["inherited"].item_type is int
 
 
+class Offers:
+    unit = "points"
+
+    @property
+    def total(self) -> int:
+        return 5
+
+    @staticmethod
+    @method(timeout=5)
+    async def add(a: int, b: int = 1) -> int:
+        return a + b
+
+    @classmethod
+    async def name(cls, suffix: str) -> str:
+        return f"{cls.__name__}{suffix}"
+
+    @staticmethod
+    async def count(to: int) -> AsyncIterator[int]:
+        for n in range(to):
+            yield n
+
+
+class OffersMore(Offers):
+    pass
+
+
+@pytest.mark.asyncio
+async def test_async_static_and_class_methods_are_called_as_any_other() -> None:
+    assert describe(OffersMore).methods["add"].options.timeout == 5
+    async with LocalCluster() as cluster:
+        more = await cluster.spawn(OffersMore)
+        assert (await more.add(3, b=4), await more.add(3)) == (7, 4)
+        assert await more.name("!") == "OffersMore!"
+        assert [n async for n in more.count(3)] == [0, 1, 2]
+        with pytest.raises(TypeError, match=r"OffersMore\.add\(a: int, b: int = 1\)"):
+            await more.add()  # type: ignore[call-arg]  # wrong on purpose
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", ["total", "unit"])
+async def test_what_a_handle_cannot_show_is_told_with_what_to_write(name: str) -> None:
+    async with LocalCluster(isolation="task") as cluster:
+        offers = await cluster.spawn(Offers)
+        with pytest.raises(
+            AttributeError, match="stay in the actor's process; give the class an `async def` that returns"
+        ):
+            getattr(offers, name)
+
+
 def test_a_type_that_cannot_be_resolved_counts_as_any_and_costs_no_other_its_type() -> None:
     class Half:
         async def put(self, known: int, unknown: OnlyForTypeCheckers, bare, *rest: str) -> NoSuchName: ...  # type: ignore[no-untyped-def, name-defined]  # noqa: F821
@@ -122,11 +172,41 @@ def test_a_type_that_cannot_be_resolved_counts_as_any_and_costs_no_other_its_typ
     assert put.item_type is Any
 
 
-def test_concurrency_below_one_is_refused() -> None:
-    with pytest.raises(MisuseError, match="at least 1"):
-        actor(concurrency=0)
-    with pytest.raises(MisuseError, match="at least 1"):
-        describe(Mute, concurrency=0)
+@pytest.mark.parametrize("wrong", [0, 2.5, "3"])
+def test_a_concurrency_that_is_no_number_of_messages_is_refused(wrong: Any) -> None:
+    with pytest.raises(MisuseError, match="it must be a whole number, at least 1"):
+        actor(concurrency=wrong)
+    with pytest.raises(MisuseError, match="it must be a whole number, at least 1"):
+        describe(Offers, concurrency=wrong)
+    with pytest.raises(MisuseError, match="mailbox=-1: it must be a whole number, at least 0"):
+        actor(mailbox=-1)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"restarts": -1}, "restarts=-1 .* at least 0; for as often as it takes, a large one"),
+        ({"restarts": float("inf")}, "restarts=inf .* it must be a whole number"),
+        ({"restarts": "3"}, "restarts='3' .* it must be a whole number"),
+        ({"group": 3}, "group=3: it must be one of the groups of a reservation"),
+    ],
+)
+async def test_options_of_the_wrong_kind_are_refused_by_name(options: Any, told: str) -> None:
+    async with LocalCluster(isolation="task") as cluster:
+        with pytest.raises(MisuseError, match=told):
+            await cluster.spawn(Offers, **options)
+
+
+@pytest.mark.asyncio
+async def test_what_ray_would_be_told_is_answered_with_its_name_here() -> None:
+    async with LocalCluster(isolation="task") as cluster:
+        with pytest.raises(TypeError, match=r"\(max_concurrency= is Ray's; here: concurrency=\)"):
+            await cluster.spawn(Offers, max_concurrency=3)  # type: ignore[call-arg]  # wrong on purpose
+        offers: Any = await cluster.spawn(Offers)
+        with pytest.raises(AttributeError, match=r"Offers\.add\(.*has no 'remote'; it is called as it is"):
+            offers.add.remote(1)
+        assert await copy.copy(offers.add)(1) == 2
 
 
 class Pair:

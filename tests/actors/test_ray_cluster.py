@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -47,6 +48,16 @@ async def test_a_connection_that_was_there_before_is_used_and_left_alone(ray_ses
     assert ray.is_initialized()
     with pytest.raises(MisuseError, match=r"connected to Ray already.*'num_cpus': 2"):
         await RayCluster.connect(num_cpus=2).start()
+
+
+@pytest.mark.asyncio
+async def test_an_actor_whose_process_stands_still_is_gone_after_the_grace(ray_session: None) -> None:
+    async with RayCluster.connect(grace=0.2) as cluster:
+        counter = await cluster.spawn(Counter)
+        pid = await counter.pid()
+        os.kill(pid, signal.SIGSTOP)
+        await cluster.stop(counter)
+        assert wait_gone([pid], 0) == []
 
 
 @pytest.mark.asyncio

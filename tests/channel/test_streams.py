@@ -13,8 +13,20 @@ import pytest
 from anyio import wait_all_tasks_blocked
 
 from arun.channel import Limits, register_error
+from arun.channel.failures import rebuild
+from arun.channel.messages import Fail
 from arun.channel.serving import CHECKPOINT_ITEMS
-from arun.errors import ArunError, ChannelLost, MisuseError, PayloadError, RemoteError, RequestError, StreamRefused
+from arun.codec import encode
+from arun.errors import (
+    ActorDied,
+    ArunError,
+    ChannelLost,
+    MisuseError,
+    PayloadError,
+    RemoteError,
+    RequestError,
+    StreamRefused,
+)
 
 pytestmark = pytest.mark.anyio
 
@@ -488,6 +500,23 @@ class Overheated(ArunError):
     pass
 
 
+@register_error
+class NoSuchUser(Exception):
+    """Makes its text of what it is given, as many do."""
+
+    def __init__(self, user: str = "", tried: int = 0, connection: object = None) -> None:
+        super().__init__(f"there is no user {user}")
+        self.user = user
+        self.tried = tried
+        self.connection = connection
+
+
+@register_error
+class Unpicklable(ArunError):
+    def __reduce__(self):
+        raise TypeError("it can't be pickled")
+
+
 class Unknown(Exception):
     pass
 
@@ -500,8 +529,14 @@ class Unknown(Exception):
         RequestError("too long"),
         Overheated("91 degrees"),
         OSError("gone"),
+        FileNotFoundError(2, "No such file"),
+        KeyError(("a", 1)),
+        ValueError(),
+        ValueError("a", b"b", 3.5, None),
+        NotImplementedError("later"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
     ],
-    ids=repr,
+    ids=lambda error: repr(error)[:40],
 )
 async def test_a_registered_error_arrives_as_itself_with_the_remote_traceback(link, error):
     async def deep_in_the_handler():
@@ -519,6 +554,48 @@ async def test_a_registered_error_arrives_as_itself_with_the_remote_traceback(li
     assert type(caught.value) is type(error)
     assert caught.value.args == error.args
     assert "deep_in_the_handler" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "attributes"),
+    [
+        (OSError(2, "No such file", "a", None, "b"), "[Errno 2] No such file: 'a' -> 'b'",
+         {"errno": 2, "filename": "a", "filename2": "b"}),
+        (ImportError("no", name="absent", path="/p"), "no", {"name": "absent", "path": "/p"}),
+        (ActorDied("gone", actor="a", reason="killed", generation=3), "gone", {"actor": "a", "generation": 3}),
+        (NoSuchUser("bob", 3, object()), "there is no user bob", {"user": "bob", "tried": 3, "connection": None}),
+        (ValueError("many", *range(9000)), str(("many", *range(9000)))[:16_384], {}),
+        (ValueError("odd", object), f"('odd', {object})", {}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)  # fmt: skip
+async def test_the_attributes_of_an_error_arrive_with_it_as_far_as_they_can_be_written(link, error, text, attributes):
+    async def handler(method, payload):
+        raise error
+        yield
+
+    connection = await link(handler)
+    with pytest.raises(type(error)) as caught:
+        await anext(connection.open("fail"))
+    assert str(caught.value) == text
+    assert {name: getattr(caught.value, name) for name in attributes} == attributes
+
+
+async def test_an_error_whose_details_cannot_be_had_arrives_all_the_same(link):
+    async def handler(method, payload):
+        raise Unpicklable("odd")
+        yield
+
+    connection = await link(handler)
+    with pytest.raises(Unpicklable, match="odd"):
+        await anext(connection.open("fail"))
+
+
+async def test_a_forged_attribute_of_an_error_does_not_hide_it():
+    forged = Fail(1, "builtins.ValueError", "odd", "", encode([None, {"__notes__": 5, "__cause__": 5}]))
+    error = rebuild(forged, "peer", "method")
+    assert str(error) == "odd"
+    assert "raised at peer" in error.__notes__[0]
 
 
 async def test_any_other_error_arrives_as_remote_error(link):

@@ -64,13 +64,21 @@ async def test_token_ids_are_answered_with_themselves():
         ({"stop": ["c"], "include_stop_str_in_output": True}, "a b c", "stop"),
         ({"stop": "a"}, "", "stop"),
         ({"max_tokens": 7, "ignore_eos": True}, "a b c a b c a", "length"),
+        ({"max_tokens": None}, "a b c", "stop"),
+        ({"max_tokens": None, "ignore_eos": True}, "a b c a b c a b", "length"),
+        ({"max_tokens": 100, "ignore_eos": True}, "a b c a b c a b", "length"),
     ],
 )
 async def test_it_keeps_to_the_sampling_parameters(sampling, text, reason):
-    deltas = await answer(make(), "a b c", **sampling)
+    deltas = await answer(make(max_model_len=11), "a b c", **sampling)
     assert text_of(deltas) == text
     assert deltas[-1].finish_reason == reason
     assert deltas[-1].usage is not None
+
+
+async def test_an_answer_without_an_end_is_refused():
+    with pytest.raises(RequestError, match="would never end: the echo engine has no max_model_len"):
+        await answer(make(), "a b c", max_tokens=None, ignore_eos=True)
 
 
 async def test_a_prompt_that_is_too_long_is_refused_with_the_numbers():

@@ -76,6 +76,15 @@ def test_what_others_call_a_parameter_is_answered_with_its_name_here(name, ours)
         Sampling.of({name: 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("sampling_params", "give its fields by name"), ("truncate_prompt_tokens", "list of token ids")],
+)
+def test_a_parameter_that_vllm_has_and_arun_has_not_is_refused_with_what_to_do(name, instead):
+    with pytest.raises(RequestError, match=f"{name!r}; .*{instead}"):
+        Sampling.of({name: 1})
+
+
 @pytest.mark.parametrize("options", [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 2}, {"stop": 3}, {"seed": "x"}])
 def test_a_sampling_value_out_of_range_is_refused_with_its_name(options):
     with pytest.raises(RequestError, match=next(iter(options))):
@@ -87,6 +96,7 @@ def test_only_what_was_given_reaches_the_engine():
         "max_tokens": 4,
         "temperature": 0,
     }
+    assert Sampling.of({"max_tokens": None}).given() == {"max_tokens": None}
 
 
 def test_the_typed_options_are_the_fields_of_sampling():

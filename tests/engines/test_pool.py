@@ -165,10 +165,6 @@ async def test_an_unknown_parameter_is_refused_by_the_call_itself():
         ({"priority": "high"}, "priority='high': it must be a whole number"),
         ({"reroute": "always"}, "reroute='always': it must be 'continue', 'restart' or 'never'"),
         ({"request_id": 3}, "request_id=3: it must be text"),
-        (
-            {"max_tokens": None},
-            "max_tokens=None: every request has a limit; say how many tokens, or leave it out for 16",
-        ),
         ({"seed": 2**70}, r"Expected `int` <= 9223372036854775807 - at `\$\.seed`"),
         ({"prompt": "\ud800"}, "the prompt is no valid text: .*surrogates not allowed"),
         ({"prompt": [{"role": "user", "content": "\ud800"}]}, "the prompt is no valid text: .*surrogates not allowed"),
@@ -348,6 +344,7 @@ async def test_a_process_per_replica_and_none_is_left():
     ("options", "told"),
     [
         ({"replicas": 0}, "replicas is 0; it must be at least 1"),
+        ({"restarts": "3"}, "restarts='3' .* it must be a whole number"),
         ({"replicas": "2"}, "replicas is '2'; it must be a whole number"),
         ({"max_in_flight": 1001}, "max_in_flight is 1001; one replica takes at most 1000"),
         ({"watchdog": 0}, "both are seconds above 0"),

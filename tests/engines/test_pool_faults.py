@@ -88,6 +88,12 @@ async def test_most_tokens_are_counted_over_all_replicas():
     assert len(deltas) == 5
 
 
+async def test_an_answer_that_may_fill_the_context_goes_on_until_it_is_full():
+    async with open_pool(msgspec.structs.replace(echo(die_after=3), max_model_len=45)) as pool:
+        deltas = await read(pool.generate(WORDS, max_tokens=None, ignore_eos=True))
+    assert (text(deltas), deltas[-1].finish_reason, deltas[-1].usage) == ("w0 w1 w2 w3 w4", "length", Usage(40, 5))
+
+
 async def test_a_waiting_request_outlives_the_only_replica():
     async with open_pool(echo(die_after=3), max_in_flight=1) as pool:
         streams = [pool.generate("a b c d", max_tokens=8), pool.generate("e f", max_tokens=8)]

@@ -49,6 +49,12 @@ async def test_a_completion_is_its_deltas_joined(pool):
     assert 0 < done.time_to_first_token < 60
 
 
+async def test_without_a_limit_an_answer_fills_the_context(pool):
+    done = await pool.complete([5, 6, 7], max_tokens=None, temperature=0, ignore_eos=True)
+    assert done.choices[0].finish_reason == "length"
+    assert done.usage.prompt_tokens + done.usage.completion_tokens == 512  # max_model_len
+
+
 async def test_token_ids_are_a_prompt(pool):
     done = await pool.complete([5, 6, 7], max_tokens=4, temperature=0, ignore_eos=True)
     assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (3, 4)

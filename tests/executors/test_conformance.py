@@ -247,6 +247,7 @@ async def test_one_failure_is_raised_bare_with_a_note_naming_the_subtask(
     notes = caught.value.__notes__
     assert "in the subtask" in notes
     assert what != "value" or "a note of the action's" in notes
+    assert getattr(caught.value, "filename", None) == ("/nowhere" if what == "file" else None)
 
 
 async def test_an_error_keeps_its_cause(executor: Executor, kind: str) -> None:

@@ -149,7 +149,8 @@ def test_actions_and_types_of_the_main_module_work_and_prints_arrive_in_whole_li
     assert process.returncode == 0, err
     lines = [f"Point(x={n})" for n in range(50)]
     assert sorted(line for line in out.splitlines() if "said" in line) == sorted(f"said {line}" for line in lines)
-    assert sorted(err.splitlines()) == sorted(f"complained {line}" for line in lines)
+    complaints = [line for line in err.splitlines() if "complained" in line]  # beside the watchdog, on a busy machine
+    assert sorted(complaints) == sorted(f"complained {line}" for line in lines)
 
 
 def test_a_main_module_that_is_started_by_name_works_too(program: Callable[..., subprocess.Popen[str]]) -> None:

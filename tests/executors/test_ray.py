@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -38,6 +39,7 @@ from arun.channel import TLSConfig
 from arun.errors import PlacementError
 from arun.registry import register
 from tests.actors.samples import Counter
+from tests.faults.nemesis import cut
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -326,6 +328,24 @@ async def test_a_worker_that_dies_fails_its_subtask_and_is_replaced(workers: Ray
         await outs_of(workers, SubGraphTask(subjects.die, State({"how": how}), key="deadly"))
     assert caught.value.pid == pid
     assert await pid_of(workers) != pid
+
+
+async def test_a_worker_whose_connection_is_cut_lets_its_subtask_clean_up_and_is_replaced(
+    cluster: RayCluster, workers: RayExecutor, folder: Path, begun: Callable[[], Any]
+) -> None:
+    pid = await pid_of(workers)
+    [address] = [info.address for info in cluster.list() if info.pid == pid]
+    cutting = asyncio.create_task(_cut_when(begun, address))
+    with pytest.raises(WorkerDied, match=rf"worker process {pid} lost its connection to this program, and was stopped"):
+        await outs_of(workers, SubGraphTask(subjects.hold_coroutine, State({"folder": str(folder)})))
+    await cutting
+    assert (folder / "cleaned").exists()
+    assert await pid_of(workers) != pid
+
+
+async def _cut_when(begun: Callable[[], Any], address: str) -> None:
+    await begun()
+    cut(address)
 
 
 async def test_a_policy_retries_the_death_of_a_worker_and_tells_it(workers: RayExecutor, folder: Path) -> None:

@@ -101,6 +101,15 @@ def text(number: int, body: str) -> Reply:
     return reply
 
 
+def raw(body: bytes, **headers: str) -> Reply:
+    """What a server sends as events, to the byte."""
+
+    async def reply(request: Request) -> Response:
+        return Response(body, headers=headers, media_type="text/event-stream; charset=latin-1")
+
+    return reply
+
+
 def events(*data: str, cut: bool = False) -> Reply:
     """Server-sent events; ``cut`` breaks the connection after them."""
 

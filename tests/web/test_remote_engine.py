@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -27,12 +28,12 @@ from actors import (
     Sampling,
     Usage,
 )
-from actors.requests import to_request
+from actors.requests import to_embed_request, to_request
 from arun.errors import EngineError, MissingExtraError, MisuseError, PoolBusy, ReplicaLost, RequestError
 from arun.web.disconnect import disconnected
 from arun.web.openai import openai_app
 from tests.web.conftest import Serve
-from tests.web.samples import Breaking, Scripted, Talker, events, status, text
+from tests.web.samples import Breaking, Scripted, Talker, events, raw, status, text
 
 pytestmark = pytest.mark.asyncio
 
@@ -242,14 +243,58 @@ async def test_what_a_server_tells_of_the_usage_breaks_no_answer(engine_at: Remo
     assert deltas[-1].usage in {Usage(0, 0), Usage(3, 0)}
 
 
+@pytest.mark.parametrize(
+    ("before", "said", "after", "read"),
+    [
+        (b"\xef\xbb\xbfdata: ", b"Hi", b"\n\n", "Hi"),  # a byte order mark
+        (b": still here\n\n\n\ndata: \n\nevent: ping\ndata:\n\ndata: ", b"Hi", b"\n\n", "Hi"),
+        (b"data:", b"Hi", b"\r\rid: 3\r\nretry: 5\r\n\r\n", "Hi"),
+        (b"data: ", "\xe9".encode(), b"\n\n", "\xe9"),  # in UTF-8, whatever the header says
+        (b"data: ", b"\xff!", b"\n\n", "\ufffd!"),
+        (b"data: ", rb"a\ud83d", b"\n\n", "a\ufffd"),  # half a character
+        (b"data: ", b"x" * 2**21, b"\n\n", "x" * 2**21),
+    ],
+    ids=["mark", "empty", "lines", "charset", "no text", "half", "large"],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+async def test_events_are_read_in_every_form_that_servers_give_them(
+    engine_at: Remote, before: bytes, said: bytes, after: bytes, read: str, zipped: bool
+) -> None:
+    body = before + WORD.encode().replace(b"Hi", said) + after + f"data: {STOP}\n\n".encode()
+    reply = raw(gzip.compress(body), **{"content-encoding": "gzip"}) if zipped else raw(body)
+    deltas = await ask(await engine_at(Scripted(reply)))
+    assert "".join(delta.text for delta in deltas) == read
+
+
+async def test_a_redirect_is_not_followed_but_told(engine_at: Remote) -> None:
+    server = Scripted(status(307, headers={"location": "https://elsewhere/v1"}))
+    engine = await engine_at(server)
+    with pytest.raises(
+        EngineError, match=r"answered 307: no\. It redirects to https://elsewhere/v1; give the base_url"
+    ):
+        await ask(engine)
+
+
+async def test_what_can_not_be_unpacked_is_told(engine_at: Remote) -> None:
+    garbled = raw(b"data: {}\n\n", **{"content-encoding": "gzip"})
+    engine = await engine_at(Scripted(garbled, garbled, garbled), attempts=1)
+    with pytest.raises(EngineError, match=r"broke off 1 answers before their first delta: .*incorrect header"):
+        await ask(engine)
+    with pytest.raises(EngineError, match=r"the answer of .* broke off: .*incorrect header"):
+        await anext(engine.generate(to_embed_request("r", "x", {})))
+
+
 async def test_what_is_no_answer_is_told(engine_at: Remote) -> None:
-    server = Scripted(events("{"), text(200, "<html>"))
+    deep = WORD.replace('"Hi"', "[" * 3000 + "]" * 3000)
+    server = Scripted(events("{"), text(200, "<html>"), events(deep))
     engine = await engine_at(server)
     with pytest.raises(EngineError, match="no chunk of an answer"):
         await ask(engine)
     with pytest.raises(EngineError, match=r"asked for a stream and answered with none: <html>"):
         await ask(engine)
-    assert len(server.seen) == 2
+    with pytest.raises(EngineError, match="no chunk of an answer"):
+        await ask(engine)
+    assert len(server.seen) == 3
 
 
 @pytest.mark.parametrize("gone", ['{"error": {"message": "the GPU is gone"}}', "the GPU is gone\nevent: error"])
@@ -389,6 +434,7 @@ async def test_a_key_that_is_not_there_is_told_at_the_start(monkeypatch: pytest.
     [
         ("x", {"top_k": 3}, "top_k: OpenAI's API has no such parameter.*'dialect': 'vllm'"),
         ("x", {"prompt_logprobs": 3}, "prompt_logprobs"),
+        ("x", {"max_tokens": None}, "max_tokens=None: a completion of OpenAI's API has 16 then"),
         ("x", {"logprobs": -1}, "logprobs=-1"),
         ("x", {"structured_outputs": {"json": {}}}, "for chats only"),
         (CHAT, {"structured_outputs": {"regex": "a"}}, "structured_outputs 'regex'"),
@@ -442,6 +488,19 @@ async def test_an_engine_that_does_not_run_says_so() -> None:
     engine = RemoteEngine(spec_of("http://x"))
     with pytest.raises(EngineError, match="does not run"):
         await anext(engine.generate(GenerateRequest("r", "x", Sampling())))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "dialect", "sent"), [(CHAT, "openai", ()), (CHAT, "vllm", ()), ("x", "vllm", (("max_tokens", None),))]
+)
+async def test_an_answer_without_a_limit_is_asked_for_as_each_api_has_it(
+    engine_at: Remote, prompt: Any, dialect: str, sent: tuple[Any, ...]
+) -> None:
+    server = Scripted(events(*WHOLE))
+    engine = await engine_at(server, dialect=dialect)
+    await ask(engine, prompt, max_tokens=None)
+    [(_, body)] = server.seen
+    assert [item for item in body.items() if item[0].startswith("max_")] == list(sent)
 
 
 async def test_the_requests_have_openais_form(engine_at: Remote) -> None:
