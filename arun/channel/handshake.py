@@ -51,7 +51,7 @@ class Secret:
     __slots__ = ("_token",)
 
     def __init__(self, token: bytes) -> None:
-        if not isinstance(token, bytes):
+        if not isinstance(token, bytes):  # pyright: ignore[reportUnnecessaryIsInstance]  # users' code
             raise MisuseError(f"a token is bytes, not {type(token).__name__}; make one with secrets.token_bytes(32)")
         if not token:
             raise MisuseError("an empty token protects nothing; make one with secrets.token_bytes(32)")

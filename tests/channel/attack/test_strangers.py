@@ -64,8 +64,8 @@ async def test_ten_thousand_wrong_and_silent_peers_learn_nothing_and_leave_nothi
             if said == b"":
                 return
             told += len(await reader.read())
-        except ConnectionError:
-            pass  # cut off with its words unread
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # cut off with its words unread; or at once, where too many are half open on a slow machine
         finally:
             writer.transport.abort()
 
@@ -140,7 +140,6 @@ async def _dribble(stream, data: bytes) -> None:
     for n in range(len(data)):
         await stream.send(data[n : n + 1])
         await anyio.sleep(0.02)
-    await stream.receive()
 
 
 async def test_a_peer_that_dribbles_is_dropped_at_the_deadline(runtime):
@@ -148,8 +147,7 @@ async def test_a_peer_that_dribbles_is_dropped_at_the_deadline(runtime):
     server = await serve_tcp(nobody, token=TOKEN, limits=Limits(handshake_timeout=0.2))
     async with await anyio.connect_tcp(*server.address) as stream:
         hello = frame(Hello(1, 1, bytes(32), bytes(32), 1, 2**20))
-        began = anyio.current_time()
-        with pytest.raises((anyio.EndOfStream, anyio.BrokenResourceError)):
+        assert len(hello) * 0.02 > 1  # seconds that it would take
+        with pytest.raises(anyio.BrokenResourceError):
             await _dribble(stream, hello[:-1])
-        assert len(hello) * 0.02 > 1 > anyio.current_time() - began
     await server.aclose()
