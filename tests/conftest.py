@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
 from importlib.util import find_spec
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 # Neither Ray nor vLLM reports usage from a test run, nor do the processes that they start.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("DO_NOT_TRACK", "1")
+
+# A shell has what it starts with `&` ignore interrupts, and the programs that tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # `make soak` runs the same properties with the other profile.
 settings.register_profile(
