@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar, c
 
 import msgspec
 
+from actors.environment import check_environment
 from actors.finish import finish
-from actors.interface import check_environment
 from actors.members.lives import ActorInfo
 from actors.members.roster import Roster
 from arun.errors import MisuseError

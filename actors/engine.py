@@ -19,7 +19,7 @@ import msgspec
 
 from actors.actor import method
 from actors.answers import Choice, Completion, Delta, Embedding, Logprob, Reset, Usage
-from actors.interface import check_environment
+from actors.environment import check_environment
 from actors.requests import (
     ChatMessage,
     ChatOptions,

@@ -11,7 +11,7 @@ import anyio
 
 from actors.actor import ActorHandle, link_of
 from actors.bundles import Placement
-from actors.interface import check_environment
+from actors.environment import check_environment
 from actors.members.generation import Generation
 from actors.on_ray.code_table import CodeTable, Luggage
 from actors.on_ray.executor_worker import ExecutorWorker

@@ -7,7 +7,6 @@ decodes them by the parameter annotations; so a wrong call fails where it is wri
 from __future__ import annotations
 
 import inspect
-import os
 import types
 import typing
 import uuid
@@ -20,16 +19,7 @@ import msgspec
 from arun.errors import MisuseError
 from arun.logs import get_logger
 
-__all__ = (
-    "ActorOptions",
-    "ActorSpec",
-    "Interface",
-    "Method",
-    "MethodOptions",
-    "check_environment",
-    "describe",
-    "specify",
-)
+__all__ = ("ActorOptions", "ActorSpec", "Interface", "Method", "MethodOptions", "describe", "specify")
 
 log = get_logger("actors.interface")
 
@@ -179,29 +169,6 @@ def specify(
         )
         raise TypeError(f"{cls.__qualname__}: {exc}; its signature is {cls.__qualname__}{signature}{hint}") from None
     return spec
-
-
-def check_environment(env: object) -> None:
-    """Refuse what a process can't have as its environment variables; shows no value, which may be a secret.
-
-    :raises MisuseError: it is no mapping of names to texts.
-    """
-    if not isinstance(env, Mapping):
-        raise MisuseError(f"env is of type {type(env).__name__}; it must be a dict, such as env={{'NAME': 'value'}}")
-    for name, value in env.items():
-        if not isinstance(name, str) or not name or "=" in name or not _encodes(name):
-            raise MisuseError(f"env: {name!r} can't be the name of an environment variable")
-        if not isinstance(value, str):
-            raise MisuseError(f"env: the value of {name!r} is of type {type(value).__name__}; it must be text")
-        if not _encodes(value):
-            raise MisuseError(f"env: the value of {name!r} has a character that no environment variable can have")
-
-
-def _encodes(text: str) -> bool:
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
 
 
 def describe(cls: type, *, concurrency: int | None = None) -> Interface:
