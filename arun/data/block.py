@@ -33,8 +33,8 @@ __all__ = (
     "Row",
     "Shaper",
     "array_of",
-    "as_numpy",
     "joined",
+    "of_tensor",
     "origin_of",
     "place_of",
     "row_dicts",
@@ -258,7 +258,7 @@ def _without_pandas(values: list[Any]) -> list[Any] | None:
 
 def _nested(values: list[Any]) -> pa.Array | None:
     """Of arrays of any dimensions and tensors, as lists in lists, and of NumPy's dates; None where it is neither."""
-    arrays = [as_numpy(value) for value in values if value is not None]
+    arrays = [_as_numpy(value) for value in values if value is not None]
     if not arrays or any(one is None for one in arrays) or len({one.ndim for one in arrays}) > 1:
         return None
     kinds = {one.dtype.kind for one in arrays}
@@ -272,13 +272,21 @@ def _nested(values: list[Any]) -> pa.Array | None:
     return array.take(pa.array([None if value is None else next(places) for value in values], pa.int64()))
 
 
-def as_numpy(value: Any) -> Any:
+def _as_numpy(value: Any) -> Any:
     """A tensor, or what gives an array of NumPy, as such an array; None of anything else."""
+    array = of_tensor(value)
+    if array is None and hasattr(value, "__array__") and "numpy" in sys.modules:
+        array = sys.modules["numpy"].asarray(value)
+    return array
+
+
+def of_tensor(value: Any) -> Any:
+    """A tensor of PyTorch as an array of NumPy; None of anything else."""
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
-        # NumPy has no bfloat16; float32 holds all of it.
-        return (value.float() if value.dtype is torch.bfloat16 else value).numpy(force=True)
-    return sys.modules["numpy"].asarray(value) if hasattr(value, "__array__") and "numpy" in sys.modules else None
+    if torch is None or not isinstance(value, torch.Tensor):
+        return None
+    # NumPy has no bfloat16; float32 holds all of it.
+    return (value.float() if value.dtype is torch.bfloat16 else value).numpy(force=True)
 
 
 def _as_given(values: list[Any], given: pa.DataType) -> pa.Array:

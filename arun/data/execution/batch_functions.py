@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import pyarrow as pa
 
 from arun.data.batches import BatchFormat, converter
-from arun.data.block import array_of, as_numpy, joined
+from arun.data.block import array_of, joined, of_tensor
 from arun.data.steps import BatchFunction
 from arun.errors import DataError, MisuseError
 from arun.guards import close_unused, shown
@@ -96,9 +95,9 @@ def _to_batch(step: BatchFunction, given: Any) -> pa.RecordBatch:
 
 
 def _column(values: Any) -> pa.Array:
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(values, torch.Tensor):
-        values = as_numpy(values)
+    array = of_tensor(values)
+    if array is not None:
+        values = array
     if isinstance(values, pa.ChunkedArray):
         return values.combine_chunks()
     if getattr(values, "ndim", 1) > 1:  # a tensor: a row of it is a list of fixed length
